@@ -1,0 +1,68 @@
+"""Trial: one kernel, one problem, one configuration, one chip and one way of measuring. Its key is its identity in the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from klab.kernels.contract import Config, Json, Kernel, Problem, Record, digest
+
+
+@dataclass(frozen=True)
+class Policy(Record):
+    """How a trial is measured. It is part of the trial's identity: a warm time and a cold time are different facts.
+
+    l2: "cold" rotates through copies of the inputs that together exceed the last-level cache five times; "warm" repeats one set.
+    launch: "graph" (CUDA graph), "events", or "auto": graph for kernels below 100 us.
+    """
+
+    l2: str = "cold"
+    launch: str = "auto"
+    warmup_ms: float = 50.0
+    min_rounds: int = 15
+    max_rounds: int = 200
+    round_ms: float = 4.0
+    target_ci: float = 0.005
+    limit_s: float = 6.0
+    energy: bool = False
+    energy_s: float = 6.0
+    threads: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be measured. `key` does not depend on the machine or the day: a Result adds those."""
+
+    kernel: str
+    source_digest: str
+    problem: Problem
+    config: Config
+    chip: str
+    policy: Policy
+
+    @classmethod
+    def of(cls, kernel: Kernel, problem: Problem, config: Config, chip: str, policy: Policy) -> Trial:
+        """A trial of this kernel as its file is now."""
+        return cls(kernel.id, kernel.source_digest, problem, config, chip, policy)
+
+    def to_json(self) -> dict[str, Json]:
+        """The form that goes to a worker and into a Result."""
+        return {
+            "kernel": self.kernel,
+            "source_digest": self.source_digest,
+            "operator": self.problem.operator,
+            "problem": self.problem.to_json(),
+            "config": self.config.to_json_full(),
+            "chip": self.chip,
+            "policy": self.policy.to_json(),
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of the canonical JSON of everything above."""
+        return digest(self.to_json())
+
+    def with_policy(self, **changes: object) -> Trial:
+        """The same trial under a policy with these fields replaced."""
+        return dataclasses.replace(self, policy=dataclasses.replace(self.policy, **changes))  # type: ignore[arg-type]

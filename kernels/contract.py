@@ -1,0 +1,304 @@
+"""The contract between what competes (kernels) and the lab that measures it.
+
+Five nouns live here: Chip (limits), Problem (the mathematics), Config (the knobs), Kernel (problem, config, chip -> launch)
+and Launch (what is timed). A kernel file imports this module, its operator's `problem.py` and the helpers beside this file;
+it never imports another kernel file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from klab.kernels.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Json = Any
+
+# `dict[str, torch.Tensor]`, spelled as a string so that this module imports where torch is absent.
+Tensors = dict[str, "torch.Tensor"]
+Launch = Callable[[Tensors, Tensors], None]
+"""`launch(inputs, outputs)`: enqueue the work on torch's current stream and return at once.
+
+A launch never reads a tensor's values on the host (it must run on meta tensors and inside a CUDA graph): sizes come from the
+Problem. It writes every element of every output. Workspaces are allocated at the first call, so a warm-up precedes capture.
+"""
+
+
+def canonical_json(value: Json) -> str:
+    """One text per value: sorted keys, no spaces, so that equal values hash equally on every machine."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(value: Json) -> str:
+    """First 16 hex digits (64 bits) of the SHA-256 of the canonical JSON: a billion rows collide with probability 3%."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Json:
+    """A dataclass field as JSON has it: tuples become lists."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _frozen(value: Json) -> Any:
+    """The inverse of `_plain`: lists become tuples, so that a frozen dataclass stays hashable."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+class Record:
+    """What Problem and Config share: frozen dataclasses that go to JSON and back.
+
+    Fields at their default are left out of the JSON, so that a field added later changes no existing key.
+    """
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the fields that differ from their default."""
+        return {
+            f.name: _plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """Build from `to_json`'s form; UsageError names every unknown or missing field."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(data) - set(fields))
+        if unknown:
+            raise UsageError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        missing = [
+            name
+            for name, f in fields.items()
+            if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        ]
+        if missing:
+            raise UsageError(f"{cls.__name__} needs {', '.join(missing)}")
+        return cls(**{name: _frozen(value) for name, value in data.items()})
+
+
+@dataclass(frozen=True)
+class Chip:
+    """The limits of one kind of chip. Bandwidths are decimal (GB/s = 1e9 B/s), peaks are dense.
+
+    `kind` is "cuda" or "cpu". For a CPU, `sm_count` counts cores, `l2_bytes` is the last-level cache and the shared-memory
+    fields are zero. `provenance` maps a field's name to where its value comes from.
+    """
+
+    name: str
+    title: str
+    kind: str
+    sm_count: int
+    max_clock_mhz: float
+    spec_clock_mhz: float
+    peak_tflops: Mapping[str, float] = field(hash=False)
+    memory_bytes: int
+    memory_gb_per_s: float
+    l2_bytes: int
+    compute_capability: tuple[int, int] = (0, 0)
+    smem_per_block_bytes: int = 0
+    smem_per_sm_bytes: int = 0
+    tdp_w: float | None = None
+    link_gb_per_s: float | None = None
+    provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def target(self) -> int:
+        """Compute capability as Triton writes it: 90 for Hopper, 100 for Blackwell, 0 for a CPU."""
+        major, minor = self.compute_capability
+        return major * 10 + minor
+
+    @property
+    def arch(self) -> str:
+        """NVRTC's architecture with the chip's own instructions: `sm_90a`, `sm_100a` (wgmma and tcgen05 need the `a`)."""
+        return f"sm_{self.target}{'a' if self.target >= 90 else ''}"
+
+    def peak_flops(self, dtype: str, clock_mhz: float | None = None) -> float | None:
+        """Dense FLOP/s for a dtype at the specification's clock, or scaled to a measured SM clock; None if unknown."""
+        peak = self.peak_tflops.get(dtype)
+        if peak is None:
+            return None
+        return peak * 1e12 * (1.0 if clock_mhz is None else clock_mhz / self.spec_clock_mhz)
+
+
+class Problem(Record, ABC):
+    """One operator at one shape: a frozen dataclass per operator, in the operator's `problem.py`.
+
+    It knows its inputs (seeded, fresh), its reference, its minimal work and its tolerance. Every subclass has a `dtype` field
+    ("bfloat16", "float16", "float32").
+    """
+
+    operator: ClassVar[str]
+    dtype: str
+
+    @abstractmethod
+    def inputs(self, *, seed: int, device: str = "cpu", row_padding: int = 0) -> Tensors:
+        """Fresh inputs, drawn from a normal distribution of this seed on this device ("meta" gives shapes alone).
+
+        With `row_padding` > 0, every floating-point tensor is a view whose rows lie that many elements further apart than they are
+        long (the last dimension stays dense): what a slice of a fused buffer looks like.
+        """
+
+    @abstractmethod
+    def outputs(self, *, device: str = "cpu") -> Tensors:
+        """Uninitialised output tensors of the right shapes and dtypes."""
+
+    @abstractmethod
+    def reference(self, inputs: Tensors) -> Tensors:
+        """The outputs by definition, for clarity and not speed, in float32 or float64, on the device of the inputs."""
+
+    @abstractmethod
+    def flops(self) -> float:
+        """The least floating-point operations that the definition needs (a multiply-add counts two)."""
+
+    @abstractmethod
+    def bytes_moved(self) -> float:
+        """The least bytes to and from memory: every input read once, every output written once."""
+
+    @abstractmethod
+    def tolerance(self) -> float:
+        """Largest accepted ||out - ref|| / ||ref|| (Frobenius), per output."""
+
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for tables, with the shape: `matmul 16x14336x4096 bf16`."""
+
+    @classmethod
+    @abstractmethod
+    def examples(cls) -> list[Problem]:
+        """Small awkward instances (not multiples of tiles, one row, empty entries): every kernel is tested on those it fits."""
+
+    @property
+    def key(self) -> str:
+        """The identity of this problem in the store."""
+        return digest({"operator": self.operator, **self.to_json()})
+
+
+class Config(Record):
+    """The knobs of one kernel: subclass as a frozen dataclass. Its order of fields is the order in tables."""
+
+    @property
+    def key(self) -> str:
+        """The identity of this configuration in the store."""
+        return digest(self.to_json_full())
+
+    def to_json_full(self) -> dict[str, Json]:
+        """All fields, defaults included: a stored configuration must survive a change of the defaults."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def label(self) -> str:
+        """`block_m=128 block_n=64 ...`, or "-" where there is nothing to choose."""
+        return " ".join(f"{name}={value}" for name, value in self.to_json_full().items()) or "-"
+
+
+@dataclass(frozen=True)
+class NoConfig(Config):
+    """For kernels with nothing to choose: the libraries."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One contestant. `build` returns the launch for (problem, config, chip); `fits` says why not, or None.
+
+    `kinds` are the kinds of chip it runs on ("cuda", "cpu"); `library` marks a baseline that klab did not write.
+    """
+
+    name: str
+    problem_type: type[Problem]
+    backend: str
+    config_type: type[Config]
+    build: Callable[[Any, Any, Chip], Launch]
+    space_of: Callable[[Any, Chip], Iterator[Any]]
+    default_of: Callable[[Any, Chip], Any]
+    fits_in: Callable[[Any, Any, Chip], str | None]
+    kinds: tuple[str, ...]
+    library: bool
+    path: Path
+    summary: str
+
+    @property
+    def id(self) -> str:
+        """`operator/name`: unique in the lab."""
+        return f"{self.problem_type.operator}/{self.name}"
+
+    @property
+    def source_digest(self) -> str:
+        """Identity of the code: a hash of its file. A kernel that changed is another contestant, so old results do not stand for it."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def fits(self, problem: Problem, config: Config, chip: Chip) -> str | None:
+        """None when it can run; otherwise the reason in a few words."""
+        if not isinstance(problem, self.problem_type):
+            return f"is for {self.problem_type.operator}, not {problem.operator}"
+        if chip.kind not in self.kinds:
+            return f"runs on {' and '.join(self.kinds)}, not {chip.kind}"
+        return self.fits_in(problem, config, chip)
+
+    def default(self, problem: Problem, chip: Chip) -> Config:
+        """The safe configuration: one that fits wherever any does."""
+        config: Config = self.default_of(problem, chip)
+        return config
+
+    def unfit(self, problem: Problem, chip: Chip) -> str | None:
+        """Why this kernel cannot compete here at all (its default does not fit), or None."""
+        if not isinstance(problem, self.problem_type) or chip.kind not in self.kinds:
+            return self.fits(problem, NoConfig(), chip)
+        return self.fits(problem, self.default(problem, chip), chip)
+
+    def space(self, problem: Problem, chip: Chip) -> Iterator[Config]:
+        """Every valid candidate, lazily; the default is always among them and comes first."""
+        if self.unfit(problem, chip) is not None:
+            return
+        default = self.default(problem, chip)
+        yield default
+        for config in self.space_of(problem, chip):
+            if config != default and self.fits(problem, config, chip) is None:
+                yield config
+
+
+def _only_default(problem: Problem, chip: Chip) -> Iterator[NoConfig]:
+    yield NoConfig()
+
+
+def kernel(
+    problem_type: type[Problem],
+    *,
+    backend: str,
+    config: type[Config] = NoConfig,
+    space: Callable[[Any, Chip], Iterator[Any]] = _only_default,
+    default: Callable[[Any, Chip], Any] | None = None,
+    fits: Callable[[Any, Any, Chip], str | None] | None = None,
+    kinds: tuple[str, ...] = ("cuda",),
+    library: bool = False,
+    name: str | None = None,
+) -> Callable[[Callable[[Any, Any, Chip], Launch]], Kernel]:
+    """Make a Kernel of a build function `(problem, config, chip) -> launch`. Its docstring's first line is the kernel's summary.
+
+    `backend` is "torch", "triton", "cuda" (CUDA C++ through CuPy), "cupy" or "cpu".
+    """
+
+    def decorate(build: Callable[[Any, Any, Chip], Launch]) -> Kernel:
+        return Kernel(
+            name=name or build.__name__,
+            problem_type=problem_type,
+            backend=backend,
+            config_type=config,
+            build=build,
+            space_of=space,
+            default_of=default or (lambda problem, chip: config()),
+            fits_in=fits or (lambda problem, config, chip: None),
+            kinds=kinds,
+            library=library,
+            path=Path(inspect.getfile(build)),
+            summary=(build.__doc__ or "").strip().split("\n")[0],
+        )
+
+    return decorate

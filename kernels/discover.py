@@ -1,0 +1,113 @@
+"""Find everything that competes: no list of kernels is kept anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+from klab.kernels.contract import Kernel, Problem
+from klab.kernels.errors import UsageError
+
+ROOT = Path(__file__).parent
+
+# What to install when a kernel's file cannot import one of these. Anything else that is missing is the file's own fault.
+INSTALL = {"torch": "torch", "triton": "triton", "cupy": "cupy-cuda13x", "cupy_backends": "cupy-cuda13x"}
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A kernel file that gave no kernel here: `reason` is one line; `install` is the remedy where a package is missing."""
+
+    path: Path
+    reason: str
+    install: str | None = None
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What `discover` found: operators by name, kernels by id, and the files that gave none."""
+
+    operators: dict[str, type[Problem]] = field(default_factory=dict)
+    kernels: dict[str, Kernel] = field(default_factory=dict)
+    unavailable: list[Unavailable] = field(default_factory=list)
+
+    def of(self, operator: str) -> list[Kernel]:
+        """The kernels of one operator, libraries first, then by name."""
+        found = [k for k in self.kernels.values() if k.problem_type.operator == operator]
+        return sorted(found, key=lambda k: (not k.library, k.name))
+
+    def select(self, names: Iterable[str]) -> list[Kernel]:
+        """Kernels by `operator/name` or by bare `name`; UsageError for an unknown one."""
+        chosen = []
+        for name in names:
+            found = [k for k in self.kernels.values() if name in (k.id, k.name)]
+            if not found:
+                raise UsageError(f"unknown kernel {name!r}; known: {', '.join(sorted(self.kernels))}")
+            chosen += found
+        return chosen
+
+
+def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
+    """Import every operator folder beside this file, then every kernel file in the `extra` folders (searched recursively).
+
+    A file that fails to import becomes an Unavailable and stops nothing. UsageError if an extra folder does not exist or a name
+    is taken twice.
+    """
+    found = Catalogue()
+    for folder in sorted(p.parent for p in ROOT.glob("*/problem.py")):
+        problem = importlib.import_module(f"klab.kernels.{folder.name}.problem")
+        for value in vars(problem).values():
+            if isinstance(value, type) and issubclass(value, Problem) and value.__module__ == problem.__name__:
+                found.operators[value.operator] = value
+        for path in _kernel_files(folder):
+            _add(found, path, f"klab.kernels.{folder.name}.{path.stem}")
+    for extra_folder in map(Path, extra):
+        if not extra_folder.is_dir():
+            raise UsageError(f"--kernels: {extra_folder} is not a folder")
+        for path in _kernel_files(extra_folder, recursive=True):
+            _add(found, path.resolve(), None)
+    return found
+
+
+def _kernel_files(folder: Path, recursive: bool = False) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*.py") if recursive else folder.glob("*.py")):
+        if path.name != "problem.py" and not path.name.startswith("_"):
+            yield path
+
+
+def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
+    try:
+        module = importlib.import_module(module_name) if module_name else _load(path)
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a user's file may raise anything, SystemExit included
+        missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        install = f"pip install {INSTALL[missing]}" if missing in INSTALL else None
+        reason = f"needs {missing}" if install else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        found.unavailable.append(Unavailable(path, reason, install))
+        return
+    kernels = [v for v in vars(module).values() if isinstance(v, Kernel) and v.path.resolve() == path.resolve()]
+    if not kernels:
+        found.unavailable.append(Unavailable(path, "defines no kernel (nothing decorated with @kernel)"))
+    for kernel in kernels:
+        taken = found.kernels.get(kernel.id)
+        if taken is not None:
+            raise UsageError(f"kernel {kernel.id} is defined twice: in {taken.path} and in {kernel.path}")
+        found.kernels[kernel.id] = kernel
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a file from outside the package under a name of its own."""
+    name = "klab_user_kernels_" + "_".join(path.with_suffix("").parts[1:])
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before execution: Triton and dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
