@@ -85,7 +85,7 @@ def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
         module = importlib.import_module(module_name) if module_name else _load(path)
     except (KeyboardInterrupt, GeneratorExit):
         raise
-    except BaseException as error:  # a user's file may raise anything, SystemExit included
+    except BaseException as error:  # noqa: BLE001  a user's file may raise anything, SystemExit included
         missing = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         install = f"pip install {INSTALL[missing]}" if missing in INSTALL else None
         reason = f"needs {missing}" if install else f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,55 @@
+"""The command `klab`: finds one verb per file beside this one, and turns klab's errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+import typer
+
+from klab.harness.cli._console import talk
+from klab.kernels.errors import CannotMeasure, KlabError
+
+
+def build_app() -> typer.Typer:
+    """The typer application with every verb registered."""
+    app = typer.Typer(
+        name="klab",
+        help="Measure inference kernels, choose the best configuration per model and chip: in time, joules and dollars.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != "main" and not module.name.startswith("_"):
+            importlib.import_module(f"klab.harness.cli.{module.name}").command(app)
+    return app
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 usage, 4 cannot measure, 130 interrupted, 1 anything else."""
+    try:
+        build_app()(standalone_mode=True)
+    except KlabError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        talk.print("klab: interrupted", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:  # `klab results | head`
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            _fail(
+                f"{error.strerror}: {error.filename or ''}; free space or name another folder (--results, --out)", CannotMeasure.exit_code
+            )
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    talk.print(f"klab: {message}", style="red", markup=False)
+    sys.exit(code)
