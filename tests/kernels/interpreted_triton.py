@@ -9,6 +9,7 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 from contest import HOPPER, cases, kernels
+
 from klab.harness.measure.check import check
 
 

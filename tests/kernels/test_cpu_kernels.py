@@ -2,6 +2,7 @@
 
 import pytest
 from contest import CPU, cases, kernels
+
 from klab.harness.measure.check import check
 
 CPU_KERNELS = [k for k in kernels("torch", "cpu") if "cpu" in k.kinds]

@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Both create .venv with what requirements.lock pins.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DONE   := $(VENV)/.installed
+CHIP   ?= auto
+MODEL  ?= qwen3-0.6b
+
+.PHONY: demo test lint types imports pytest gpu-test clean
+
+demo: $(DONE)
+	$(BIN)/klab run --model $(MODEL) --chip $(CHIP)
+
+test: lint types imports pytest
+
+lint: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DONE)
+	$(BIN)/mypy
+
+imports: $(DONE)
+	$(BIN)/lint-imports
+
+pytest: $(DONE)
+	$(BIN)/python -m pytest -q
+
+# On a machine with a GPU: every kernel against its reference on the device, in bf16 and fp16.
+gpu-test: $(DONE)
+	$(BIN)/python -m pytest -q -m gpu
+
+$(DONE): requirements.lock pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "klab needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,118 @@
+"""The contract itself: keys, JSON, discovery, and what a broken kernel file does to the others."""
+
+import dataclasses
+
+import pytest
+
+from klab.kernels.contract import Config, NoConfig, digest
+from klab.kernels.discover import discover
+from klab.kernels.errors import UsageError
+from klab.kernels.matmul.problem import Matmul
+
+EXAMPLES = [p for cls in discover().operators.values() for p in cls.examples()]
+
+
+@pytest.mark.parametrize("problem", EXAMPLES[::5], ids=lambda p: p.label())
+def test_problem_survives_json(problem):
+    again = type(problem).from_json(problem.to_json())
+    assert again == problem and again.key == problem.key
+
+
+def test_keys_differ_between_examples():
+    assert len({p.key for p in EXAMPLES}) == len(EXAMPLES)
+
+
+def test_a_field_added_later_changes_no_key():
+    @dataclasses.dataclass(frozen=True)
+    class Before(Config):
+        tile: int
+
+    @dataclasses.dataclass(frozen=True)
+    class After(Config):
+        tile: int
+        added: int = 3
+
+    assert digest(Before(4).to_json()) == digest(After(4).to_json()) != digest(After(4, 5).to_json())
+    assert After(4).to_json_full() == {"tile": 4, "added": 3}
+
+
+def test_unknown_and_missing_fields_are_named():
+    with pytest.raises(UsageError, match="no field tile"):
+        Matmul.from_json({"m": 1, "n": 1, "k": 1, "tile": 3})
+    with pytest.raises(UsageError, match="needs n, k"):
+        Matmul.from_json({"m": 1})
+
+
+@pytest.mark.parametrize("problem", EXAMPLES[::7], ids=lambda p: p.label())
+def test_inputs_are_seeded_and_padded_rows_hold_the_same_shapes(problem):
+    first, again, other = (problem.inputs(seed=s) for s in (1, 1, 2))
+    padded = problem.inputs(seed=1, row_padding=8)
+    for name, tensor in first.items():
+        assert tensor.equal(again[name])
+        assert padded[name].shape == tensor.shape
+        if tensor.is_floating_point():
+            assert not tensor.equal(other[name])
+            assert padded[name].stride(-1) == 1 and padded[name].stride(-2) == tensor.shape[-1] + 8
+    meta = problem.inputs(seed=1, device="meta")
+    assert {n: (t.shape, t.dtype) for n, t in meta.items()} == {n: (t.shape, t.dtype) for n, t in first.items()}
+
+
+KERNEL = """
+from klab.kernels.contract import kernel
+from klab.kernels.matmul.problem import Matmul
+
+@kernel(Matmul, backend="cpu", kinds=("cpu",))
+def {name}(problem, config, chip):
+    '''A user's kernel.'''
+    return lambda inputs, outputs: None
+"""
+
+
+def test_a_users_folder_competes_and_a_broken_file_stops_nothing(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "mine.py").write_text(KERNEL.format(name="mine"))
+    (tmp_path / "broken.py").write_text("1/0")
+    (tmp_path / "quits.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "empty.py").write_text("x = 1")
+    (tmp_path / "absent.py").write_text("import cupy_backends.nothing_of_that_name")
+    found = discover([tmp_path])
+    assert found.kernels["matmul/mine"].summary == "A user's kernel."
+    reasons = {u.path.name: u.reason for u in found.unavailable}
+    assert "ZeroDivisionError" in reasons["broken.py"] and "SystemExit" in reasons["quits.py"]
+    assert "no kernel" in reasons["empty.py"] and "absent.py" in reasons
+
+
+def test_a_name_taken_twice_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text(KERNEL.format(name="mine"))
+    (tmp_path / "b.py").write_text(KERNEL.format(name="mine"))
+    with pytest.raises(UsageError, match="defined twice"):
+        discover([tmp_path])
+
+
+def test_every_kernel_offers_its_default_first_and_only_candidates_that_fit():
+    from contest import BLACKWELL, CPU, HOPPER
+
+    for kernel in discover().kernels.values():
+        for chip in (HOPPER, BLACKWELL, CPU):
+            for problem in kernel.problem_type.examples()[::4]:
+                if kernel.unfit(problem, chip) is not None:
+                    assert list(kernel.space(problem, chip)) == []
+                    continue
+                seen = []
+                for config in kernel.space(problem, chip):
+                    seen.append(config)
+                    if len(seen) == 50:
+                        break
+                assert seen[0] == kernel.default(problem, chip)
+                assert all(kernel.fits(problem, c, chip) is None for c in seen), kernel.id
+                assert len(set(seen)) == len(seen), f"{kernel.id} offers a candidate twice"
+                assert all(type(c).from_json(c.to_json_full()) == c for c in seen)
+
+
+def test_a_kernel_says_why_it_does_not_fit():
+    from contest import CPU, HOPPER
+
+    triton_like = next(k for k in discover().kernels.values() if k.kinds == ("cuda",))
+    assert "not cpu" in (triton_like.fits(triton_like.problem_type.examples()[0], NoConfig(), CPU) or "")
+    wrong = next(p for p in EXAMPLES if p.operator != triton_like.problem_type.operator)
+    assert "is for" in (triton_like.unfit(wrong, HOPPER) or "")
