@@ -104,5 +104,7 @@ def _launch_digest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
     names = set(inspect.signature(function.fn).parameters)
     bound = inspect.signature(function.fn).bind_partial(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
     size = grid(dict(bound)) if callable(grid) else grid
-    scalars = {name: value for name, value in bound.items() if isinstance(value, int | float | bool)}
+    # A constexpr that changed nothing in the machine code changes nothing at all, so it does not count.
+    run_time = {param.name for param in function.params if not param.is_constexpr}
+    scalars = {name: value for name, value in bound.items() if name in run_time and isinstance(value, int | float)}
     return digest({"grid": list(size), "scalars": {k: repr(v) for k, v in scalars.items()}})
