@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -231,8 +233,8 @@ class Kernel:
 
     @property
     def source_digest(self) -> str:
-        """Identity of the code: a hash of its file. A kernel that changed is another contestant, so old results do not stand for it."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        """Identity of the code: a kernel that changed is another contestant, so old results do not stand for it."""
+        return source_digest(self.path)
 
     def fits(self, problem: Problem, config: Config, chip: Chip) -> str | None:
         """None when it can run; otherwise the reason in a few words."""
@@ -262,6 +264,31 @@ class Kernel:
         for config in self.space_of(problem, chip):
             if config != default and self.fits(problem, config, chip) is None:
                 yield config
+
+
+# Beside the kernels' own helpers these files lie in the same folder; they shape no launch, so a change in them retires no result.
+_NOT_CODE = {"contract", "errors", "discover", "dtypes", "artifact"}
+
+
+def sources_of(path: Path) -> list[Path]:
+    """A kernel's file first, then every helper beside this module that it imports, CUDA headers included."""
+    folder = Path(__file__).parent
+    files, todo = {path}, [path]
+    while todo:
+        text = todo.pop().read_text()
+        helpers = [folder / f"{name}.py" for name in re.findall(r"klab\.kernels\.(\w+)", text) if name not in _NOT_CODE]
+        headers = [folder / name for name in re.findall(r"[\w.]+\.cuh", text)]
+        for file in helpers + headers:
+            if file.is_file() and file not in files:
+                files.add(file)
+                todo.append(file)
+    return sorted(files, key=lambda f: (f != path, f.name))
+
+
+@cache
+def source_digest(path: Path) -> str:
+    """Hash of everything in `sources_of` (16 hex digits)."""
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in sources_of(path))).hexdigest()[:16]
 
 
 def _only_default(problem: Problem, chip: Chip) -> Iterator[NoConfig]:

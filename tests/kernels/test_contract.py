@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from klab.kernels.contract import Config, NoConfig, digest
+from klab.kernels.contract import Config, NoConfig, digest, sources_of
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
@@ -116,3 +116,12 @@ def test_a_kernel_says_why_it_does_not_fit():
     assert "not cpu" in (triton_like.fits(triton_like.problem_type.examples()[0], NoConfig(), CPU) or "")
     wrong = next(p for p in EXAMPLES if p.operator != triton_like.problem_type.operator)
     assert "is for" in (triton_like.unfit(wrong, HOPPER) or "")
+
+
+def test_a_kernels_identity_covers_the_helpers_it_imports():
+    found = discover()
+    for kernel in found.kernels.values():
+        names = {f.name for f in sources_of(kernel.path)}
+        assert kernel.path.name in names and "contract.py" not in names
+        if kernel.backend == "cuda":
+            assert {"cuda_module.py", "device.cuh"} <= names

@@ -34,7 +34,8 @@ def test_agrees_with_reference(kernel, dtype, chip):
     ran, wrong = 0, []
     for i, (problem, config) in enumerate(cases(kernel, chip, dtypes=(dtype,), configs=2)):
         for row_padding in (0, 8):
-            found = check(problem, kernel.build(problem, config, chip), seed=i, device="cuda", row_padding=row_padding, reference_device="cpu")
+            launch = kernel.build(problem, config, chip)
+            found = check(problem, launch, seed=i, device="cuda", row_padding=row_padding, reference_device="cpu")
             ran += 1
             if not found.passed:
                 wrong.append(f"{problem.label()} [{config.label()}] row_padding={row_padding}: {found.reason}")
