@@ -266,8 +266,8 @@ class Kernel:
                 yield config
 
 
-# Beside the kernels' own helpers these files lie in the same folder; they shape no launch, so a change in them retires no result.
-_NOT_CODE = {"contract", "errors", "discover", "dtypes", "artifact"}
+# Kernels import these too, but they shape no launch: a change in them retires no result. (A Problem's identity is its own key.)
+_NOT_CODE = {"contract", "errors", "discover", "dtypes", "artifact", "problem"}
 
 
 def sources_of(path: Path) -> list[Path]:
@@ -276,7 +276,8 @@ def sources_of(path: Path) -> list[Path]:
     files, todo = {path}, [path]
     while todo:
         text = todo.pop().read_text()
-        helpers = [folder / f"{name}.py" for name in re.findall(r"klab\.kernels\.(\w+)", text) if name not in _NOT_CODE]
+        names = [name for name in re.findall(r"klab\.kernels\.([\w.]+)", text) if name.split(".")[-1] not in _NOT_CODE]
+        helpers = [folder / f"{name.replace('.', '/')}.py" for name in names]
         headers = [folder / name for name in re.findall(r"[\w.]+\.cuh", text)]
         for file in helpers + headers:
             if file.is_file() and file not in files:

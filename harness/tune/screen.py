@@ -9,12 +9,14 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from klab.harness.measure.client import scrubbed
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Status
 from klab.kernels.contract import Chip, Json
@@ -98,7 +100,7 @@ class _Compiler:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 # Compiling is what runs in parallel; torch's own threads would only fight over the cores.
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env=scrubbed(os.environ) | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
             assert self._process.stdin is not None
             self._process.stdin.write(self._hello + "\n")
@@ -122,12 +124,13 @@ def screen(
     limits: Limits | None = None,
     on_done: Callable[[Screened], None] = lambda _: None,
     stop: threading.Event | None = None,
+    deadline: float | None = None,
 ) -> list[Screened]:
     """Compile every trial for `chip` on `jobs` processes (default: one per core) and judge it.
 
     Kernels that have nothing to compile (libraries, CPU kernels) come back ok at once. Never raises for a candidate's fault: a
     crash, a hang or a compile error is that candidate's row. The order of the answer is the order of `trials`; of duplicates the
-    first one stays. With `stop` set, the rest comes back unscreened (ok, rule "not screened").
+    first one stays. With `stop` set, or past `deadline` (of time.monotonic()), the rest comes back unscreened (ok, "not screened").
     """
     limits = limits or Limits()
     dirs = list(kernel_dirs)
@@ -138,7 +141,7 @@ def screen(
         idle.put(compiler)
 
     def one(trial: Trial) -> Screened:
-        if stop is not None and stop.is_set():
+        if (stop is not None and stop.is_set()) or (deadline is not None and time.monotonic() >= deadline):
             return Screened(trial, Status.OK, "not screened", "screening was stopped")
         compiler = idle.get()
         try:
@@ -198,5 +201,5 @@ def _drop_duplicates(found: list[Screened]) -> list[Screened]:
 
 
 def tally(found: Iterable[Screened]) -> dict[str, int]:
-    """How many candidates fell to which rule; "kept" for those worth measuring."""
-    return dict(Counter("kept" if s.status is Status.OK else s.rule for s in found))
+    """How many candidates fell to which rule; "kept" for those worth measuring, "not screened" for those not reached."""
+    return dict(Counter((s.rule or "kept") if s.status is Status.OK else s.rule for s in found))

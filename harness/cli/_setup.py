@@ -1,0 +1,106 @@
+"""From options to what a job needs: model, chip, plan, kernels and trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from klab.harness.cli import _options
+from klab.harness.cli._console import emit, talk
+from klab.harness.cli.main import START_S
+
+if TYPE_CHECKING:
+    from klab.harness.catalog.architecture import Model
+    from klab.harness.plan.rows import Plan
+    from klab.harness.plan.trial import Trial
+    from klab.harness.plan.trials import Skipped
+    from klab.harness.tune.job import Outcome
+    from klab.kernels.contract import Chip
+    from klab.kernels.discover import Catalogue
+
+
+@dataclass
+class Setup:
+    """What was asked for, looked up. `trials` are in the order of the plan."""
+
+    model: Model
+    chip: Chip
+    plan: Plan
+    catalogue: Catalogue
+    trials: list[Trial]
+    skipped: list[Skipped]
+    kernel_dirs: list[Path]
+
+
+def look_up(
+    model: str,
+    chip: str,
+    *,
+    isl: int | None = None,
+    osl: int | None = None,
+    batch: str | None = None,
+    tp: int = 1,
+    dtype: str | None = None,
+    kernel_dirs: Sequence[Path] | None = None,
+    only: Sequence[str] | None = None,
+    candidates: str = "default",
+    phase: str | None = None,
+) -> Setup:
+    """Find everything by name; UsageError for what does not exist. Kernel files that could not be used are told on stderr."""
+    from klab.harness.catalog import find_chip, find_model
+    from klab.harness.plan import plan as make_plan
+    from klab.harness.plan import scenario_for
+    from klab.harness.plan.trials import trials as make_trials
+    from klab.kernels.discover import discover
+    from klab.kernels.errors import UsageError
+
+    found_model, found_chip = find_model(model), find_chip(chip)
+    batches = _options.integers(batch, "--batch")
+    scenario = scenario_for(found_model, found_chip, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
+    plan = make_plan(found_model, found_chip, scenario)
+    if phase is not None and phase not in {name for name, _ in plan.steps}:
+        raise UsageError(f"--phase {phase}: this model has {', '.join(dict.fromkeys(name for name, _ in plan.steps))}")
+    dirs = list(kernel_dirs or [])
+    catalogue = discover(dirs)
+    for absent in catalogue.unavailable:
+        if any(absent.path.is_relative_to(d.resolve()) for d in dirs):
+            talk.print(f"{absent.path}: {absent.reason}", style="yellow", markup=False, soft_wrap=True)
+    kernels = catalogue.select(only) if only else sorted(catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
+    rows = [row for row in plan.rows if row.problem and (phase is None or row.phase == phase)]
+    problems = {row.problem.key: row.problem for row in rows if row.problem}
+    made = make_trials(problems.values(), kernels, found_chip, candidates=candidates)
+    if not made.trials:
+        why = "; ".join(dict.fromkeys(f"{s.kernel}: {s.reason}" for s in made.skipped)) or "no kernel for any operator of the plan"
+        raise UsageError(f"nothing to measure for {found_model.name} on {found_chip.name}: {why}")
+    return Setup(found_model, found_chip, plan, catalogue, made.trials, made.skipped, dirs)
+
+
+def deadline_of(budget_s: float | None, *, reserve_s: float = 0.0) -> float | None:
+    """The second of time.monotonic() at which measuring must end: the budget counts from the start of the command.
+
+    `reserve_s` is left for what follows the measuring, but never more than a fifth of the budget.
+    """
+    return None if budget_s is None else START_S + budget_s - min(reserve_s, budget_s / 5)
+
+
+def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False) -> None:
+    """One line for people on stderr, or one object on stdout."""
+    counts = dict(outcome.by_status)
+    if as_json:
+        emit(
+            {
+                "type": "outcome",
+                "new": counts,
+                "known": len(outcome.known),
+                "left": len(outcome.left),
+                "stopped": outcome.stopped,
+                "seconds": round(outcome.seconds, 2),
+                "results": str(folder),
+            }
+        )
+    said = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "nothing new"
+    known = f"; {len(outcome.known)} were known already (--again measures them once more)" if outcome.known else ""
+    left = f"; {len(outcome.left)} not reached ({outcome.stopped}): the same command continues" if outcome.left else ""
+    talk.print(f"{said} in {outcome.seconds:.0f} s{known}{left}. Results in {folder}", markup=False, soft_wrap=True)

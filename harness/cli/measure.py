@@ -1,0 +1,118 @@
+"""`klab measure`: time, power and correctness of kernels on the shapes of a model, into the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from klab.harness.cli import _options
+from klab.harness.cli._console import emit, out, table, talk
+
+if TYPE_CHECKING:
+    from klab.harness.cli._setup import Setup
+    from klab.harness.tune.job import Job
+
+Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
+Phase = Annotated[str | None, typer.Option("--phase", help="Only prefill, decode or denoise.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the trials and the estimated time, and measure nothing.")]
+Again = Annotated[bool, typer.Option("--again", help="Measure also what has a result of this driver and toolchain already.")]
+Energy = Annotated[bool, typer.Option("--energy/--no-energy", help="On GPUs: joules of each problem's winner, runner-up and best library.")]
+
+
+def command(app: typer.Typer) -> None:
+    """Register the verb."""
+
+    @app.command()
+    def measure(
+        model: _options.Model,
+        chip: _options.Chip = "auto",
+        kernel: _options.Only = None,
+        candidates: Candidates = "default",
+        kernels: _options.KernelDirs = None,
+        isl: _options.Isl = None,
+        osl: _options.Osl = None,
+        batch: _options.Batch = None,
+        tp: _options.Tp = 1,
+        dtype: _options.Dtype = None,
+        phase: Phase = None,
+        budget: _options.Budget = None,
+        results: _options.Results = None,
+        again: Again = False,
+        energy: Energy = True,
+        dry_run: DryRun = False,
+        as_json: _options.AsJson = False,
+    ) -> None:
+        """Measure every kernel on the shapes of a model. What is known already is not measured twice; Ctrl-C keeps what was measured."""
+        from klab.harness.cli._setup import deadline_of, look_up
+
+        deadline = deadline_of(_options.seconds(budget))
+        setup = look_up(
+            model,
+            chip,
+            isl=isl,
+            osl=osl,
+            batch=batch,
+            tp=tp,
+            dtype=dtype,
+            kernel_dirs=kernels,
+            only=kernel,
+            candidates=candidates,
+            phase=phase,
+        )
+        if dry_run:
+            show_trials(setup, as_json=as_json)
+        else:
+            measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
+
+
+def measure_setup(
+    setup: Setup,
+    deadline: float | None,
+    *,
+    results: Path | None = None,
+    again: bool = False,
+    energy: bool = True,
+    as_json: bool = False,
+) -> Job:
+    """Run the trials as one job, then the energy of those that matter; says how it went. KeyboardInterrupt passes when all is stored."""
+    from klab.harness.cli._progress import Bars
+    from klab.harness.cli._setup import tell_outcome
+    from klab.harness.store.paths import folder_to_read, folder_to_write
+    from klab.harness.tune.job import Job, Outcome
+    from klab.harness.tune.pick import energy_trials
+
+    folder = folder_to_write(results)
+    # Recorded runs that ship with klab make a trial known too, unless a folder was named.
+    shipped = [] if results else [folder_to_read()]
+    with Bars(as_json=as_json) as bars:
+        job = Job(setup.chip, folder, read_from=shipped, kernel_dirs=setup.kernel_dirs, deadline=deadline, again=again, listener=bars)
+        outcome: Outcome = job.run(setup.trials, setup.catalogue.kernels)
+        outcomes = [outcome]
+        if energy and setup.chip.kind == "cuda" and not outcome.left:
+            chosen = energy_trials(setup.trials, job.stored())
+            outcomes.append(job.run(chosen, setup.catalogue.kernels))
+    for line in job.report.lines():
+        talk.print(line, style="yellow", markup=False, soft_wrap=True)
+    for done in outcomes:
+        tell_outcome(done, folder, as_json=as_json)
+    return job
+
+
+def show_trials(setup: Setup, *, as_json: bool = False) -> None:
+    """What would be measured, and about how long it would take."""
+    from klab.harness.tune.job import dry_run as estimate
+
+    seconds = estimate(setup.trials, setup.chip)
+    if as_json:
+        for trial in setup.trials:
+            emit({"type": "trial", "key": trial.key, **trial.to_json()})
+        emit({"type": "estimate", "trials": len(setup.trials), "seconds": round(seconds, 1)})
+        return
+    rows = [(t.kernel, t.problem.label(), t.config.label()) for t in setup.trials]
+    table(f"{len(rows)} trials on {setup.chip.title}", ("kernel", "problem", "config"), rows)
+    for reason, count in Counter(f"{s.kernel}: {s.reason}" for s in setup.skipped).items():
+        out.print(f"not on {count} problems: {reason}", markup=False)
+    out.print(f"about {seconds / 60:.1f} minutes (modelled, not measured)")

@@ -1,0 +1,181 @@
+"""A campaign: the most valuable measurements first, for a chip that one has for minutes only."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from klab.harness.catalog import find_model
+from klab.harness.plan import plan, scenario_for
+from klab.harness.plan.trial import Trial
+from klab.harness.plan.trials import default_policy, trials
+from klab.harness.store.query import latest
+from klab.harness.store.read import ReadReport, iter_results
+from klab.harness.store.result import Result, Status
+from klab.harness.tune.job import CHECK_ONLY, Job, Outcome
+from klab.harness.tune.pick import energy_trials
+from klab.kernels.contract import Chip, Kernel, Problem
+from klab.kernels.discover import Catalogue
+from klab.kernels.errors import UsageError
+
+# In order of value: a dense model on one GPU, a mixture of experts, a large dense one and the largest over the GPUs of a server.
+MODELS = {"cuda": ("llama-3.1-8b", "qwen3-30b-a3b", "llama-3.1-70b@4", "deepseek-v3@8"), "cpu": ("qwen3-0.6b",)}
+# Of an operator's examples so many are run per kernel on the device: a campaign of minutes cannot afford all, `pytest -m gpu` runs them.
+EXAMPLES_PER_KERNEL = 8
+# Candidates per kernel and problem in the rounds of tuning; each round contains the last.
+TUNING_ROUNDS = (6, 16, 48)
+ENERGY_PROBLEMS = 4
+COMPACT_FILE = "results.jsonl.gz"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a campaign: its name and its trials, in order."""
+
+    name: str
+    trials: list[Trial]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A problem of the campaign's models and the roofline time that a step of each spends in it."""
+
+    problem: Problem
+    bound_us: float
+    where: str
+
+
+def shares(models: Sequence[str], chip: Chip) -> list[Share]:
+    """The problems of these models (`name` or `name@tensor_parallel`), each once, with what they weigh; heaviest model first."""
+    found: dict[str, Share] = {}
+    for text in models:
+        name, _, tp = text.partition("@")
+        if tp and not tp.isdecimal():
+            raise UsageError(f"--model {text}: write name@4 for tensor parallelism over 4")
+        model = find_model(name)
+        made = plan(model, chip, scenario_for(model, chip, tp=int(tp) if tp else None))
+        for row in made.rows:
+            if row.problem is None:
+                continue
+            old = found.get(row.problem.key)
+            weight = row.count * row.bound_us + (old.bound_us if old else 0.0)
+            found[row.problem.key] = Share(row.problem, weight, old.where if old else f"{text} {row.phase}")
+    return list(found.values())
+
+
+class Campaign:
+    """Stages over one job. `folder` holds part files while it runs and one compact file afterwards; a later campaign continues there."""
+
+    def __init__(self, job: Job, catalogue: Catalogue, models: Sequence[str] = ()) -> None:
+        self.job, self.catalogue = job, catalogue
+        self.models = tuple(models) or MODELS[job.chip.kind]
+        self.shares = shares(self.models, job.chip)
+        self.outcomes: dict[str, Outcome] = {}
+
+    def stages(self) -> Iterator[Stage]:
+        """Correctness, comparison, energy of the heaviest, then tuning in rounds. Later stages look at what earlier ones found."""
+        chip, policy = self.job.chip, replace(default_policy(self.job.chip), energy=False)
+        kernels = sorted(self.catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
+        yield Stage("correctness", correctness_trials(kernels, chip))
+        compared = trials([s.problem for s in self.shares], kernels, chip, policy).trials
+        yield Stage("comparison", compared)
+        heavy = [s.problem.key for s in sorted(self.shares, key=lambda s: -s.bound_us)]
+        if chip.kind == "cuda":
+            first = [t for t in compared if t.problem.key in heavy[:ENERGY_PROBLEMS]]
+            yield Stage("energy", energy_trials(first, self.job.stored()))
+        own = [k for k in kernels if not k.library]
+        for count in TUNING_ROUNDS:
+            tuned = trials([s.problem for s in self.shares], own, chip, policy, f"sample:{count}").trials
+            # A library beside each group keeps the comparison interleaved; measured before, it runs along as a guest.
+            order = {key: rank for rank, key in enumerate(heavy)}
+            yield Stage(f"tuning {count}", sorted(tuned, key=lambda t: order[t.problem.key]))
+
+    def run(self) -> Iterator[tuple[Stage, Outcome]]:
+        """Run the stages one after another until the deadline or a stop. KeyboardInterrupt passes through; what was finished is stored."""
+        for stage in self.stages():
+            outcome = self.job.run(stage.trials, self.catalogue.kernels)
+            self.outcomes[stage.name] = outcome
+            yield stage, outcome
+            if outcome.stopped or (self.job.deadline is not None and time.monotonic() >= self.job.deadline):
+                return
+
+
+def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:
+    """Every kernel on examples of its operator that it fits, half in each 16-bit dtype, to be checked and not timed."""
+    chosen: list[Trial] = []
+    dtypes = ("bfloat16", "float16") if chip.kind == "cuda" else ("bfloat16", "float32")
+    for kernel in kernels:
+        fitting: dict[str, list[Problem]] = defaultdict(list)
+        for problem in kernel.problem_type.examples():
+            if problem.dtype in dtypes and kernel.unfit(problem, chip) is None:
+                fitting[problem.dtype].append(problem)
+        for problems in fitting.values():
+            step = max(1, len(problems) * 2 // EXAMPLES_PER_KERNEL)
+            some = problems[::step][: EXAMPLES_PER_KERNEL // 2]
+            chosen += [Trial.of(kernel, p, kernel.default(p, chip), chip.name, CHECK_ONLY) for p in some]
+    # By problem, so that the kernels on one example share its data and its reference.
+    return sorted(chosen, key=lambda t: (t.problem.operator, t.problem.key))
+
+
+def pack(folder: Path) -> Path | None:
+    """Gather every row under `folder` into one compressed file that can be committed, and remove the part files it replaces.
+
+    None when there are no rows. The file appears whole or not at all; a row that could not be read stays where it was.
+    """
+    report = ReadReport()
+    rows = list(iter_results(folder, report))
+    if not rows:
+        return None
+    target = folder / COMPACT_FILE
+    temporary = folder / f".{COMPACT_FILE}.{os.getpid()}"
+    # mtime 0: equal rows make equal bytes, so that git sees a change only where there is one.
+    with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
+        for row in rows:
+            file.write(json.dumps(row.to_json(), separators=(",", ":")).encode() + b"\n")
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(target)
+    for part in folder.glob("*.jsonl"):
+        if report.clean(part):
+            part.unlink()
+    return target
+
+
+def winners(results: Iterable[Result], wanted: Sequence[Share]) -> list[dict[str, object]]:
+    """Per problem the fastest kernel that is right, and the fastest library: one row for the summary table.
+
+    A plain ranking by medians, for a glance; `klab choose` judges with intervals and tie sets.
+    """
+    by_problem: dict[str, list[Result]] = defaultdict(list)
+    for row in latest(results):
+        if row.status is Status.OK and row.median_us is not None:
+            by_problem[row.problem_key].append(row)
+    found: list[dict[str, object]] = []
+    for share in wanted:
+        ranked = sorted(by_problem[share.problem.key], key=lambda r: r.median_us or 0.0)
+        if not ranked:
+            continue
+        best, library = ranked[0], next((r for r in ranked if r.library), None)
+        found.append(
+            {
+                "where": share.where,
+                "problem": share.problem.label(),
+                "kernel": best.kernel.split("/")[1],
+                "median_us": best.median_us,
+                "ci_low_us": best.ci_low_us,
+                "ci_high_us": best.ci_high_us,
+                "library": library.kernel.split("/")[1] if library else None,
+                "library_us": library.median_us if library else None,
+                "tflops": best.flops / best.median_us / 1e6 if best.median_us else None,
+                "gb_per_s": best.bytes_moved / best.median_us / 1e3 if best.median_us else None,
+                "energy_j": next((r.energy_j for r in ranked if r.kernel == best.kernel and r.energy_j is not None), None),
+                "candidates": len(ranked),
+            }
+        )
+    return found

@@ -1,0 +1,242 @@
+"""A job: trials in, rows in the store out. Skips what is known, screens what compiles, measures the rest within a budget."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from klab.harness.fleet.devices import devices
+from klab.harness.fleet.estimate import estimate_s
+from klab.harness.fleet.local import run_trials
+from klab.harness.measure import environment
+from klab.harness.measure.client import WorkerClient
+from klab.harness.plan.trial import Policy, Trial
+from klab.harness.store.journal import Journal
+from klab.harness.store.query import done_keys, latest
+from klab.harness.store.read import ReadReport, iter_results
+from klab.harness.store.result import Result, Status
+from klab.harness.tune.screen import Screened, screen
+from klab.kernels.contract import Chip, Kernel
+
+
+class Listener(Protocol):
+    """Who is told how a job goes: the command line draws progress bars, tests listen."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase begins: "screening" or "measuring", with so many trials."""
+
+    def screened(self, found: Screened) -> None:
+        """One candidate was compiled and judged."""
+
+    def result(self, result: Result) -> None:
+        """One row is in the store."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Nothing."""
+
+    def screened(self, found: Screened) -> None:
+        """Nothing."""
+
+    def result(self, result: Result) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Outcome:
+    """How a job went. `known` trials had an ok Result in this epoch already; `left` have none and were not reached."""
+
+    results: list[Result] = field(default_factory=list)
+    known: list[Trial] = field(default_factory=list)
+    left: list[Trial] = field(default_factory=list)
+    stopped: str = ""
+    seconds: float = 0.0
+
+    @property
+    def by_status(self) -> Counter[str]:
+        """New rows by status."""
+        return Counter(result.status.value for result in self.results)
+
+
+def new_run_id() -> str:
+    """Sortable by time and unique without coordination."""
+    return f"{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}-{secrets.token_hex(3)}"
+
+
+class Job:
+    """What `klab measure`, `klab run` and `klab campaign` share. One per command; every row carries its `run_id`."""
+
+    def __init__(
+        self,
+        chip: Chip,
+        folder: Path,
+        *,
+        read_from: Iterable[Path] = (),
+        kernel_dirs: Sequence[Path] = (),
+        deadline: float | None = None,
+        again: bool = False,
+        listener: Listener | None = None,
+        stop: threading.Event | None = None,
+        jobs: int | None = None,
+    ) -> None:
+        """`folder` takes the rows; `read_from` (besides it) is searched for results that make a trial known.
+
+        `deadline` is a second of time.monotonic(). With `again`, known trials are measured once more. CannotMeasure, before anything
+        is spent, when the chip is not here or the folder takes no rows.
+        """
+        devices(chip)
+        self.chip, self.folder, self.kernel_dirs = chip, folder, list(kernel_dirs)
+        self.deadline, self.again, self.stop = deadline, again, stop or threading.Event()
+        self.listener = listener or Silent()
+        self.run_id = new_run_id()
+        self.journal = Journal(folder, self.run_id)
+        self.journal.ready()
+        self.report = ReadReport()
+        self._jobs = jobs
+        self._stored = [] if again else [p for p in dict.fromkeys([folder, *read_from]) if p.exists()]
+        self._environment: dict[str, object] | None = None
+        self._screened: set[str] = set()
+
+    def known(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those of the trials that have an ok Result of this epoch: same driver, toolchain, device and threads."""
+        wanted = {trial.key for trial in trials}
+        rows = [row for row in iter_results(self._stored, self.report) if row.key in wanted and row.status is Status.OK]
+        if not rows:
+            return []
+        done = {threads: done_keys(rows, self._epoch(threads)) for threads in {t.policy.threads for t in trials}}
+        return [trial for trial in trials if trial.key in done[trial.policy.threads]]
+
+    def _epoch(self, threads: int) -> str:
+        """The epoch of a result measured now. Asked of a worker, so that this process makes no CUDA context."""
+        if self._environment is None:
+            client = WorkerClient(self.chip, cuda_device=devices(self.chip)[0].cuda_visible, kernel_dirs=self.kernel_dirs)
+            try:
+                client.start()
+                self._environment = dict(client.environment)
+            finally:
+                client.kill()
+        facts = dict(self._environment)
+        if self.chip.kind == "cpu":
+            facts["threads"] = threads or facts.get("cores")
+        return environment.epoch(facts)
+
+    def run(self, trials: Sequence[Trial], kernels: dict[str, Kernel]) -> Outcome:
+        """Measure `trials` in their order as far as the budget goes; every end that a trial came to is a row in the store.
+
+        KeyboardInterrupt passes through after what was finished is stored.
+        """
+        began = time.monotonic()
+        known = [] if self.again else self.known(trials)
+        skip = {trial.key for trial in known}
+        outcome = Outcome(known=known)
+        todo = self._screen([trial for trial in trials if trial.key not in skip], kernels, outcome)
+        if todo and not self._over():
+            self.listener.phase("measuring", len(todo))
+
+            def store(result: Result) -> None:
+                self._store(result, outcome)
+
+            summary = run_trials(
+                todo,
+                chip=self.chip,
+                run_id=self.run_id,
+                on_result=store,
+                kernel_dirs=self.kernel_dirs,
+                deadline=self.deadline,
+                stop=self.stop,
+            )
+            outcome.left, outcome.stopped = summary.unfinished, summary.stopped
+        elif todo:
+            outcome.left, outcome.stopped = todo, "interrupted" if self.stop.is_set() else "deadline"
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+    def _over(self) -> bool:
+        return self.stop.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def _screen(self, trials: list[Trial], kernels: dict[str, Kernel], outcome: Outcome) -> list[Trial]:
+        """Drop what cannot run, with a row that says why. Libraries and CPU kernels compile nothing and pass."""
+        compiled = [t for t in trials if kernels[t.kernel].backend in ("triton", "cuda") and t.key not in self._screened]
+        if not compiled or self._over():
+            return trials
+        self.listener.phase("screening", len(compiled))
+        found = screen(
+            compiled,
+            self.chip,
+            kernel_dirs=self.kernel_dirs,
+            jobs=self._jobs,
+            on_done=self.listener.screened,
+            stop=self.stop,
+            deadline=self.deadline,
+        )
+        dropped: set[str] = set()
+        for item in found:
+            self._screened.add(item.trial.key)
+            if item.status is not Status.OK:
+                dropped.add(item.trial.key)
+                self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
+        return [trial for trial in trials if trial.key not in dropped]
+
+    def _store(self, result: Result, outcome: Outcome) -> None:
+        self.journal.append(result)
+        outcome.results.append(result)
+        self.listener.result(result)
+
+    def stored(self) -> list[Result]:
+        """What stands in the store now, new rows included: for choosing and reporting."""
+        return latest(iter_results([p for p in dict.fromkeys([self.folder, *self._stored]) if p.exists()], ReadReport()))
+
+
+def screened_row(found: Screened, kernel: Kernel, run_id: str) -> Result:
+    """The Result of a candidate that never reached a device."""
+    trial, problem = found.trial, found.trial.problem
+    versions = environment.software()
+    return Result(
+        key=trial.key,
+        status=found.status,
+        reason=f"{found.rule}: {found.reason}" if found.rule else found.reason,
+        kernel=trial.kernel,
+        backend=kernel.backend,
+        library=kernel.library,
+        source_digest=trial.source_digest,
+        operator=problem.operator,
+        problem=problem.to_json(),
+        problem_key=problem.key,
+        problem_label=problem.label(),
+        config=trial.config.to_json_full(),
+        chip=trial.chip,
+        policy=trial.policy.to_json(),
+        run_id=run_id,
+        recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        kind="screened",
+        flops=problem.flops(),
+        bytes_moved=problem.bytes_moved(),
+        compile_s=found.compile_s,
+        build={"functions": list(found.functions)},
+        environment=versions,
+    )
+
+
+def dry_run(trials: Sequence[Trial], chip: Chip) -> float:
+    """Seconds that measuring all these trials would take, roughly."""
+    return estimate_s(trials, chip) + (screen_estimate_s(trials, chip) if chip.kind == "cuda" else 0.0)
+
+
+def screen_estimate_s(trials: Sequence[Trial], chip: Chip) -> float:
+    """Seconds of compiling on this machine's cores: about 1.5 s per candidate and core, disassembly included."""
+    return 1.5 * len(trials) / len(os.sched_getaffinity(0)) + 4.0
+
+
+CHECK_ONLY = Policy(max_rounds=0, min_rounds=0, warmup_ms=0.0, launch="events", l2="warm", energy=False)
+"""For correctness on a device without timing: the trial is built, checked on fresh data, and ends ok without a time."""
