@@ -1,0 +1,178 @@
+"""Model x Chip x Scenario -> Plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from klab.harness.catalog.architecture import (
+    Attention,
+    JointAttention,
+    LatentAttention,
+    LayerGroup,
+    LinearAttention,
+    Mixer,
+    Model,
+    ParallelBlock,
+    Stack,
+    UnknownMixer,
+)
+from klab.harness.plan.attention import attention_rows, latent_rows, linear_attention_rows
+from klab.harness.plan.blocks import joint_rows, parallel_rows
+from klab.harness.plan.feed_forward import feed_forward_rows
+from klab.harness.plan.memory import kv_bytes_per_token, memory_notes, weight_bytes
+from klab.harness.plan.precision import planned_dtype
+from klab.harness.plan.roofline import Roofline
+from klab.harness.plan.rows import Plan, Row
+from klab.harness.plan.scenario import Scenario, scenario_for
+from klab.harness.plan.step import Draft, Step, no_kernel
+from klab.kernels.contract import Chip
+from klab.kernels.errors import UsageError
+
+# Engines pad the vocabulary so that every GPU's part is a multiple of this.
+VOCABULARY_MULTIPLE = 64
+
+
+def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
+    """The problems of a model on one chip of its tensor-parallel group: a prefill (or denoising) step, then a decode step per batch size.
+
+    Without a scenario, the default of this kind of chip. Shapes are those a serving engine launches: fused qkv and gate-up, heads and
+    intermediate sizes divided by tensor parallelism, the last token alone through the output head in prefill, a decode step at context
+    isl + osl/2. UsageError when tensor parallelism does not divide the model, or the chip lacks a peak or a link.
+    """
+    scenario = scenario or scenario_for(model, chip)
+    if scenario.tp > 1 and chip.link_gb_per_s is None:
+        raise UsageError(f"chip {chip.name} has no link to another one (link_gb_per_s): plan it with --tp 1")
+    dtype, notes = planned_dtype(model, chip, scenario.dtype)
+    roofline = Roofline(chip, dtype)
+    rows: list[Row] = []
+    for step, drafts in _steps(model, scenario, dtype):
+        rows += _merged(step, drafts, roofline)
+    return Plan(
+        model=model,
+        chip=chip,
+        scenario=scenario,
+        dtype=dtype,
+        rows=tuple(rows),
+        notes=(*model.notes, *notes, *memory_notes(model, chip, scenario, dtype)),
+        weight_bytes=weight_bytes(model, dtype, scenario.tp),
+        kv_bytes_per_token=kv_bytes_per_token(model, dtype),
+    )
+
+
+Layers = tuple[int, list[Draft]]
+"""How many layers are alike, and the drafts of one of them."""
+
+
+def _steps(model: Model, s: Scenario, dtype: str) -> list[tuple[Step, list[Layers]]]:
+    common = {"dtype": dtype, "tp": s.tp, "expert_parallel": s.expert_parallel, "page_size": s.page_size}
+    if model.kind == "diffusion_transformer":
+        step = Step("denoise", s.prefill_batch, s.isl, 0, text=model.text_tokens, **common)  # type: ignore[arg-type]
+        return [(step, _stack(model.stack, step))]
+    if model.encoder is None:
+        prefill = Step("prefill", s.prefill_batch, s.isl - s.prefix_len, s.prefix_len, **common)  # type: ignore[arg-type]
+        source, context, encoded = 0, s.context, []
+    else:
+        # Whisper's encoder has a length of its own and isl is the decoder's prompt; otherwise the encoder reads isl tokens.
+        source = model.encoder.tokens or s.isl
+        prompt = s.isl if model.encoder.tokens else 1
+        context = max(prompt + s.osl // 2, s.q_len)
+        prefill = Step("prefill", s.prefill_batch, prompt, 0, source=source, **common)  # type: ignore[arg-type]
+        encoder_step = Step("prefill", s.prefill_batch, source, 0, **common)  # type: ignore[arg-type]
+        encoded = _named("encoder_", _stack(model.encoder, encoder_step))
+    steps = [(prefill, [*encoded, *_stack(model.stack, prefill), *_ends(model, prefill, s.prefill_batch)])]
+    for batch in s.batches if s.osl else ():
+        step = Step("decode", batch, s.q_len, context - s.q_len, source=source, **common)  # type: ignore[arg-type]
+        steps.append((step, [*_stack(model.stack, step), *_ends(model, step, step.tokens)]))
+    return steps
+
+
+def _named(prefix: str, layers: list[Layers]) -> list[Layers]:
+    return [(count, [replace(d, role=prefix + d.role) for d in drafts]) for count, drafts in layers]
+
+
+def _stack(stack: Stack, step: Step) -> list[Layers]:
+    """The layers of a stack and what surrounds them."""
+    once = []
+    for p in stack.projections:
+        draft = step.linear(p.role, step.rows_of(p.stream), p.n, p.k)
+        if p.operator != "matmul":
+            draft = replace(draft, operator=p.operator, problem=None, why=no_kernel(p.operator))
+        once += [draft] * p.count
+    return [(1, once), *((group.count, _group(group, stack.hidden, step)) for group in stack.groups)]
+
+
+def _group(group: LayerGroup, hidden: int, step: Step) -> list[Draft]:
+    drafts: list[Draft] = []
+    for mixer in group.mixers:
+        drafts += _mixer(mixer, hidden, step)
+    return drafts + feed_forward_rows(group.mlp, hidden, step)
+
+
+def _mixer(mixer: Mixer, hidden: int, step: Step) -> list[Draft]:
+    match mixer:
+        case Attention():
+            if mixer.cross and mixer.source_tokens:
+                step = replace(step, source=mixer.source_tokens)
+            return attention_rows(mixer, hidden, step)
+        case LatentAttention():
+            return latent_rows(mixer, hidden, step)
+        case LinearAttention():
+            return linear_attention_rows(mixer, hidden, step)
+        case JointAttention():
+            return joint_rows(mixer, hidden, step)
+        case ParallelBlock():
+            return parallel_rows(mixer, hidden, step)
+        case UnknownMixer():
+            return []
+
+
+def _ends(model: Model, step: Step, sampled: int) -> list[Layers]:
+    """Embedding before the layers; norm, output head and sampling behind them, for the `sampled` last tokens."""
+    hidden = model.stack.hidden
+    drafts = [step.element_wise("embedding", "embedding", step.tokens, hidden, passes=2, flops=0), *step.all_reduce(step.tokens, hidden)]
+    if model.kind == "encoder":
+        return [(1, drafts)]
+    multiple = VOCABULARY_MULTIPLE * step.tp
+    vocabulary = -(-model.vocab // multiple) * multiple
+    drafts.append(step.element_wise("final_norm", "norm", sampled, hidden, passes=2, flops=4))
+    drafts.append(step.linear("lm_head", sampled, vocabulary // step.tp, hidden))
+    if step.tp > 1:
+        sent = (step.tp - 1) / step.tp * sampled * vocabulary * step.size
+        shape = {"rows": sampled, "width": vocabulary, "gpus": step.tp}
+        moved = float(sampled * vocabulary * step.size)
+        drafts.append(Draft("logits_gather", "all_gather", shape, 0.0, moved, sent, why=no_kernel("all_gather")))
+    # Engines sample from float32 logits: the cast, a pass for the maximum and the sum, a pass to choose.
+    drafts.append(Draft("sampling", "sampling", {"rows": sampled, "width": vocabulary}, 4.0 * sampled * vocabulary,
+                        sampled * vocabulary * (step.size + 12.0), why=no_kernel("sampling")))  # fmt: skip
+    return [(1, drafts)]
+
+
+def _merged(step: Step, layers: list[Layers], roofline: Roofline) -> list[Row]:
+    """Equal launches become one row: counts add, roles are joined."""
+    found: dict[str, tuple[Draft, dict[str, None], int, int]] = {}
+    for count, drafts in layers:
+        counted = set()
+        for draft in drafts:
+            first, roles, launches, in_layers = found.get(draft.identity, (draft, {}, 0, 0))
+            roles[draft.role] = None
+            in_layers += 0 if draft.identity in counted else count
+            counted.add(draft.identity)
+            found[draft.identity] = (first, roles, launches + count, in_layers)
+    return [
+        Row(
+            step.phase,
+            step.batch,
+            " + ".join(roles),
+            draft.operator,
+            draft.shape,
+            launches,
+            in_layers,
+            draft.flops,
+            draft.bytes_moved,
+            draft.link_bytes,
+            *roofline.bound(draft.flops, draft.bytes_moved, draft.link_bytes),
+            draft.problem,
+            draft.why,
+        )
+        for draft, roles, launches, in_layers in found.values()
+    ]

@@ -1,0 +1,116 @@
+"""One step of a model (a prefill, a decode, a denoising call) and the drafts of the rows in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from klab.harness.catalog.matrices import Matrix
+from klab.kernels.contract import Json, Problem, canonical_json
+from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.matmul.problem import Matmul
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A row before it is merged and bounded: the work of one launch."""
+
+    role: str
+    operator: str
+    shape: Mapping[str, Json] = field(hash=False)
+    flops: float
+    bytes_moved: float
+    link_bytes: float = 0.0
+    problem: Problem | None = None
+    why: str = ""
+
+    @property
+    def identity(self) -> str:
+        """Equal for launches that are the same work, whatever their role."""
+        work = [self.flops, self.bytes_moved, self.link_bytes]
+        return canonical_json([self.operator, dict(self.shape), work, self.problem.key if self.problem else None, self.why])
+
+
+@dataclass(frozen=True)
+class Step:
+    """`batch` sequences with `new` tokens each behind `prefix` cached ones. `source` tokens per sequence feed cross-attention, `text`
+    tokens are a diffusion model's prompt. `phase` is "prefill", "decode" or "denoise".
+    """
+
+    phase: str
+    batch: int
+    new: int
+    prefix: int
+    dtype: str
+    tp: int = 1
+    expert_parallel: bool = False
+    page_size: int = 16
+    source: int = 0
+    text: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that flow through the layers."""
+        return self.batch * self.new
+
+    @property
+    def context(self) -> int:
+        """Keys per sequence, new ones included."""
+        return self.prefix + self.new
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return SIZE_BYTES[self.dtype]
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decode step."""
+        return self.phase == "decode"
+
+    def rows_of(self, stream: str) -> int:
+        """Rows of the activations of a stream (see Projection and Matrix)."""
+        return {
+            "tokens": self.tokens,
+            "source": self.batch * self.source,
+            "text": self.batch * self.text,
+            "all": self.tokens + self.batch * self.text,
+            "samples": self.batch,
+            "frames": 2 * self.tokens,
+        }[stream]
+
+    def linear(self, role: str, m: int, n: int, k: int) -> Draft:
+        """x[m, k] @ W[n, k]^T."""
+        problem = Matmul(m, n, k, self.dtype)
+        return Draft(role, "matmul", {"m": m, "n": n, "k": k}, problem.flops(), problem.bytes_moved(), problem=problem)
+
+    def matrices(self, matrices: Sequence[Matrix], *, reduce: bool = True) -> list[Draft]:
+        """The matrices of a part; behind a row-parallel one, the all-reduce of its partial sums."""
+        drafts = []
+        for matrix in matrices:
+            if matrix.when == "prefill" and self.decodes:
+                continue
+            rows = self.rows_of(matrix.stream)
+            drafts.append(self.linear(matrix.role, rows, matrix.n, matrix.k))
+            if matrix.row_parallel and reduce:
+                drafts += self.all_reduce(rows, matrix.n)
+        return drafts
+
+    def all_reduce(self, rows: int, width: int) -> list[Draft]:
+        """The sum of one tensor over the group; every GPU sends 2 (tp - 1)/tp of it (ring, or switch without in-network sums)."""
+        if self.tp == 1:
+            return []
+        sent = 2 * (self.tp - 1) / self.tp * rows * width * self.size
+        shape = {"rows": rows, "width": width, "gpus": self.tp}
+        return [Draft("all_reduce", "all_reduce", shape, 0.0, 2.0 * rows * width * self.size, sent, why=no_kernel("all_reduce"))]
+
+    def element_wise(self, role: str, operator: str, rows: int, width: int, *, passes: float, flops: float = 1.0) -> Draft:
+        """Something done to `rows` x `width` elements that moves `passes` times their bytes and does `flops` per element."""
+        elements = rows * width
+        shape = {"rows": rows, "width": width}
+        return Draft(role, operator, shape, flops * elements, passes * elements * self.size, why=no_kernel(operator))
+
+
+def no_kernel(operator: str) -> str:
+    """The reason of a row whose operator has no folder under kernels/ yet."""
+    return f"no kernel yet: {operator}"
