@@ -98,12 +98,11 @@ def fingerprint(inputs: Tensors) -> dict[str, int]:
     return {name: int(t.contiguous().view(whole[t.element_size()]).sum(dtype=torch.int64)) for name, t in inputs.items()}
 
 
-def check(problem: Problem, launch: Launch, *, seed: int, device: str = "cpu", row_padding: int = 0, reference_device: str = "") -> Check:
-    """Run `launch` once on fresh inputs of this seed and judge what it wrote.
+def attempt(problem: Problem, launch: Launch, inputs: Tensors, *, device: str) -> tuple[Tensors, str]:
+    """Launch once into poisoned outputs between guard bands: (what it wrote, what it did wrong or "").
 
-    The reference is computed on `reference_device` (default: the device of the inputs). Whatever the launch raises passes through.
+    Wrong is to write outside its outputs or to change its inputs. Whatever the launch raises passes through.
     """
-    inputs = problem.inputs(seed=seed, device=device, row_padding=row_padding)
     before = fingerprint(inputs)
     outputs, trespass = guarded_outputs(problem, device)
     poison(outputs)
@@ -114,10 +113,20 @@ def check(problem: Problem, launch: Launch, *, seed: int, device: str = "cpu", r
         torch.cuda.synchronize()
     wrote_outside = trespass()
     if wrote_outside:
-        return Check(float("inf"), problem.tolerance(), wrote_outside)
+        return outputs, wrote_outside
     changed = [name for name, value in fingerprint(inputs).items() if value != before[name]]
-    if changed:
-        return Check(float("inf"), problem.tolerance(), f"changed its input {', '.join(changed)}")
+    return outputs, f"changed its input {', '.join(changed)}" if changed else ""
+
+
+def check(problem: Problem, launch: Launch, *, seed: int, device: str = "cpu", row_padding: int = 0, reference_device: str = "") -> Check:
+    """Run `launch` once on fresh inputs of this seed and judge what it wrote.
+
+    The reference is computed on `reference_device` (default: the device of the inputs). Whatever the launch raises passes through.
+    """
+    inputs = problem.inputs(seed=seed, device=device, row_padding=row_padding)
+    outputs, wrong = attempt(problem, launch, inputs, device=device)
+    if wrong:
+        return Check(float("inf"), problem.tolerance(), wrong)
     at = reference_device or device
     reference = problem.reference({name: tensor.to(at) for name, tensor in inputs.items()})
     return compare(problem, outputs, reference)

@@ -1,0 +1,379 @@
+"""A contest: all trials of ONE problem on one device, prepared one by one and then timed lap by lap against each other.
+
+In each lap every contestant has one round, in alternating order (A B C, C B A, ...), so that drift meets all alike. A contestant that
+crashes, hangs or is wrong becomes a Result; the others go on, with a fresh worker where the old one died.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from klab.harness.measure.client import START_LIMIT_S, WorkerClient, WorkerDied, WorkerHung
+from klab.harness.measure.energy import RAMP_LIMIT_S, RAMP_S
+from klab.harness.measure.entry import Baseline, Entry, Place
+from klab.harness.measure.session import ENERGY_PASSES, Answer
+from klab.harness.plan.trial import Trial
+from klab.harness.store.result import Result, Status
+from klab.kernels.contract import Json, digest
+from klab.kernels.errors import CannotMeasure, UsageError
+
+# Contestants in one group: more of them would stretch a lap beyond the drift that it is to cancel.
+GROUP_SLOTS = 8
+# With less of the device's memory free than this, the rest of a group waits for the next.
+LEAST_FREE_SHARE = 0.15
+# After a request to stop, rounds still missing are taken for at most this long.
+STOP_GRACE_S = 3.0
+# The closing check of one contestant launches twice and compares; without so much time it is left out.
+CLOSING_S = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds after which a request counts as hung. `sample_s` comes on top of twenty times what the calibration expects."""
+
+    start_s: float = START_LIMIT_S
+    open_s: float = 300.0
+    prepare_s: float = 180.0
+    sample_s: float = 30.0
+
+
+class _OutOfTime(Exception):
+    """The deadline has come."""
+
+
+class _Lost(Exception):
+    """The worker is gone; `entry` did it, or nobody (while the data was made)."""
+
+    def __init__(self, entry: Entry | None, status: Status, reason: str, answer: Mapping[str, Json] | None = None) -> None:
+        super().__init__(reason)
+        self.entry, self.status, self.reason, self.answer = entry, status, reason, answer or {}
+
+
+class _NoContest(Exception):
+    """The problem itself cannot be set up here."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Contest:
+    """Trials of one problem. They share everything of their policy but whether energy is wanted; UsageError if they do not.
+
+    `unfinished` holds the trials that have no Result when `run` returned early.
+    """
+
+    def __init__(
+        self,
+        client: WorkerClient,
+        trials: Sequence[Trial],
+        *,
+        run_id: str,
+        checkout: Mapping[str, Json] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        if len({contest_key(trial) for trial in trials}) != 1:
+            raise UsageError("a contest is about one problem under one policy")
+        self.client = client
+        self.limits = limits or Limits()
+        self._problem = trials[0].problem
+        self._policy = trials[0].policy
+        self._run_id = run_id
+        self._checkout = dict(checkout or {})
+        self._entries = [Entry(trial, slot) for slot, trial in enumerate(trials)]
+        self._waiting: list[Entry] = []
+        self._tried_alone: set[int] = set()
+        self._is_open = False
+        self._data: Answer = {}
+        self._open_failures = 0
+        self._baseline: Trial | None = None
+        self._groups = 0
+        self._told: set[int] = set()
+
+    @property
+    def unfinished(self) -> list[Trial]:
+        """The trials without a Result so far, in the order given."""
+        return [e.trial for e in self._entries if e.slot not in self._told]
+
+    def run(self, *, deadline: float | None = None, stop: threading.Event | None = None) -> Iterator[Result]:
+        """Yield each Result as soon as it stands. `deadline` is a time.monotonic() second; both it and `stop` end the run early.
+
+        CannotMeasure when no worker comes up.
+        """
+        self._deadline = float("inf") if deadline is None else deadline
+        self._stop = stop or threading.Event()
+        self._stopped_at = float("inf")
+        try:
+            self._start()
+            for entry in self._entries:
+                entry.library = bool(self.client.kernels.get(entry.trial.kernel, {}).get("library"))
+            self._waiting = sorted(self._entries, key=lambda e: not e.library)
+            while self._waiting and not self._stop.is_set():
+                yield from self._group(self._next_group())
+        except _OutOfTime:
+            self.client.kill()  # it may be in the midst of a launch that takes longer than there is time
+        except _NoContest as error:
+            for entry in self._entries:
+                if entry.slot not in self._told:
+                    yield self._failure(entry, error.status, error.reason, {})
+        if self.client.alive and self._remaining() > 0:
+            self._quietly("close")
+
+    def _remaining(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _next_group(self) -> list[Entry]:
+        """The next contestants, with the baseline as a guest where it is not among them. One that ran out of memory goes alone."""
+        first = self._waiting[0]
+        size = 1 if first.slot in self._tried_alone else GROUP_SLOTS
+        group, self._waiting = self._waiting[:size], self._waiting[size:]
+        if self._baseline is not None and size > 1:
+            group.insert(0, Entry(self._baseline, len(self._entries) + self._groups, guest=True, library=True))
+        self._groups += 1
+        return group
+
+    def _group(self, group: list[Entry]) -> Iterator[Result]:
+        contest_id = digest([self._run_id, self._problem.key, self._policy.to_json(), self._groups, time.time_ns()])
+        baseline = Baseline(group, contest_id)
+        try:
+            while True:
+                try:
+                    yield from self._prepare(group)
+                    yield from self._laps(group, baseline)
+                    yield from self._energies(group, baseline)
+                    break
+                except _Lost as lost:
+                    yield from self._recover(group, lost)
+        except _OutOfTime:
+            yield from self._tell_what_stands(group, baseline, "the time was up before the energy was measured")
+            raise
+        yield from self._tell_what_stands(group, baseline, "interrupted before the energy was measured")
+        if baseline.entry is not None:
+            self._baseline = baseline.entry.trial
+        for entry in group:
+            if self.client.alive and entry.ready:
+                self._quietly("drop", slot=entry.slot)
+
+    def _tell_what_stands(self, group: list[Entry], baseline: Baseline, energy_reason: str) -> Iterator[Result]:
+        for entry in group:
+            if entry.slot not in self._told and not entry.guest and entry.tellable:
+                if entry.trial.policy.energy and "energy_reason" not in entry.energy:
+                    entry.energy["energy_reason"] = energy_reason
+                yield self._tell(entry, baseline)
+
+    def _recover(self, group: list[Entry], lost: _Lost) -> Iterator[Result]:
+        """Record the culprit; the others are prepared again in a fresh worker and keep their complete laps."""
+        self.client.kill()
+        self._is_open = False
+        if lost.entry is None:
+            self._open_failures += 1
+            if self._open_failures > 1:
+                raise _NoContest(lost.status, f"while the data of the problem was made: {lost.reason}")
+        else:
+            group.remove(lost.entry)
+            if not lost.entry.guest:
+                yield self._failure(lost.entry, lost.status, lost.reason, {**lost.entry.shape, **lost.answer})
+            elif self._baseline is lost.entry.trial:
+                self._baseline = None
+        whole = min((len(e.samples_us) for e in group if e.ready and not e.done), default=0)
+        for entry in group:
+            if not entry.done:
+                entry.forget_after(whole)
+            entry.ready = False
+            entry.energy = {}
+
+    def _start(self) -> None:
+        remaining = self._remaining()
+        if remaining <= 0:
+            raise _OutOfTime
+        try:
+            self.client.start(limit_s=min(self.limits.start_s, remaining))
+        except WorkerHung as error:
+            if self._remaining() <= 0:
+                raise _OutOfTime from error
+            raise CannotMeasure(f"the measuring process does not start: {error}") from error
+
+    def _ask(self, entry: Entry | None, operation: str, limit_s: float, **fields: Json) -> Answer:
+        """Ask within the limit and the deadline; whatever ends the worker is laid at the door of `entry`."""
+        remaining = self._remaining()
+        if remaining <= 0:
+            raise _OutOfTime
+        try:
+            answer = self.client.ask(operation, limit_s=min(limit_s, remaining), **fields)
+        except WorkerHung as error:
+            if self._remaining() <= 0:
+                raise _OutOfTime from error
+            raise _Lost(entry, Status.TIMEOUT, str(error)) from error
+        except WorkerDied as error:
+            raise _Lost(entry, Status.CRASHED, f"{error}, in {operation}") from error
+        if answer.get("fatal"):
+            raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+        return answer
+
+    def _quietly(self, operation: str, **fields: Json) -> None:
+        """Tidy up; a worker that fails at it is replaced when next needed."""
+        try:
+            self.client.ask(operation, limit_s=max(min(30.0, self._remaining()), 0.1), **fields)
+        except (WorkerDied, WorkerHung):
+            self.client.kill()
+
+    def _set_up(self) -> None:
+        """A worker with the problem open."""
+        if not self.client.alive:
+            self._is_open = False
+            self._start()
+        if not self._is_open:
+            fields = {"operator": self._problem.operator, "problem": self._problem.to_json(), "policy": self._policy.to_json()}
+            answer = self._ask(None, "open", self.limits.open_s, **fields)
+            if answer["status"] != Status.OK.value:
+                raise _NoContest(Status(answer["status"]), f"while the data of the problem was made: {answer.get('reason', '')}")
+            self._is_open, self._data = True, answer
+
+    def _prepare(self, group: list[Entry]) -> Iterator[Result]:
+        """Make every contestant of the group ready; those that cannot be are told, those that must wait go back to the queue."""
+        self._set_up()
+        began, full = time.monotonic(), False
+        postponed: list[Entry] = []
+        for entry in list(group):
+            if entry.ready or entry.slot in self._told:
+                continue
+            if not entry.samples_us and (self._stop.is_set() or self._must_wait(group, began, full)):
+                group.remove(entry)
+                postponed += [] if entry.guest else [entry]
+                continue
+            trial = entry.trial
+            answer = self._ask(
+                entry,
+                "prepare",
+                self.limits.prepare_s,
+                slot=entry.slot,
+                kernel=trial.kernel,
+                source_digest=trial.source_digest,
+                config=trial.config.to_json_full(),
+                policy=trial.policy.to_json(),
+            )
+            if answer["status"] == Status.OK.value:
+                entry.ready, entry.shape = True, answer
+                full = answer["free_share"] < LEAST_FREE_SHARE
+                continue
+            group.remove(entry)
+            if entry.guest:
+                self._baseline = None
+            elif answer["status"] == Status.OUT_OF_MEMORY.value and any(e.ready for e in group) and entry.slot not in self._tried_alone:
+                self._tried_alone.add(entry.slot)
+                self._waiting.append(entry)
+            else:
+                yield self._failure(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+        self._waiting[:0] = postponed
+
+    def _must_wait(self, group: list[Entry], began: float, full: bool) -> bool:
+        """True when memory is full, or preparing one more would leave too little time to measure those that are ready."""
+        ready = [e for e in group if e.ready]
+        if full or all(e.guest for e in ready):
+            return full and not all(e.guest for e in ready)
+        now = time.monotonic()
+        cost = (now - began) / len(ready)
+        rounds_s = sum(e.trial.policy.min_rounds * (1.5 * e.round_s + 0.005) for e in ready if not e.done)
+        return now + cost + rounds_s > self._deadline
+
+    def _laps(self, group: list[Entry], baseline: Baseline) -> Iterator[Result]:
+        """Rounds until nobody needs more. The baseline runs along as long as anybody does, so that every lap can be paired."""
+        lap = 0
+        while True:
+            wanting = [e for e in group if e.ready and not e.done]
+            if not any(e for e in wanting if not e.guest):
+                return
+            began = time.monotonic()
+            for entry in wanting if lap % 2 == 0 else reversed(wanting):
+                self._sample(entry)
+            lap += 1
+            now = time.monotonic()
+            closing = [e for e in wanting if self._enough(e)]
+            if closing:
+                baseline.choose()
+                others = [e for e in wanting if e not in closing and e is not baseline.entry]
+                if baseline.entry in closing and others and len(baseline.entry.samples_us) < baseline.entry.trial.policy.max_rounds:
+                    closing.remove(baseline.entry)
+            if now + 1.2 * (now - began) + CLOSING_S * len(wanting) > self._deadline:
+                closing = [e for e in wanting if e.tellable]
+                if not closing:
+                    raise _OutOfTime
+                for entry in closing:
+                    yield from self._close(entry, baseline)
+                raise _OutOfTime
+            for entry in closing:
+                yield from self._close(entry, baseline)
+
+    def _sample(self, entry: Entry) -> None:
+        began = time.monotonic()
+        answer = self._ask(entry, "sample", self.limits.sample_s + 20 * entry.round_s, slot=entry.slot)
+        if answer["status"] != Status.OK.value:
+            # The worker lives, but a launch that fails between good ones has unsettled it: the others get a fresh one.
+            raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+        entry.add(answer, time.monotonic() - began)
+
+    def _enough(self, entry: Entry) -> bool:
+        """The stopping rule; or, when asked to stop, the least rounds and a short grace."""
+        if self._stop.is_set():
+            self._stopped_at = min(self._stopped_at, time.monotonic())
+            grace_over = time.monotonic() - self._stopped_at > STOP_GRACE_S
+            return len(entry.kept) >= entry.trial.policy.min_rounds or grace_over
+        return bool(entry.rule.enough(entry.samples_us, entry.marked, entry.spent_s, seed=entry.trial.policy.seed))
+
+    def _close(self, entry: Entry, baseline: Baseline) -> Iterator[Result]:
+        """Check once more, then tell, unless its energy is still to be measured."""
+        entry.done = True
+        if entry.guest or not entry.tellable:
+            return
+        answer = self._ask(entry, "finish", self.limits.sample_s + 20 * entry.round_s, slot=entry.slot)
+        if answer["status"] != Status.OK.value:
+            yield self._failure(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+            return
+        entry.finished = answer
+        if not entry.trial.policy.energy:
+            yield self._tell(entry, baseline)
+
+    def _energies(self, group: list[Entry], baseline: Baseline) -> Iterator[Result]:
+        """Sustained runs in passes of alternating order, for those that want them."""
+        wanting = [e for e in group if e.trial.policy.energy and not e.guest and e.ready and e.slot not in self._told]
+        for turn in range(ENERGY_PASSES):
+            for entry in wanting if turn % 2 == 0 else wanting[::-1]:
+                if turn and not entry.energy.get("power_trace"):
+                    continue  # refused for good at the first pass
+                seconds = entry.trial.policy.energy_s
+                # 2 s measure the idle power, once.
+                need_s = seconds / ENERGY_PASSES + RAMP_S + 1.0 + (0.0 if turn else 2.0)
+                if self._stop.is_set() or self._remaining() < need_s:
+                    why = "interrupted" if self._stop.is_set() else f"{max(self._remaining(), 0.0):.0f} s were left"
+                    entry.energy = {"energy_reason": f"not measured to the end: {why}, a sustained run takes {need_s:.0f} s"}
+                    continue
+                limit_s = 3.0 * seconds + RAMP_LIMIT_S + self.limits.sample_s
+                answer = self._ask(entry, "energy", limit_s, slot=entry.slot, seconds=seconds)
+                if answer["status"] != Status.OK.value:
+                    raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+                entry.energy = answer
+        for entry in wanting:
+            yield self._tell(entry, baseline)
+
+    def _place(self) -> Place:
+        threads = {"threads": self._data["threads"]} if "threads" in self._data else {}
+        environment = {**self.client.environment, **self._checkout, **threads}
+        return Place(self._run_id, environment, self.client.kernels, self._data.get("reference_device", ""))
+
+    def _failure(self, entry: Entry, status: Status, reason: str, answer: Mapping[str, Json]) -> Result:
+        self._told.add(entry.slot)
+        entry.done = True
+        return entry.failed(self._place(), status, reason, answer)
+
+    def _tell(self, entry: Entry, baseline: Baseline) -> Result:
+        self._told.add(entry.slot)
+        return entry.measured(self._place(), baseline.beside(entry))
+
+
+def contest_key(trial: Trial) -> str:
+    """Trials with equal keys can share a contest: the same problem, and the same policy but for energy."""
+    policy = replace(trial.policy, energy=False, energy_s=0.0)
+    return digest({"problem": trial.problem.key, "policy": policy.to_json(), "chip": trial.chip})

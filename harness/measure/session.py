@@ -1,0 +1,339 @@
+"""What a worker does with ONE problem at a time: make the data, judge each contestant, time it round by round. No pipes here."""
+
+from __future__ import annotations
+
+import gc
+import math
+import secrets
+import time
+from dataclasses import dataclass, field
+
+from klab.harness.measure import faults
+from klab.harness.measure.check import Check, attempt, compare, fingerprint, guarded_outputs, poison
+from klab.harness.measure.cuda_timer import CannotCapture
+from klab.harness.measure.energy import MIN_UPDATES, Window, idle_power, judge, sustain
+from klab.harness.measure.power import PowerMeter
+from klab.harness.measure.rotation import Rotation, plan, set_bytes
+from klab.harness.measure.timer import Batch, Timer
+from klab.harness.plan.trial import Policy
+from klab.harness.store.result import Status
+from klab.kernels.contract import Chip, Json, Launch, Problem, Tensors
+from klab.kernels.discover import Catalogue
+from klab.kernels.errors import UsageError
+
+CHECK_SEEDS = 2
+# Below this a CPU makes the reference in well under a second; above it the device does, in the reference's own higher precision.
+REFERENCE_ON_CPU_FLOPS = 2e9
+# Check inputs are kept between contestants up to this size, and drawn again for each beyond it.
+KEEP_BYTES = 512 << 20
+# An energy run is split over two passes (A B C C B A), so that slow drift meets every contestant alike.
+ENERGY_PASSES = 2
+
+Answer = dict[str, Json]
+
+
+@dataclass
+class Slot:
+    """One contestant that is ready."""
+
+    batch: Batch
+    worst: float
+    checks: int
+    windows: list[Window] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs that were not seen before, and the answer."""
+
+    seed: int
+    reference: Tensors
+    inputs: Tensors | None
+
+
+class Session:
+    """The state of one worker. Every method returns a JSON object; a contestant's failure is a status in it, never an exception.
+
+    `fatal` in an answer says that the device's context is broken and the worker must end.
+    """
+
+    def __init__(self, chip: Chip, catalogue: Catalogue, timer: Timer, meter: PowerMeter) -> None:
+        self.chip, self.catalogue, self.timer, self.meter = chip, catalogue, timer, meter
+        self._forget()
+
+    def _forget(self) -> None:
+        self.slots: dict[int, Slot] = {}
+        self.policy = Policy()
+        self.rotation = Rotation([], [], "")
+        self._problem: Problem | None = None
+        self._idle_w: float | None = None
+        self._cases: list[Case] = []
+        # The sets that are verified after the rounds (the first and the last), with what they must give and hold.
+        self._expected: dict[int, Tensors] = {}
+        self._prints: dict[int, dict[str, int]] = {}
+
+    @property
+    def problem(self) -> Problem:
+        """The open problem; UsageError when there is none."""
+        if self._problem is None:
+            raise UsageError("no problem is open")
+        return self._problem
+
+    def open(self, operator: str, problem: Json, policy: Json) -> Answer:
+        """Make the rotated sets and the answers for `problem`, shared by every contestant."""
+        self.close()
+        if operator not in self.catalogue.operators:
+            raise UsageError(f"unknown operator {operator!r}; known: {', '.join(sorted(self.catalogue.operators))}")
+        self._problem = self.catalogue.operators[operator].from_json(problem)
+        self.policy = Policy.from_json(policy)
+        try:
+            return self._fill()
+        except Exception as error:  # noqa: BLE001  whatever allocation or the reference raises
+            return self._failure(error, building=False)
+
+    def _fill(self) -> Answer:
+        conditions = self.timer.begin(self.policy)
+        stored, touched = set_bytes(self.problem)
+        how = plan(
+            stored=stored,
+            touched=touched,
+            l2=self.policy.l2,
+            l2_bytes=self.timer.l2_bytes,
+            memory_bytes=self.timer.memory_bytes,
+            max_sets=self.timer.max_sets,
+            can_flush=self.timer.can_flush,
+        )
+        on_cpu = self.timer.device == "cpu" or self.problem.flops() <= REFERENCE_ON_CPU_FLOPS
+        self._reference_device = "cpu" if on_cpu else self.timer.device
+        self._keep = stored * CHECK_SEEDS <= KEEP_BYTES
+        self._cases = [self._case(secrets.randbelow(2**31)) for _ in range(CHECK_SEEDS)]
+        self.rotation = Rotation.make(self.problem, how, seed=self.policy.seed, device=self.timer.device)
+        self._expected = {i: self._reference(self.rotation.inputs[i]) for i in sorted({0, how.count - 1})}
+        self._prints = {i: fingerprint(self.rotation.inputs[i]) for i in self._expected}
+        self.timer.wait()
+        return {
+            "status": Status.OK.value,
+            "l2_state": how.l2_state,
+            "sets": how.count,
+            "set_bytes": stored,
+            "reference_device": self._reference_device,
+            **conditions,
+        }
+
+    def _reference(self, inputs: Tensors) -> Tensors:
+        return self.problem.reference({name: tensor.to(self._reference_device) for name, tensor in inputs.items()})
+
+    def _case(self, seed: int) -> Case:
+        inputs = self.problem.inputs(seed=seed, device=self.timer.device)
+        return Case(seed, self._reference(inputs), inputs if self._keep else None)
+
+    def prepare(self, slot: int, kernel: str, source_digest: str, config: Json, policy: Json) -> Answer:
+        """Build, judge on unseen data, make ready to be timed and judge what the timed form writes."""
+        problem = self.problem
+        self.drop(slot)
+        release(self.timer.device)
+        found = self.catalogue.kernels.get(kernel)
+        if found is None:
+            return _unsupported(f"{kernel} is not available here: {self._why_absent(kernel)}")
+        if found.source_digest != source_digest:
+            return _unsupported(f"{found.path.name} changed since the trial was planned; plan again")
+        built, compile_s = False, None
+        try:
+            chosen = found.config_type.from_json(config)
+            unfit = found.fits(problem, chosen, self.chip)
+            if unfit is not None:
+                return _unsupported(unfit)
+            # The first launch compiles. What it writes is judged by nobody, but goes between guard bands: on a CPU a store that
+            # runs over would tear up the heap.
+            inputs = problem.inputs(seed=self._cases[0].seed + 1000, device=self.timer.device)
+            outputs, _ = guarded_outputs(problem, self.timer.device)
+            self.timer.wait()
+            started = time.perf_counter()
+            launch = found.build(problem, chosen, self.chip)
+            launch(inputs, outputs)
+            self.timer.wait()
+            compile_s = time.perf_counter() - started
+            built = True
+            del inputs, outputs
+            return {"compile_s": compile_s} | self._make_ready(slot, launch, Policy.from_json(policy))
+        except CannotCapture as error:
+            return _unsupported(str(error)) | {"compile_s": compile_s}
+        except SpoiledInputs as error:
+            return _spoiled(error) | {"compile_s": compile_s}
+        except BaseException as error:  # noqa: BLE001  a kernel may raise anything, SystemExit included
+            return {"compile_s": compile_s} | self._failure(error, building=not built)
+
+    def _why_absent(self, kernel: str) -> str:
+        stem = kernel.split("/")[-1]
+        for absent in self.catalogue.unavailable:
+            if absent.path.stem == stem:
+                return absent.reason
+        return "no kernel file of that name was found"
+
+    def _make_ready(self, slot: int, launch: Launch, policy: Policy) -> Answer:
+        worst = 0.0
+        for i, case in enumerate(self._cases):
+            found = self._judge(launch, case)
+            if not found.passed:
+                self._renew(i)
+                return _incorrect(found, f"{found.reason} (seed {case.seed})", i)
+            worst = max(worst, found.error)
+        batch = self.timer.batch(launch, self.rotation, policy)
+        after = self._verify(batch)
+        if not after.passed:
+            return _incorrect(after, f"{after.reason}, when launched as it is timed ({batch.shape.mode})", CHECK_SEEDS)
+        ready = self.slots[slot] = Slot(batch, max(worst, after.error), CHECK_SEEDS + 1)
+        shape = batch.shape
+        return {
+            "status": Status.OK.value,
+            "error": ready.worst,
+            "tolerance": after.tolerance,
+            "checks": ready.checks,
+            "launches": shape.launches,
+            "launch_mode": shape.mode,
+            "l2_state": shape.l2_state,
+            "estimate_us": shape.estimate_us,
+            "free_share": self.timer.free_share(),
+            "build": shape.details | {"check_seeds": [case.seed for case in self._cases]},
+        }
+
+    def _judge(self, launch: Launch, case: Case) -> Check:
+        inputs = case.inputs if case.inputs is not None else self.problem.inputs(seed=case.seed, device=self.timer.device)
+        outputs, wrong = attempt(self.problem, launch, inputs, device=self.timer.device)
+        return Check(float("inf"), self.problem.tolerance(), wrong) if wrong else compare(self.problem, outputs, case.reference)
+
+    def _renew(self, index: int) -> None:
+        """A contestant that failed may have spoiled the inputs: the next one gets new ones."""
+        self._cases[index] = self._case(secrets.randbelow(2**31))
+
+    def _verify(self, batch: Batch) -> Check:
+        """Poison the sets' outputs, launch as in a round, and judge the first and the last set."""
+        for i in self._expected:
+            poison(self.rotation.outputs[i])
+        batch.verify()
+        worst = 0.0
+        for i, expected in self._expected.items():
+            if fingerprint(self.rotation.inputs[i]) != self._prints[i]:
+                raise SpoiledInputs("changed its inputs in the timed launches")
+            found = compare(self.problem, self.rotation.outputs[i], expected)
+            if not found.passed:
+                return found
+            worst = max(worst, found.error)
+        return Check(worst, self.problem.tolerance(), "")
+
+    def sample(self, slot: int) -> Answer:
+        """Time one round."""
+        ready = self._slot(slot)
+        try:
+            taken = ready.batch.round()
+        except BaseException as error:  # noqa: BLE001  as in prepare
+            return self._failure(error, building=False)
+        state = taken.reading
+        return {
+            "status": Status.OK.value,
+            "us": taken.us,
+            "sm_clock_mhz": state.sm_clock_mhz,
+            "temperature_c": state.temperature_c,
+            "throttle_reasons": state.throttle_reasons,
+            "power_w": state.power_w,
+        }
+
+    def finish(self, slot: int) -> Answer:
+        """Judge once more, after the rounds: a launch that stopped working in their midst must not pass."""
+        ready = self._slot(slot)
+        try:
+            found = self._verify(ready.batch)
+        except SpoiledInputs as error:
+            return _spoiled(error)
+        except BaseException as error:  # noqa: BLE001  as in prepare
+            return self._failure(error, building=False)
+        if not found.passed:
+            return _incorrect(found, f"{found.reason}, after the rounds", ready.checks)
+        ready.worst = max(ready.worst, found.error)
+        ready.checks += 1
+        return {"status": Status.OK.value, "error": ready.worst, "tolerance": found.tolerance, "checks": ready.checks}
+
+    def energy(self, slot: int, seconds: float) -> Answer:
+        """One of ENERGY_PASSES sustained runs; the answer covers all runs of this slot so far."""
+        ready = self._slot(slot)
+        if ready.batch.shape.l2_state == "flush":
+            return _no_energy("the cache is flushed between launches, and the flush's energy cannot be told from the launch's")
+        if self.meter.energy_j() is None:
+            return _no_energy(self.meter.trouble or "no energy counter")
+        try:
+            if self._idle_w is None:
+                self._idle_w = idle_power(self.meter)
+            updates = -(-MIN_UPDATES // ENERGY_PASSES)
+            ready.windows.append(sustain(ready.batch, self.meter, seconds=seconds / ENERGY_PASSES, updates=updates))
+        except BaseException as error:  # noqa: BLE001  as in prepare
+            return self._failure(error, building=False)
+        found = judge(ready.windows, seconds=seconds, seed=self.policy.seed)
+        return {
+            "status": Status.OK.value,
+            "energy_j": found.energy_j,
+            "energy_ci_low_j": found.low_j,
+            "energy_ci_high_j": found.high_j,
+            "power_w": found.power_w,
+            "idle_power_w": self._idle_w,
+            "energy_reason": found.reason,
+            "power_trace": [list(point) for point in found.trace],
+        }
+
+    def _slot(self, slot: int) -> Slot:
+        if slot not in self.slots:
+            raise UsageError(f"slot {slot} is not prepared")
+        return self.slots[slot]
+
+    def drop(self, slot: int) -> Answer:
+        """Forget a contestant and free what it held."""
+        self.slots.pop(slot, None)
+        return {"status": Status.OK.value}
+
+    def close(self) -> Answer:
+        """Forget the problem."""
+        self._forget()
+        release(self.timer.device)
+        return {"status": Status.OK.value}
+
+    def _failure(self, error: BaseException, *, building: bool) -> Answer:
+        """The status of what was raised; checks whether the device survived it."""
+        answer: Answer = {"status": faults.status_of(error, building=building).value, "reason": faults.one_line(error)}
+        fatal = faults.is_fatal(error)
+        if not fatal:
+            try:
+                self.timer.wait()
+            except Exception as broken:  # noqa: BLE001  any error of an idle device means that its context is gone
+                fatal = True
+                answer["reason"] = faults.one_line(broken)
+        return answer | {"status": Status.CRASHED.value, "fatal": True} if fatal else answer
+
+
+class SpoiledInputs(Exception):
+    """A launch wrote to the data that all contestants share: nothing measured on it afterwards can be judged."""
+
+
+def _unsupported(reason: str) -> Answer:
+    return {"status": Status.UNSUPPORTED.value, "reason": reason}
+
+
+def _spoiled(error: SpoiledInputs) -> Answer:
+    return {"status": Status.INCORRECT.value, "reason": str(error), "fatal": True}
+
+
+def _incorrect(found: Check, reason: str, checks: int) -> Answer:
+    """`error` is null where it is infinite (JSON has no infinity)."""
+    error = found.error if math.isfinite(found.error) else None
+    return {"status": Status.INCORRECT.value, "reason": reason, "error": error, "tolerance": found.tolerance, "checks": checks}
+
+
+def _no_energy(reason: str) -> Answer:
+    return {"status": Status.OK.value, "energy_j": None, "energy_reason": reason}
+
+
+def release(device: str) -> None:
+    """Give freed memory back, so that the next contestant finds the device as the first did."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        torch.cuda.empty_cache()
