@@ -1,0 +1,188 @@
+"""Results -> Profile: per problem the best kernel and configuration by an objective, with the evidence, or the reason for none."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from klab.harness.choose.candidates import Candidate, candidates, check_objective, energy, latency, value, why_not
+from klab.harness.choose.compare import best, ratio, tie_set
+from klab.harness.choose.profile import Choice, Evidence, Open, Profile, Rival, Wanted
+from klab.harness.choose.settle import Defaults, settle
+from klab.harness.choose.steps import steps_of, with_shares
+from klab.harness.store.query import age
+from klab.harness.store.result import Result
+from klab.kernels.errors import UsageError
+
+# A tuned space may leave a hundred configurations tied: the file names the nearest few and counts the rest.
+TIED_LISTED = 5
+
+VERSIONS = ("torch", "triton", "cupy", "cuda", "driver", "python", "klab", "commit")
+
+
+def choose(
+    results: Iterable[Result],
+    problems: Sequence[Wanted] | None,
+    objective: str = "latency",
+    previous: Profile | None = None,
+    *,
+    chip: str | None = None,
+    device: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    defaults: Defaults | None = None,
+    current_only: bool = False,
+) -> Profile:
+    """Choose for each of `problems` (None: each that has a result) among the results of one chip. The order of results does not matter.
+
+    objective: "latency" (median time) or "energy" (joules per launch). previous: last time's profile, which settles ties.
+    chip: needed when the results are of several. device: results of another device of that chip are set aside (default: the device of
+    the newest valid result). sources: digest of each kernel's code now; a choice of older code is marked stale, or with `current_only`
+    not made. defaults: a kernel's default configuration for a row.
+    UsageError for an unknown objective, or when the chip is not given and not plain.
+    """
+    check_objective(objective)
+    rows = sorted(results, key=age)
+    chip = chip or _only_chip(rows)
+    rows = [row for row in rows if row.chip == chip]
+    notes: list[str] = []
+    device = device or _newest_device(rows, objective)
+    # A row without a device never reached one: what failed in screening fails on all.
+    elsewhere = [row for row in rows if row.device not in (device, "")]
+    if device and elsewhere:
+        others = ", ".join(sorted({row.device for row in elsewhere}))
+        notes.append(f"{len(elsewhere)} results of other devices of this chip are set aside: {others}")
+        rows = [row for row in rows if row.device in (device, "")]
+    by_problem: dict[str, list[Result]] = defaultdict(list)
+    for row in rows:
+        by_problem[row.problem_key].append(row)
+    wanted = list(problems) if problems is not None else wanted_from(rows)
+    choices: list[Choice] = []
+    unsolved: list[Open] = []
+    for one in sorted(wanted, key=_place):
+        here = by_problem.get(one.problem_key, [])
+        usable = [row for row in here if _refusal(row, objective, sources, current_only) is None]
+        found = candidates(usable, sources)
+        if not found:
+            unsolved.append(Open(one, _why_open(here, objective, sources, current_only)))
+            continue
+        choices.append(_choose_one(one, found, objective, previous, sources, defaults))
+    stale = sum(choice.stale for choice in choices)
+    if stale:
+        notes.append(f"{stale} choices rest on code that has changed since it was measured (stale): measure again")
+    unknown = sum(choice.kernel not in sources for choice in choices) if sources else 0
+    if unknown:
+        notes.append(f"{unknown} choices are of kernels that are not here or cannot be imported: whether their code changed is not known")
+    if len(epochs := {choice.evidence.epoch for choice in choices}) > 1:
+        notes.append(f"the choices rest on {len(epochs)} epochs (driver or toolchain changed in between)")
+    return Profile(
+        chip,
+        objective,
+        device=device,
+        steps=steps_of(choices, unsolved),
+        choices=with_shares(choices),
+        open=tuple(unsolved),
+        notes=tuple(notes),
+    )
+
+
+def wanted_from(results: Iterable[Result]) -> list[Wanted]:
+    """Every problem that has a result, with no word on where it occurs."""
+    found = {row.problem_key: Wanted(row.problem_key, row.operator, row.problem_label, dict(row.problem)) for row in results}
+    return sorted(found.values(), key=_place)
+
+
+def _place(wanted: Wanted) -> tuple[str, list[tuple[int, str]], str]:
+    """Operators by name, labels with their numbers as numbers (8x1024 before 128x1024)."""
+    parts = re.findall(r"\d+|\D+", wanted.label)
+    return wanted.operator, [(int(part), "") if part.isdigit() else (-1, part) for part in parts], wanted.problem_key
+
+
+def _choose_one(
+    wanted: Wanted,
+    found: list[Candidate],
+    objective: str,
+    previous: Profile | None,
+    sources: Mapping[str, str] | None,
+    defaults: Defaults | None,
+) -> Choice:
+    fastest = best(found, objective)
+    tied = tie_set(found, fastest, objective)
+    chosen, settled_by = settle(tied, objective, previous.chosen(wanted.problem_key) if previous else None, defaults)
+    row = chosen.row
+
+    def order(c: Candidate) -> tuple[float, tuple[str, str, str]]:
+        return value(c.row, objective).median, c.name
+
+    others = sorted((c for c in found if c is not chosen), key=order)
+    libraries = sorted((c for c in found if c.row.library), key=order)
+    rivals = [c for c in tied if c is not chosen]
+    library = None if row.library or not libraries else _rival(libraries[0], chosen, objective)
+    time, metered = latency(row), chosen.metered_row
+    joules = energy(metered)
+    assert time is not None
+    evidence = Evidence(
+        median_us=time.median,
+        interval_us=(time.low, time.high),
+        samples=len(row.samples_us),
+        l2_state=row.l2_state,
+        launch_mode=row.launch_mode,
+        error=row.error,
+        tolerance=row.tolerance,
+        candidates=len(found),
+        settled_by=settled_by,
+        runner_up=_rival(others[0], chosen, objective) if others else None,
+        tied_count=len(rivals),
+        tied=tuple(_rival(c, chosen, objective) for c in rivals[:TIED_LISTED]),
+        library=library,
+        library_reason="" if library else "the choice is a library's" if row.library else "no library has a valid result",
+        energy_j=metered.energy_j,
+        energy_interval_j=(joules.low, joules.high) if joules else None,
+        energy_reason=metered.energy_reason,
+        power_w=metered.power_w,
+        sm_clock_mhz=row.sm_clock_mhz,
+        device=row.device,
+        epoch=row.epoch,
+        run_ids=tuple(sorted({c.row.run_id for c in (chosen, *rivals, *others[:1], *libraries[:1])})),
+        recorded_at=row.recorded_at,
+        versions={name: row.environment[name] for name in VERSIONS if row.environment.get(name)},
+    )
+    stale = (sources or {}).get(row.kernel, row.source_digest) != row.source_digest
+    return Choice(wanted, row.kernel, row.backend, row.library, dict(row.config), row.source_digest, stale, evidence)
+
+
+def _rival(other: Candidate, chosen: Candidate, objective: str) -> Rival:
+    found = ratio(other, chosen, objective)
+    time = latency(other.row)
+    assert time is not None
+    return Rival(
+        other.kernel, dict(other.row.config), time.median, found.ratio, (found.low, found.high), found.how, other.metered_row.energy_j
+    )
+
+
+def _refusal(row: Result, objective: str, sources: Mapping[str, str] | None, current_only: bool) -> str | None:
+    reason = why_not(row, objective)
+    if reason is None and current_only and (sources or {}).get(row.kernel, row.source_digest) != row.source_digest:
+        reason = "the kernel's code has changed since"
+    return reason
+
+
+def _why_open(rows: list[Result], objective: str, sources: Mapping[str, str] | None, current_only: bool) -> str:
+    if not rows:
+        return "never measured on this device"
+    reasons = Counter(_refusal(row, objective, sources, current_only) or "" for row in rows)
+    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    listed = "; ".join(f"{count} x {reason}" for reason, count in most[:3])
+    return f"none of {len(rows)} results may be chosen: {listed}{'; ...' if len(most) > 3 else ''}"
+
+
+def _only_chip(rows: list[Result]) -> str:
+    chips = sorted({row.chip for row in rows})
+    if len(chips) > 1:
+        raise UsageError(f"the results are of several chips ({', '.join(chips)}): name one with --chip")
+    return chips[0] if chips else ""
+
+
+def _newest_device(rows: list[Result], objective: str) -> str:
+    """The device of the newest row that may be chosen (rows are sorted by age), or "" when there is none."""
+    return next((row.device for row in reversed(rows) if why_not(row, objective) is None), "")

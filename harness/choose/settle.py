@@ -1,0 +1,49 @@
+"""The stable rule for a tie: what else is known to be lower, then last time's choice, then the simpler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from klab.harness.choose.candidates import Candidate, Interval, energy, latency
+from klab.harness.store.result import Result
+from klab.kernels.contract import canonical_json
+
+Defaults = Callable[[Result], dict[str, object] | None]
+"""The configuration that the kernel of a row takes by default for the row's problem (all fields), or None where that is unknown."""
+
+
+def settle(tied: list[Candidate], objective: str, previous: tuple[str, str] | None, defaults: Defaults | None) -> tuple[Candidate, str]:
+    """(the chosen candidate, what settled it): "alone", "energy" or "latency", "previous choice" or "simplicity".
+
+    `tied` holds at least one candidate; `previous` is last time's (kernel, canonical JSON of its configuration).
+    """
+    if len(tied) == 1:
+        return tied[0], "alone"
+    if objective == "latency":
+        by, left = "energy", _not_beaten(tied, [energy(c.metered_row) for c in tied])
+    else:
+        by, left = "latency", _not_beaten(tied, [latency(c.row) for c in tied])
+    if len(left) == 1:
+        return left[0], by
+    simplest = min(left, key=lambda c: _complexity(c, defaults))
+    again = [c for c in left if (c.kernel, c.config) == previous]
+    # Named only where it made the difference, so that choosing twice from the same results writes the same profile.
+    if again and again[0] is not simplest:
+        return again[0], "previous choice"
+    return simplest, "simplicity"
+
+
+def _not_beaten(tied: list[Candidate], values: list[Interval | None]) -> list[Candidate]:
+    """Those that no other is known to beat: both were measured, and the intervals lie apart. The unmeasured stay in."""
+    lowest_high = min((v.high for v in values if v is not None), default=0.0)
+    return [c for c, v in zip(tied, values, strict=True) if v is None or v.low <= lowest_high]
+
+
+def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, int, tuple[str, str, str]]:
+    """The default before any other, then fewer fields that differ from it, then the name. An unknown default counts every field."""
+    config = dict(candidate.row.config)
+    default = defaults(candidate.row) if defaults else None
+    if default is None:
+        return bool(config), len(config), candidate.name
+    different = [name for name in config if name not in default or canonical_json(default[name]) != canonical_json(config[name])]
+    return bool(different), len(different), candidate.name

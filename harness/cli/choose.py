@@ -1,0 +1,170 @@
+"""`klab choose`: the best kernel and configuration for each problem of a model, written as a profile with its evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from klab.harness.cli import _options
+from klab.harness.cli._console import emit, table, talk
+from klab.harness.cli._options import AsJson, KernelDirs
+
+if TYPE_CHECKING:
+    from klab.harness.choose.profile import Choice, Profile
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A model's name or config.json: choose for its plan. Default: for every problem with a result."),
+]
+Where = Annotated[
+    list[Path] | None,
+    typer.Option("--results", help="Folder or file to read. Repeatable. Default: $KLAB_RESULTS, or results/ of the checkout."),
+]
+Objective = Annotated[str, typer.Option("--objective", help="latency (median time) or energy (joules per launch).")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
+Current = Annotated[bool, typer.Option("--current-only", help="Leave out results of kernels whose code has changed since.")]
+
+_COLUMNS = ("problem", "kernel", "config", "median us", "interval us", "vs library", "tie", "settled by", "uJ", "uses")
+_RIGHT = ("median us", "interval us", "vs library", "uJ")
+
+
+def command(app: typer.Typer) -> None:
+    """Register the verb."""
+
+    @app.command()
+    def choose(
+        model: Model = None,
+        chip: _options.Chip = "auto",
+        objective: Objective = "latency",
+        isl: _options.Isl = None,
+        osl: _options.Osl = None,
+        batch: _options.Batch = None,
+        tp: _options.Tp = 1,
+        dtype: _options.Dtype = None,
+        results: Where = None,
+        kernels: KernelDirs = None,
+        out: Out = None,
+        current_only: Current = False,
+        as_json: AsJson = False,
+    ) -> None:
+        """Choose per problem, with intervals; what cannot be told apart is a tie, settled by energy, last time's choice, simplicity."""
+        from klab.harness.catalog import find_chip, find_model
+        from klab.harness.choose.candidates import check_objective
+        from klab.harness.choose.decide import decide, same_choice
+        from klab.harness.choose.profile import profile_path, read_profile, write_text
+        from klab.harness.plan import plan as make_plan
+        from klab.harness.plan import scenario_for
+        from klab.harness.store.paths import folders_to_read
+        from klab.harness.store.read import ReadReport, iter_results
+        from klab.kernels.discover import discover
+
+        check_objective(objective)
+        folders = folders_to_read(results)
+        found_chip = find_chip(chip)
+        plan = None
+        if model is not None:
+            found_model = find_model(model)
+            batches = _options.integers(batch, "--batch")
+            scenario = scenario_for(found_model, found_chip, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
+            plan = make_plan(found_model, found_chip, scenario)
+        path = out or (profile_path(found_chip.name, plan.model.name, objective) if plan else None)
+        previous = read_profile(path) if path else None
+        report = ReadReport()
+        rows = iter_results([folder for folder in folders if folder.exists()], report)
+        profile = decide(
+            rows,
+            plan,
+            found_chip.name,
+            objective,
+            catalogue=discover(kernels or ()),
+            previous=previous,
+            current_only=current_only,
+            limits=found_chip,
+        )
+        if path and (profile.choices or out):
+            write_text(path, profile.to_text())
+        show_profile(profile, as_json=as_json)
+        for line in report.lines():
+            talk.print(line, style="yellow", markup=False, soft_wrap=True)
+        written = path if profile.choices or out else None
+        tell_profile(profile, written, same_choice(previous, profile) if previous else None)
+
+
+def show_profile(profile: Profile, *, as_json: bool) -> None:
+    """The choices on stdout: a table, or JSON lines (the profile, then its steps, choices and open problems; `type` tells them apart)."""
+    if as_json:
+        _emit(profile)
+    else:
+        _table(profile)
+
+
+def tell_profile(profile: Profile, path: Path | None, changed: list[str] | None) -> None:
+    """What a person must know besides, on stderr. `path`: the file written (None: none); `changed`: what differs from last time."""
+    for line in profile.notes:
+        talk.print(line, style="yellow", markup=False, soft_wrap=True)
+    for one in profile.open:
+        talk.print(f"open: {one.wanted.label}: {one.reason}", style="yellow", markup=False, soft_wrap=True)
+    if not profile.choices:
+        hint = "measure first (`klab run`, `klab measure`), or name another folder with --results"
+        talk.print(f"nothing on {profile.chip} may be chosen: {hint}", style="yellow", markup=False, soft_wrap=True)
+    if changed is not None:
+        names = f": {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
+        talk.print(f"{len(changed)} choices differ from last time's{names}", markup=False, soft_wrap=True)
+    if path is not None and profile.choices:
+        talk.print(f"profile: {path}", markup=False, soft_wrap=True)
+    elif profile.choices:
+        talk.print("not written: --model M names a profile, --out FILE any other file", markup=False)
+
+
+def _emit(profile: Profile) -> None:
+    import json
+
+    data = json.loads(profile.to_text())
+    lists = {name: data.pop(name) for name in ("steps", "choices", "open")}
+    emit({"type": "profile", **data})
+    for kind, rows in zip(("step", "choice", "open"), lists.values(), strict=True):
+        for row in rows:
+            emit({"type": kind, **row})
+
+
+def _table(profile: Profile) -> None:
+    if not profile.choices:
+        return
+    from rich.markup import escape
+
+    title = f"{profile.model or 'All problems'} on {profile.device or profile.chip}, by {profile.objective}"
+    table(escape(title), _COLUMNS, [[escape(str(cell)) for cell in _cells(choice)] for choice in profile.choices], _RIGHT)
+    steps = [
+        (
+            f"{step.phase}, batch {step.batch}",
+            f"{step.us:.5g}",
+            "" if step.library_us is None else f"{step.library_us:.5g}",
+            "" if not step.library_us else f"{step.library_us / step.us:.3f}",
+            step.open or "",
+            "" if step.modelled_share is None else f"{step.modelled_share:.0%}",
+        )
+        for step in profile.steps
+    ]
+    columns = ("step", "kernels us", "libraries us", "speed-up", "problems open", "of modelled time")
+    if steps:
+        table("Sum of the chosen kernels per step", columns, steps, columns[1:])
+
+
+def _cells(choice: Choice) -> tuple[object, ...]:
+    evidence = choice.evidence
+    library = evidence.library
+    config = " ".join(f"{name}={value}" for name, value in choice.config.items()) or "-"
+    return (
+        choice.wanted.label,
+        choice.kernel.partition("/")[2] + (" (stale)" if choice.stale else ""),
+        config,
+        f"{evidence.median_us:.5g}",
+        f"{evidence.interval_us[0]:.5g}..{evidence.interval_us[1]:.5g}",
+        f"{library.ratio:.3f}x" if library else "library" if choice.library else "",
+        f"of {evidence.tied_count + 1}" if evidence.tied_count else "",
+        evidence.settled_by,
+        "" if evidence.energy_j is None else f"{evidence.energy_j * 1e6:.4g}",
+        ", ".join(f"{use.phase} {use.batch} x{use.count}" for use in choice.wanted.uses),
+    )

@@ -1,0 +1,58 @@
+"""How figures look: colours and marks that stay with a kernel, text that is text, and a layout that follows the page's theme."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+# Ten hues of similar weight that can be told apart with common colour blindness and stand out on white and on near-black.
+PALETTE = ("#3b7dd8", "#e07b39", "#2a9d74", "#c44e9b", "#8a6fd1", "#b8901f", "#d1495b", "#3fa7c4", "#7d8a2e", "#8c6d5a")
+MARKS = {"torch": "circle", "triton": "square", "cuda": "diamond", "cupy": "cross", "cpu": "triangle-up"}
+# Drawn by the page's script, which fills in the theme's colours.
+INK, FAINT = "var(--ink)", "var(--faint)"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure as Plotly takes it, with what a reader is to see in it. Without data, `empty` says why there is nothing to draw."""
+
+    identity: str
+    title: str
+    caption: str
+    traces: list[dict[str, Any]] = field(default_factory=list)
+    layout: dict[str, Any] = field(default_factory=dict)
+    empty: str = ""
+
+
+def colours(kernels: Iterable[str]) -> dict[str, str]:
+    """A colour per kernel, the same in all figures of a page."""
+    return {kernel: PALETTE[n % len(PALETTE)] for n, kernel in enumerate(sorted(set(kernels)))}
+
+
+def mark(backend: str) -> str:
+    """The mark of a backend, so that a figure reads without colour too."""
+    return MARKS.get(backend, "x")
+
+
+def plain(text: object) -> str:
+    """Text as Plotly must get it to show it as it is: it reads a little HTML in labels."""
+    return html.escape(str(text), quote=False)
+
+
+def layout(**changes: Any) -> dict[str, Any]:
+    """The common layout. The legend lies below, so that a narrow screen keeps its width for the data."""
+    return {
+        "margin": {"l": 64, "r": 16, "t": 16, "b": 56},
+        "height": 460,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "closest",
+        "legend": {"orientation": "h", "y": -0.2, "x": 0, "yanchor": "top"},
+    } | changes
+
+
+def axis(title: str, **changes: Any) -> dict[str, Any]:
+    """An axis with its title (and unit)."""
+    return {"title": {"text": title}, "automargin": True, "gridcolor": FAINT, "zeroline": False, "linecolor": FAINT} | changes

@@ -1,0 +1,100 @@
+"""What the page is about: per chip the results that stand, the choice made from them, and the limits of the chip."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from klab.harness.choose.profile import Profile
+from klab.harness.report.limits import Limits
+from klab.harness.store.query import latest
+from klab.harness.store.result import Result, Status
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One chip on the page. `rows` stand (see `latest`) and are of the profile's device, or of none (they never reached one)."""
+
+    chip: str
+    profile: Profile
+    limits: Limits
+    rows: tuple[Result, ...]
+
+    @property
+    def title(self) -> str:
+        """The chip's full name where it is known."""
+        return self.limits.chip.title if self.limits.chip else self.profile.device or self.chip
+
+    @property
+    def fine(self) -> list[Result]:
+        """The rows with a checked time."""
+        return [row for row in self.rows if row.status is Status.OK and row.kind == "measured" and row.median_us]
+
+    @property
+    def failed(self) -> list[Result]:
+        """The rows of trials that gave no time to rely on."""
+        return [row for row in self.rows if row.status not in (Status.OK, Status.SCREENED)]
+
+    def best_per_kernel(self) -> list[Result]:
+        """Of each kernel on each problem, the row with the lowest median (and the chosen one, where that is another of a tie)."""
+        found: dict[tuple[str, str], Result] = {}
+        chosen = {(c.wanted.problem_key, c.kernel): dict(c.config) for c in self.profile.choices}
+        for row in self.fine:
+            name = (row.problem_key, row.kernel)
+            if name not in found or _rank(row, chosen.get(name)) < _rank(found[name], chosen.get(name)):
+                found[name] = row
+        return list(found.values())
+
+    def row_of(self, problem_key: str, kernel: str, config: Mapping[str, object]) -> Result | None:
+        """The newest standing row of a chosen configuration."""
+        rows = [r for r in self.fine if (r.problem_key, r.kernel, dict(r.config)) == (problem_key, kernel, dict(config))]
+        return rows[-1] if rows else None
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything that the page tells. `notes` come from the plan; `reading` names files that were not read whole."""
+
+    subjects: tuple[Subject, ...]
+    model: str = ""
+    scenario: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    reading: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """How many standing rows ended how."""
+        return Counter(row.status.value for subject in self.subjects for row in subject.rows)
+
+
+def tell(
+    results: Iterable[Result],
+    choice: Callable[[str, Sequence[Result]], Profile],
+    limits: Callable[[str, str], Limits],
+    *,
+    chips: Sequence[str] = (),
+    keys: Mapping[str, Collection[str]] | None = None,
+) -> Story:
+    """Arrange results by chip.
+
+    choice(chip, rows): the profile made from a chip's rows. limits(chip, device). chips: only these, shown even without results
+    (default: all that have any). keys: per chip the problems to show (default: all).
+    """
+    by_chip: dict[str, list[Result]] = {chip: [] for chip in chips}
+    for row in results:
+        if not chips or row.chip in by_chip:
+            by_chip.setdefault(row.chip, []).append(row)
+    subjects = []
+    for chip, found in sorted(by_chip.items()):
+        shown = (keys or {}).get(chip)
+        rows = [row for row in found if shown is None or row.problem_key in shown]
+        profile = choice(chip, rows)
+        here = [row for row in rows if not profile.device or row.device in (profile.device, "")]
+        subjects.append(Subject(chip, profile, limits(chip, profile.device), tuple(latest(here))))
+    return Story(tuple(subjects))
+
+
+def _rank(row: Result, chosen: dict[str, object] | None) -> tuple[bool, float]:
+    return dict(row.config) != chosen, row.median_us or 0.0

@@ -1,0 +1,82 @@
+"""From a folder of results to the page in a file: what `klab report` and `klab run` do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from klab.harness.choose.decide import decide
+from klab.harness.choose.profile import Profile, profile_path, read_profile, write_text
+from klab.harness.plan.rows import Plan
+from klab.harness.report.limits import Limits, limits_of
+from klab.harness.report.page import render
+from klab.harness.report.subject import Story, tell
+from klab.harness.store.read import ReadReport, iter_results
+from klab.harness.store.result import Result
+from klab.kernels.discover import Catalogue
+from klab.kernels.errors import KlabError
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    chips: Sequence[str] = (),
+    plans: Mapping[str, Plan] | None = None,
+    catalogue: Catalogue | None = None,
+    limits: Callable[[str, str], Limits] = limits_of,
+) -> Story:
+    """Read the results, tell their story, and replace `out` by the page.
+
+    chips: only these (default: all that have results). plans: by chip; with one, only its problems are shown, with their place in the
+    model. catalogue: the kernels as they are now, to mark stale code. CannotMeasure when `out` cannot be written.
+    """
+    report = ReadReport()
+    results = list(iter_results([folder for folder in folders if folder.exists()], report))
+    story = story_of(results, chips=chips, plans=plans or {}, catalogue=catalogue, limits=limits, report=report, folders=folders)
+    write_text(out, render(story))
+    return story
+
+
+def story_of(
+    results: Sequence[Result],
+    *,
+    chips: Sequence[str],
+    plans: Mapping[str, Plan],
+    catalogue: Catalogue | None,
+    limits: Callable[[str, str], Limits],
+    report: ReadReport,
+    folders: Sequence[Path],
+) -> Story:
+    """The story of these results, choices settled by the tuned profiles that exist."""
+
+    def choice(chip: str, rows: Sequence[Result]) -> Profile:
+        plan = plans.get(chip)
+        known = plan.chip if plan else limits(chip, "").chip if catalogue else None
+        return decide(rows, plan, chip, catalogue=catalogue, previous=_previous(plan), limits=known)
+
+    story = tell(results, choice, limits, chips=chips or list(plans), keys={chip: _keys(plan) for chip, plan in plans.items()})
+    plan = next(iter(plans.values()), None)
+    return dataclasses.replace(
+        story,
+        model=plan.model.name if plan else "",
+        scenario={"input": plan.scenario.isl, "output": plan.scenario.osl, "tp": plan.scenario.tp, "dtype": plan.dtype} if plan else {},
+        notes=tuple(note.text for note in plan.notes) if plan else (),
+        reading=tuple(report.lines()),
+        sources=tuple(str(folder) for folder in folders),
+    )
+
+
+def _keys(plan: Plan) -> set[str]:
+    return {problem.key for problem in plan.problems()}
+
+
+def _previous(plan: Plan | None) -> Profile | None:
+    """Last time's profile, where there is one; a file that is something else does not stop a report."""
+    if plan is None:
+        return None
+    try:
+        return read_profile(profile_path(plan.chip.name, plan.model.name))
+    except KlabError:
+        return None
