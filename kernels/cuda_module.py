@@ -1,0 +1,182 @@
+"""CUDA C++ kernels: compiled by NVRTC for exactly one chip, loaded by CuPy, launched on torch's current stream.
+
+A kernel file keeps its source as a string on the primitives of `device.cuh`, and its build function returns a launch that calls
+`CudaKernel.launch`. CuPy's own RawKernel always compiles for `sm_90` and never for `sm_90a`, which wgmma and tcgen05 need, so NVRTC is
+called directly. cupy is imported inside functions: this module is also read where it is absent.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klab.kernels.artifact import Artifact, recording
+from klab.kernels.contract import Chip
+from klab.kernels.errors import KlabError
+
+if TYPE_CHECKING:
+    import torch
+
+HEADERS = Path(__file__).parent
+# What a block gets without asking; more needs the function attribute (CUDA programming guide, "Shared Memory 9.0").
+SMEM_WITHOUT_OPT_IN_BYTES = 48 << 10
+# The device function's C++ type of each torch dtype that a kernel can read; 'ELEMENT' in sources.
+ELEMENT = {"float16": "klab::half_t", "bfloat16": "klab::bf16_t", "float32": "float"}
+
+
+class CompileError(KlabError):
+    """The source does not compile for this chip; the message is the compiler's first error, in one line."""
+
+
+class Int64(int):
+    """An integer argument that the kernel declares as `int64_t`; a plain Python int is an `int`."""
+
+
+Grid = tuple[int, int, int]
+Backend = Callable[["CudaKernel", Grid, int, Sequence[Any]], None]
+
+_backend: ContextVar[Backend | None] = ContextVar("klab_cuda_backend", default=None)
+
+
+@contextmanager
+def backend(run: Backend) -> Iterator[None]:
+    """Within this block launches go to `run(kernel, grid, block_threads, args)` and not to a GPU: how the tests emulate."""
+    token = _backend.set(run)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def include_dirs() -> list[str]:
+    """Where headers are found: beside this file, in the CUDA wheels, and in a toolkit ($CUDA_HOME, $CUDA_PATH, /usr/local/cuda)."""
+    found = [HEADERS]
+    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    roots = [*sorted(wheels.glob("cu1*"), reverse=True), wheels / "cuda_runtime", wheels / "cuda_cccl"]
+    roots += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    roots.append(Path("/usr/local/cuda"))
+    for root in roots:
+        found += [folder for folder in (root / "include", root / "include" / "cccl") if folder.is_dir()]
+    return list(dict.fromkeys(str(folder) for folder in found))
+
+
+def first_error(log: str) -> str:
+    """The first line of a compiler's log that reports an error, or the first line at all."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no log")
+
+
+def compile_cubin(source: str, name: str, arch: str, defines: Mapping[str, str | int]) -> bytes:
+    """Compile CUDA C++17 for one architecture (`sm_90a`) and return the cubin. CompileError with the first error line; cached."""
+    return _compile(source, name, arch, tuple(sorted((key, str(value)) for key, value in defines.items())))
+
+
+@lru_cache(maxsize=4096)
+def _compile(source: str, name: str, arch: str, defines: tuple[tuple[str, str], ...]) -> bytes:
+    from cupy.cuda import nvrtc
+
+    options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-I{folder}" for folder in include_dirs())]
+    options += [f"-D{key}={value}" for key, value in defines]
+    program = nvrtc.createProgram(source, f"{name}.cu", [], [])
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise CompileError(f"{name} does not compile for {arch}: {first_error(log) if log.strip() else error}") from None
+        return _whole_elf(nvrtc.getCUBIN(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _whole_elf(cubin: bytes) -> bytes:
+    """CuPy 14.2's getCUBIN drops the last byte, which is zero: give it back when the section headers say that one is missing."""
+    program_headers, section_headers = struct.unpack_from("<QQ", cubin, 32)
+    program_size, programs, section_size, sections = struct.unpack_from("<HHHH", cubin, 54)
+    end = max(section_headers + section_size * sections, program_headers + program_size * programs)
+    return cubin + b"\0" if len(cubin) == end - 1 else cubin
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """One specialisation of a device function: `source` with `defines`, for one chip; `name` is its `KLAB_KERNEL` name.
+
+    `dynamic_smem_bytes` is the shared memory of a block. Nothing is compiled before the first launch.
+    """
+
+    source: str
+    name: str
+    chip: Chip
+    defines: Mapping[str, str | int] = field(default_factory=dict)
+    dynamic_smem_bytes: int = 0
+    _loaded: dict[int, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def cubin(self) -> bytes:
+        """The binary for the chip's architecture; CompileError if there is none."""
+        return compile_cubin(self.source, self.name, self.chip.arch, self.defines)
+
+    def launch(self, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
+        """Enqueue on torch's current stream (also into a CUDA graph under capture) and return at once.
+
+        Tensors are passed as their data pointer, ints as `int` (Int64 as `int64_t`), floats as `float`. Under `compile_only()` it
+        compiles and records an Artifact; under `backend()` that backend runs it.
+        """
+        artifacts, run = recording(), _backend.get()
+        if artifacts is not None:
+            artifacts.append(Artifact(self.name, self.cubin(), dynamic_smem_bytes=self.dynamic_smem_bytes, threads=block_threads))
+        elif run is not None:
+            run(self, grid, block_threads, args)
+        else:
+            self._launch_on_device(grid, block_threads, args)
+
+    def _launch_on_device(self, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
+        import cupy
+        import torch
+
+        device = next(arg.device.index for arg in args if isinstance(arg, torch.Tensor))
+        with cupy.cuda.Device(device):
+            if device not in self._loaded:
+                self._loaded[device] = _load(self.cubin(), self.name, self.dynamic_smem_bytes)
+            with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device):
+                self._loaded[device](grid, (block_threads, 1, 1), device_arguments(args), shared_mem=self.dynamic_smem_bytes)
+
+
+def device_arguments(args: Sequence[torch.Tensor | int | float]) -> tuple[Any, ...]:
+    """Scalars of the width that the kernel declares: CuPy passes a numpy scalar as the bytes it has."""
+    import numpy
+    import torch
+
+    def convert(value: torch.Tensor | int | float) -> Any:
+        if isinstance(value, torch.Tensor):
+            return numpy.uint64(value.data_ptr())
+        if isinstance(value, Int64):
+            return numpy.int64(value)
+        if isinstance(value, float):
+            return numpy.float32(value)
+        if not -(2**31) <= value < 2**31:
+            raise OverflowError(f"kernel argument {value} does not fit 32 bits: pass Int64({value}) and declare int64_t")
+        return numpy.int32(value)
+
+    return tuple(convert(value) for value in args)
+
+
+def _load(cubin: bytes, name: str, dynamic_smem_bytes: int) -> Any:
+    """The function, loaded on the current device. RawModule takes a file, which get_function reads."""
+    import cupy
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        function = cupy.RawModule(path=file.name).get_function(name)
+        if dynamic_smem_bytes > SMEM_WITHOUT_OPT_IN_BYTES:
+            function.max_dynamic_shared_size_bytes = dynamic_smem_bytes
+    return function

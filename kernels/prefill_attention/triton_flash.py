@@ -1,0 +1,299 @@
+"""Flash attention in Triton with plain pointers: any row stride, any lengths, one program per block of query rows and head."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# (Triton compiles the source of its functions and evaluates their annotations: they cannot carry Python types.)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.prefill_tiles import Tiles, padded, split_dim
+from klab.kernels.triton_support import pipeline_smem_bytes
+
+
+@dataclass(frozen=True)
+class FlashConfig(Config):
+    """Rows and keys per step, warps, stages of the load pipeline, and how programs map to work.
+
+    `pack_gqa`: the query heads of one key head share a tile (rows are token x head), which wastes less of the causal diagonal and
+    fills a tile when few tokens are new. `heads_fastest`: neighbouring programs differ in head (they share keys), not in tile.
+    """
+
+    block_m: int = 128
+    block_n: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    pack_gqa: bool = False
+    heads_fastest: bool = True
+
+
+@triton.jit
+def _load(base, row, stride, rows, WIDTH: tl.constexpr, REAL: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """[len(row), WIDTH] from `base`; columns from REAL on are zero, and with CHECK_ROWS rows from `rows` on are."""
+    column = tl.arange(0, WIDTH)
+    at = base + row[:, None] * stride + column[None, :]
+    if CHECK_ROWS and REAL < WIDTH:
+        block = tl.load(at, mask=(row < rows)[:, None] & (column < REAL)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        block = tl.load(at, mask=(row < rows)[:, None], other=0.0)
+    elif REAL < WIDTH:
+        block = tl.load(at, mask=(column < REAL)[None, :], other=0.0)
+    else:
+        block = tl.load(at)
+    return block
+
+
+@triton.jit
+def _attend(
+    acc,
+    total,
+    top,
+    q0,
+    q1,
+    k,
+    v,
+    stride_kt,
+    stride_vt,
+    first,
+    last,
+    position,
+    kv_len,
+    log2_scale,
+    MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Fold keys [first, last) into the running output, sum and maximum (logits in units of log2). MASKED: some pairs are hidden.
+
+    PRECISION matters to float32 alone: exact products ("ieee") have no tensor core and unroll into 8 KB of spills at head dimension
+    256; three TF32 products ("tf32x3") keep 21 bits, 40 times finer than the tolerance.
+    """
+    n = tl.arange(0, BLOCK_N)
+    for start in tl.range(first, last, BLOCK_N):
+        k_block = k + tl.cast(start, tl.int64) * stride_kt
+        k0 = _load(k_block, n, stride_kt, kv_len - start, D0, D0, MASKED)
+        logits = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            k1 = _load(k_block + D0, n, stride_kt, kv_len - start, D1, D - D0, MASKED)
+            logits = tl.dot(q1, tl.trans(k1), logits, input_precision=PRECISION)
+        if MASKED:
+            key = (start + n)[None, :]
+            # A query's own position is below kv_len, so the causal bound covers the end of the keys too.
+            seen = key <= position[:, None] if CAUSAL else key < kv_len
+            if WINDOW > 0:
+                seen = seen & (key > position[:, None] - WINDOW)
+            logits = tl.where(seen, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1) * log2_scale)
+        weights = tl.exp2(logits * log2_scale - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(weights, 1)
+        acc = acc * decay[:, None]
+        v_block = v + tl.cast(start, tl.int64) * stride_vt
+        values = _load(v_block, n, stride_vt, kv_len - start, DV_PAD, DV, MASKED)
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def flash_forward(
+    q,
+    k,
+    v,
+    out,
+    tiles,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    tile_count,
+    log2_scale,
+    UNITS: tl.constexpr,
+    ROWS_PER_TOKEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS_FASTEST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees."""
+    program = tl.program_id(0)
+    if HEADS_FASTEST:
+        tile = program // UNITS
+        unit = program % UNITS
+    else:
+        tile = program % tile_count
+        unit = program // tile_count
+    q_start = tl.load(tiles + tile * 5)
+    q_len = tl.load(tiles + tile * 5 + 1)
+    kv_start = tl.load(tiles + tile * 5 + 2)
+    kv_len = tl.load(tiles + tile * 5 + 3)
+    block = tl.load(tiles + tile * 5 + 4)
+    prefix = kv_len - q_len
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = row // ROWS_PER_TOKEN
+    head = unit * ROWS_PER_TOKEN + row % ROWS_PER_TOKEN
+    inside = (token < q_len)[:, None]
+    position = prefix + token
+    q_row = q + (q_start + token).to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh
+    d0 = tl.arange(0, D0)[None, :]
+    q0 = tl.load(q_row + d0, mask=inside, other=0.0)
+    q1 = q0
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)[None, :]
+        q1 = tl.load(q_row + d1, mask=inside & (d1 < D), other=0.0)
+
+    kv_head = unit * ROWS_PER_TOKEN // GROUP
+    k += kv_start.to(tl.int64) * stride_kt + kv_head * stride_kh
+    v += kv_start.to(tl.int64) * stride_vt + kv_head * stride_vh
+
+    # Keys [begin, end) are seen by some row, [full_begin, full_end) by every row: only the rest pays for masks.
+    first_position = prefix + block * BLOCK_M // ROWS_PER_TOKEN
+    last_position = prefix + tl.minimum(q_len - 1, (block * BLOCK_M + BLOCK_M - 1) // ROWS_PER_TOKEN)
+    begin = 0
+    full_begin = 0
+    end = kv_len
+    full_end = kv_len // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(kv_len, last_position + 1)
+        full_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    if WINDOW > 0:
+        begin = tl.maximum(0, first_position + 1 - WINDOW) // BLOCK_N * BLOCK_N
+        full_begin = (tl.maximum(0, last_position + 1 - WINDOW) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, DV_PAD], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # Finite, below any logit: a row whose window begins after the first block would otherwise take -inf from -inf.
+    top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    if WINDOW > 0:
+        acc, total, top = _attend(
+            acc, total, top, q0, q1, k, v, stride_kt, stride_vt, begin, tl.minimum(full_begin, end), position, kv_len, log2_scale,
+            True, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+        )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q0, q1, k, v, stride_kt, stride_vt, full_begin, full_end, position, kv_len, log2_scale,
+        False, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+    )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q0, q1, k, v, stride_kt, stride_vt, tl.maximum(full_begin, full_end), end, position, kv_len, log2_scale,
+        True, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+    )  # fmt: skip
+
+    dv = tl.arange(0, DV_PAD)[None, :]
+    out_row = out + (q_start + token).to(tl.int64)[:, None] * stride_ot + head[:, None] * stride_oh
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    if DV < DV_PAD:
+        tl.store(out_row + dv, result, mask=inside & (dv < DV))
+    else:
+        tl.store(out_row + dv, result, mask=inside)
+
+
+def rows_per_token(problem: PrefillAttention, config: FlashConfig) -> int:
+    """Query heads that share a tile."""
+    return problem.heads // problem.kv_heads if config.pack_gqa else 1
+
+
+def fits(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> str | None:
+    """Shared memory holds the queries and the pipeline's key and value blocks; registers hold logits, weights and output."""
+    size = SIZE_BYTES[problem.dtype]
+    d, dv = sum(split_dim(problem.head_dim)), padded(problem.dim_v)
+    if problem.scale <= 0:
+        return "needs a positive scale (the running maximum is scaled after it is taken)"
+    if config.pack_gqa and problem.heads == problem.kv_heads:
+        return "pack_gqa needs several query heads per key head"
+    if problem.dtype == "float32":
+        # mma.sync with the queries in registers, twice (3 x TF32 splits each operand in two): 32x32 spilled 1032 B at head
+        # dimension 256, 16x32 none at 128. From 64 rows on tcgen05 would take 608 of 512 tensor memory columns.
+        if config.block_m * d > 4096 or config.block_n > 32:
+            return "float32 fits at most 4096 query elements and 32 keys a tile"
+    else:
+        if config.block_m < 16 * config.num_warps:
+            return "a warp holds at least 16 rows, else every maximum goes through shared memory"
+        # Per thread: the output and the logits in float32, the weights in half of that. 255 is the limit; 176 of them left 88 B of
+        # spills (head dimension 256, 128x64, 8 warps, sm_90), 224 left 544 to 800 B.
+        registers = config.block_m * (dv + 1.5 * config.block_n) / (32 * config.num_warps)
+        if registers > 200:
+            return f"needs about {registers:.0f} registers a thread for its tile alone"
+    smem = pipeline_smem_bytes(config.block_n * (d + dv) * size, config.num_stages, config.block_m * d * size)
+    if smem > chip.smem_per_block_bytes:
+        return f"needs {smem >> 10} KiB of shared memory, the chip has {chip.smem_per_block_bytes >> 10}"
+    return None
+
+
+def space(problem: PrefillAttention, chip: Chip) -> Iterator[FlashConfig]:
+    """Tiles from 64x32 to 256x64 (float32: 16x16 to 32x32); the order of programs varies last, since it matters least."""
+    rows, keys = ((16, 32), (16, 32)) if problem.dtype == "float32" else ((64, 128, 256), (32, 64, 128))
+    for heads_fastest, pack, stages, warps, n, m in product((True, False), (False, True), (2, 3, 4), (4, 8), keys, rows):
+        yield FlashConfig(m, n, warps, stages, pack, heads_fastest)
+
+
+def default(problem: PrefillAttention, chip: Chip) -> FlashConfig:
+    """128x64 with 8 warps: no spills up to head dimension 192/128 on sm_90 and sm_100, 104 B at 256."""
+    if problem.dtype == "float32":
+        return FlashConfig(32 if problem.head_dim <= 64 else 16, 32, 4 if problem.head_dim <= 192 else 8, 2)
+    return FlashConfig(128, 64, 8, 2)
+
+
+@kernel(PrefillAttention, backend="triton", config=FlashConfig, space=space, default=default, fits=fits)
+def triton_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> Launch:
+    """Triton flash attention: online softmax, pointer loads, full and masked blocks apart."""
+    rows = rows_per_token(problem, config)
+    tiles = Tiles(problem, config.block_m, rows)
+    units = problem.heads // rows
+    d0, d1 = split_dim(problem.head_dim)
+    constants: dict[str, Any] = {
+        "UNITS": units,
+        "ROWS_PER_TOKEN": rows,
+        "GROUP": problem.heads // problem.kv_heads,
+        "CAUSAL": problem.causal,
+        "WINDOW": problem.window,
+        "HEADS_FASTEST": config.heads_fastest,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "D": problem.head_dim,
+        "D0": d0,
+        "D1": d1,
+        "DV": problem.dim_v,
+        "DV_PAD": padded(problem.dim_v),
+        "PRECISION": "tf32x3" if problem.dtype == "float32" else "ieee",
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
+        flash_forward[(len(tiles) * units,)](
+            q, k, v, out, tiles.on(q.device), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+            len(tiles), problem.scale * math.log2(math.e), **constants,
+        )  # fmt: skip
+
+    return launch

@@ -1,0 +1,207 @@
+// Every access of an emulated kernel to memory comes here: the kernel is compiled with -fsanitize=thread, which calls a __tsan_ function
+// before each load and store, and those are defined below (libtsan is not linked). So bounds are exact to the byte, and a missing
+// barrier is found by rule and not by luck: whatever order the threads happen to run in.
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "emulator.h"
+
+namespace klab::emulator {
+namespace {
+
+constexpr int NOBODY = -1, SEVERAL = -2;
+
+// What is known of one byte.
+struct Cell {
+    uint32_t written_epoch = 0, written_sync = 0, read_epoch = 0, read_sync = 0;
+    int16_t writer = NOBODY, reader = NOBODY, reading_warp = NOBODY;
+    int16_t pending = NOBODY;  // the thread whose cp.async may land here at any moment
+    bool accessible = true;
+};
+
+struct Region {
+    char* begin;
+    std::size_t bytes;
+    bool shared;
+    std::vector<Cell> cells;
+    bool holds(const char* p, std::size_t n) const { return p >= begin && p + n <= begin + bytes; }
+    bool touches(const char* p, std::size_t n) const { return p < begin + bytes && p + n > begin; }
+};
+
+std::vector<Region> regions;  // [0] is shared memory
+constexpr std::size_t SHARED_LIMIT = 256 << 10;
+char* shared_base = nullptr;
+
+const char* what(const Region& region) { return region.shared ? "shared memory" : "a tensor"; }
+
+[[noreturn]] void outside(const char* verb, const char* p, std::size_t n, const void* pc) {
+    for (const Region& region : regions)
+        if (region.touches(p, n) || (p >= region.begin - 4096 && p < region.begin + region.bytes + 4096))
+            fail(pc, "%s of %zu bytes at byte %td of %s, of which %zu are allowed", verb, n, p - region.begin, what(region), region.bytes);
+    fail(pc, "%s of %zu bytes outside shared memory and every tensor", verb, n);
+}
+
+Region& region_of(const char* verb, const void* address, std::size_t n, const void* pc) {
+    const char* p = static_cast<const char*>(address);
+    for (Region& region : regions) {
+        if (!region.holds(p, n)) continue;
+        bool allowed = true;
+        for (std::size_t i = 0; i < n; ++i) allowed &= region.cells[p - region.begin + i].accessible;
+        if (allowed) return region;
+    }
+    outside(verb, p, n, pc);
+}
+
+bool on_stack(const void* address) {
+    const char* p = static_cast<const char*>(address);
+    return p >= now.stack && p < now.stack + now.stack_bytes;
+}
+
+[[noreturn]] void race(const char* mine, const char* theirs, int other, int warp, const Region& region, std::size_t at, const void* pc) {
+    char who[32] = "other threads";
+    if (other >= 0) std::snprintf(who, sizeof who, "thread %d", other);
+    fail(pc, "thread %d %s byte %zu of %s, which %s %s: no %s between", now.thread, mine, at, what(region), who, theirs,
+         warp == now.thread / WARP ? "sync_warp" : "sync_threads");
+}
+
+[[noreturn]] void race_of_blocks(const char* mine, const char* theirs, const Region& region, std::size_t at, const void* pc) {
+    fail(pc, "thread %d %s byte %zu of %s, which another block %s: blocks of one launch have no order", now.thread, mine, at, what(region),
+         theirs);
+}
+
+[[noreturn]] void not_waited(const char* mine, const Region& region, std::size_t at, int pending, const void* pc) {
+    fail(pc, "thread %d %s byte %zu of %s, where a cp.async of thread %d is still under way: no cp_async_wait", now.thread, mine, at,
+         what(region), pending);
+}
+
+bool unordered(int other, uint32_t epoch, uint32_t sync) {
+    return epoch == now.epoch && other != now.thread && (other / WARP != now.thread / WARP || sync == now.sync);
+}
+
+void touch_write(Region& region, std::size_t at, const void* pc) {
+    Cell& cell = region.cells[at];
+    if (cell.pending != NOBODY) not_waited("writes", region, at, cell.pending, pc);
+    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync))
+        race("writes", "wrote", cell.writer, cell.writer / WARP, region, at, pc);
+    if (cell.read_epoch == now.epoch) {
+        bool other_warp = cell.reading_warp != now.thread / WARP;
+        bool other_lane = cell.reader != now.thread && cell.read_sync == now.sync;
+        if (other_warp || other_lane) race("writes", "read", other_warp ? SEVERAL : cell.reader, cell.reading_warp, region, at, pc);
+    }
+    if (cell.written_epoch && cell.written_epoch < now.first_epoch) race_of_blocks("writes", "wrote", region, at, pc);
+    if (cell.read_epoch && cell.read_epoch < now.first_epoch) race_of_blocks("writes", "read", region, at, pc);
+    cell.written_epoch = now.epoch;
+    cell.written_sync = now.sync;
+    cell.writer = static_cast<int16_t>(now.thread);
+}
+
+void touch_read(Region& region, std::size_t at, const void* pc) {
+    Cell& cell = region.cells[at];
+    if (cell.pending != NOBODY) not_waited("reads", region, at, cell.pending, pc);
+    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync))
+        race("reads", "wrote", cell.writer, cell.writer / WARP, region, at, pc);
+    if (cell.written_epoch && cell.written_epoch < now.first_epoch) race_of_blocks("reads", "wrote", region, at, pc);
+    int warp = now.thread / WARP;
+    if (cell.read_epoch != now.epoch) {
+        cell.reader = static_cast<int16_t>(now.thread);
+        cell.reading_warp = static_cast<int16_t>(warp);
+    } else if (cell.reading_warp != warp) {
+        cell.reading_warp = SEVERAL;
+    } else {
+        cell.reader = static_cast<int16_t>(cell.reader == now.thread || cell.read_sync != now.sync ? now.thread : SEVERAL);
+    }
+    cell.read_epoch = now.epoch;
+    cell.read_sync = now.sync;
+}
+
+}  // namespace
+
+void add_tensor(char* base, std::size_t bytes, const uint8_t* accessible, std::size_t item_bytes) {
+    Region region{base, bytes, false, std::vector<Cell>(bytes)};
+    for (std::size_t i = 0; i < bytes; ++i) region.cells[i].accessible = accessible[i / item_bytes] != 0;
+    regions.push_back(std::move(region));
+}
+
+void forget_tensors() { regions.clear(); }
+
+void fresh_shared_memory(std::size_t bytes) {
+    if (!shared_base) {
+        void* map = mmap(nullptr, SHARED_LIMIT, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        shared_base = static_cast<char*>(map);
+    }
+    if (bytes > SHARED_LIMIT) fail(nullptr, "%zu bytes of shared memory: a block has at most 227 KiB", bytes);
+    if (regions.empty()) regions.push_back(Region{shared_base, bytes, true, {}});
+    regions[0].cells.assign(bytes, Cell{});
+    std::memset(shared_base, 0xff, bytes);  // NaN in every floating-point type
+}
+
+void* shared_memory_begin() { return shared_base; }
+
+void check_read(const void* address, std::size_t bytes, const void* pc) {
+    if (on_stack(address)) return;
+    Region& region = region_of("read", address, bytes, pc);
+    std::size_t at = static_cast<const char*>(address) - region.begin;
+    for (std::size_t i = 0; i < bytes; ++i) touch_read(region, at + i, pc);
+}
+
+void check_write(const void* address, std::size_t bytes, const void* pc) {
+    if (on_stack(address)) return;
+    Region& region = region_of("write", address, bytes, pc);
+    std::size_t at = static_cast<const char*>(address) - region.begin;
+    for (std::size_t i = 0; i < bytes; ++i) touch_write(region, at + i, pc);
+}
+
+void check_aligned(const void* address, std::size_t bytes, const void* pc) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes) fail(pc, "a %zu-byte access at address ...%03zx is not aligned", bytes,
+                                                           static_cast<std::size_t>(reinterpret_cast<uintptr_t>(address) % 4096));
+}
+
+void check_shared(const void* address, std::size_t bytes, const void* pc) {
+    if (!regions[0].holds(static_cast<const char*>(address), bytes)) outside("access to shared memory", static_cast<const char*>(address), bytes, pc);
+}
+
+void begin_pending(void* smem, const void* pc) {
+    check_shared(smem, 16, pc);
+    check_write(smem, 16, pc);
+    std::size_t at = static_cast<char*>(smem) - regions[0].begin;
+    for (int i = 0; i < 16; ++i) regions[0].cells[at + i].pending = static_cast<int16_t>(now.thread);
+}
+
+void end_pending(void* smem) {
+    std::size_t at = static_cast<char*>(smem) - regions[0].begin;
+    for (int i = 0; i < 16; ++i) {
+        Cell& cell = regions[0].cells[at + i];
+        cell.pending = NOBODY;
+        cell.written_epoch = now.epoch;
+        cell.written_sync = now.sync;
+    }
+}
+
+}  // namespace klab::emulator
+
+// ----------------------------------------------------------------------------- what the instrumented kernel calls
+#define HERE __builtin_return_address(0)
+#define HOOKS(n)                                                                                            \
+    void __tsan_read##n(void* p) { klab::emulator::check_read(p, n, HERE); }                                \
+    void __tsan_write##n(void* p) { klab::emulator::check_write(p, n, HERE); }                              \
+    void __tsan_unaligned_read##n(void* p) { klab::emulator::check_read(p, n, HERE); }                      \
+    void __tsan_unaligned_write##n(void* p) { klab::emulator::check_write(p, n, HERE); }                    \
+    void __tsan_volatile_read##n(void* p) { klab::emulator::check_read(p, n, HERE); }                       \
+    void __tsan_volatile_write##n(void* p) { klab::emulator::check_write(p, n, HERE); }
+
+extern "C" {
+HOOKS(1)
+HOOKS(2)
+HOOKS(4)
+HOOKS(8)
+HOOKS(16)
+void __tsan_read_range(void* p, std::size_t n) { klab::emulator::check_read(p, n, HERE); }
+void __tsan_write_range(void* p, std::size_t n) { klab::emulator::check_write(p, n, HERE); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}
