@@ -12,9 +12,11 @@ from klab.kernels.errors import UsageError
 _IRRELEVANT = {
     "names and tooling": r"_.* | architectures | auto_map | model_type | transformers_version | transformers\.js_config | library_name"
     r" | unsloth.* | (tokenizer|processor)_class | feature_extractor_type | name_or_path | problem_type | finetuning_task | pruned_heads"
-    r" | task_specific_params | id2label | label2id | num_labels | classifier.* | summary_.* | torchscript | tf_legacy_loss",
+    r" | task_specific_params | for_llm_compressor | id2label | label2id | num_labels | classifier.* | summary_.* | torchscript | tf_legacy_loss",
+    "pictures (the tower itself is reported)": r"vision_feature_.* | image_(seq_length|grid_pinpoints|size) | mm_tokens_per_image"
+    r" | spatial_merge_size | (multimodal_)?projector_hidden_act",
     "tokens": r".*_token_ids? | .*_token_index | .*_id | (boi|eoi|bos|eos|pad|unk|sep)_.* | (image|video|audio|vision|mm)_.*token.*",
-    "training": r".*dropout.* | .*drop_(rate|path).* | .*_pdrop | .*initializer.* | .*_init(_std)? | .*init_method.* | init_std"
+    "training": r".*(dropout|layerdrop).* | .*drop_(rate|path).* | .*_pdrop | .*initializer.* | .*_init(_std)? | .*init_method.* | init_std"
     r" | .*aux_loss.* | .*z_loss.* | seq_aux | gradient_checkpointing | mask_.*(prob|length|masks) | apply_spec_augment"
     r" | use_weighted_layer_sum | ep_size | pretraining_tp | (tensor|pipeline)_parallel.*",
     "generation": r"return_dict.* | output_(hidden_states|attentions|scores|past|router_logits) | use_(bfloat16|cache|return_dict|fast_.*)"
@@ -29,9 +31,9 @@ _IRRELEVANT = {
     "element-wise": r".*_eps(ilon)? | eps | .*_bias | bias | use_bias.* | no_bias | .*layer_?norm.* | norm_type | rms_norm.* | pre_norm"
     r" | post_norm | hidden_act(ivation)? | activation(_function|_type)? | .*_act(_fn|ivation)? | clip_qkv | query_pre_attn_scalar"
     r" | .*multiplier | .*_scal(e|ar|ing)(_factor)? | scale_(embedding|depth|emb|attn.*) | final_logit_softcapping | use_qkv_bias"
-    r" | swiglu_limit | type_vocab_size | parallel_attn | (use_)?parallel_residual | do_layer_norm_before | apply_residual_connection_post_layernorm",
+    r" | swiglu_.* | qk_norm_type | use_gemma_norm | type_vocab_size | parallel_attn | (use_)?parallel_residual",
     "how experts are scored": r"norm_top_?k_prob | scoring_func | topk_(method|group) | n_group | .*routed_scaling_factor"
-    r" | (moe_)?router_(jitter|bias|dtype|scale|scaling|temperature|use|enable|score|act).*",
+    r" | use_routing_bias | (moe_)?router_(jitter|bias|dtype|scale|scaling|temperature|use|enable|score|act).*",
     "diffusion": r"guidance_embeds | sample_size | cross_attn_norm",
 }
 IRRELEVANT = re.compile(" | ".join(_IRRELEVANT.values()), re.VERBOSE)
@@ -73,6 +75,8 @@ class Fields:
                 raise UsageError(f"{self.where}: the field {names[0]}{others} is missing, and klab needs it for the shapes of the model")
             return default
         name = next(name for name in names if self.data.get(name) is not None)
+        if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+            value = value[0]  # one entry per layer, all alike
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not least <= value <= LARGEST or value != int(value):
             raise UsageError(f"{self.where}: {name} is {value!r}; it must be a whole number of at least {least} (and below 2^40)")

@@ -40,12 +40,12 @@ def _parse_decoder(outer: Fields, name: str) -> Model:
     f = _language_part(outer)
     model_type = str(f.value("model_type") or outer.value("model_type", default=""))
     hidden = hidden_size(f)
-    stack = Stack("decoder", hidden, layer_groups(f, model_type))
+    encoder_only = model_type in ENCODERS
+    stack = Stack("encoder" if encoder_only else "decoder", hidden, layer_groups(f, model_type))
     dtype, dtype_notes = read_dtype(f, outer)
     tied = next((bool(x.data["tie_word_embeddings"]) for x in (f, outer) if x.data.get("tie_word_embeddings") is not None), None)
     f.understood.add("tie_word_embeddings")
     outer.understood.add("tie_word_embeddings")
-    encoder_only = model_type in ENCODERS
     model = Model(
         name=name,
         kind="encoder" if encoder_only else "llm",
@@ -125,13 +125,11 @@ def _mathematics_notes(f: Fields, model_type: str) -> list[Note]:
 
 
 def _speculation_notes(f: Fields) -> list[Note]:
-    for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"):
-        if f.integer(name, default=0, least=0):
-            f.understood.add("mtp_use_dedicated_embeddings")
-            return [
-                Note(name, f"{f.integer(name)} layer for speculative decoding is not planned: a step without speculation does not run it")
-            ]
-    return []
+    fields = [name for name in f.data if "mtp" in name.lower() or "nextn" in name]
+    f.understood.update(fields)
+    used = [name for name in fields if f.data[name]]
+    words = "extra layers for speculative decoding are not planned: a step without speculation does not run them"
+    return [Note(used[0], words)] if used else []
 
 
 def _tower_notes(outer: Fields, model: Model) -> list[Note]:

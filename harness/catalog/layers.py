@@ -91,7 +91,7 @@ def attention_shape(f: Fields, model_type: str) -> Attention:
         head_dim,
         causal=model_type not in ENCODERS,
         rotary=model_type not in NOT_ROTARY,
-        output_gate=f.flag("attn_output_gate", default=model_type.startswith(OUTPUT_GATE)),
+        output_gate=f.flag("attn_output_gate", "attention_output_gate", default=model_type.startswith(OUTPUT_GATE)),
         qk_norm=f.flag("use_qk_norm", "qk_norm", "qk_layernorm", default=model_type.startswith(QK_NORM)),
     )
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,8 +202,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        if error.errno != errno.ENOTDIR:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is no folder, there is no part either
+            part.unlink()
         raise CannotMeasure(f"cannot write {path} ({error.strerror or error}): free space, or name another file with --out") from None
 
 

@@ -14,7 +14,6 @@ import typer
 from klab.harness.cli._console import talk
 from klab.kernels.errors import CannotMeasure, KlabError
 
-
 # A budget counts from here: importing torch and finding the kernels is part of what the user waits for.
 START_S = time.monotonic()
 

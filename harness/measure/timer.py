@@ -95,13 +95,13 @@ class CpuTimer:
     def __init__(self, chip: Chip, meter: PowerMeter) -> None:
         self.l2_bytes = chip.l2_bytes
         self._meter = meter
-        self._cores = min(chip.sm_count, cores()) if chip.sm_count else cores()
+        self.cores = min(chip.sm_count, cores()) if chip.sm_count else cores()
 
     def begin(self, policy: Policy) -> dict[str, Any]:
         """Set torch's threads to the policy's number, or to the chip's cores."""
         import torch
 
-        torch.set_num_threads(policy.threads or self._cores)
+        torch.set_num_threads(policy.threads or self.cores)
         return {"threads": torch.get_num_threads()}
 
     def batch(self, launch: Launch, rotation: Rotation, policy: Policy) -> CpuBatch:

@@ -21,7 +21,7 @@ from klab.harness.measure.faults import one_line
 from klab.harness.measure.nvml import open_meter
 from klab.harness.measure.power import NullMeter
 from klab.harness.measure.session import Answer, Session
-from klab.harness.measure.timer import CpuTimer, cores
+from klab.harness.measure.timer import CpuTimer
 from klab.kernels.contract import Chip, Json
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure, KlabError
@@ -70,9 +70,10 @@ class Worker:
 
             timer: Any = CudaTimer(chosen, meter)
         else:
-            facts |= {"kind": "cpu", "device": facts["cpu_model"], "uuid": "", "cores": cores()}
             meter = NullMeter("no power sensor on this CPU")
             timer = CpuTimer(chosen, meter)
+            # The threads of a policy that names none; `open` tells those that hold.
+            facts |= {"kind": "cpu", "device": facts["cpu_model"], "uuid": "", "cores": timer.cores, "threads": timer.cores}
         catalogue = discover(kernel_dirs)
         self.session = Session(chosen, catalogue, timer, meter)
         gc.freeze()  # what was imported stays: each later collection costs 1 ms instead of 200

@@ -104,14 +104,14 @@ class Job:
         self.journal.ready()
         self.report = ReadReport()
         self._jobs = jobs
-        self._stored = [] if again else [p for p in dict.fromkeys([folder, *read_from]) if p.exists()]
+        self._read_from = list(read_from)
         self._environment: dict[str, object] | None = None
         self._screened: set[str] = set()
 
     def known(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those of the trials that have an ok Result of this epoch: same driver, toolchain, device and threads."""
         wanted = {trial.key for trial in trials}
-        rows = [row for row in iter_results(self._stored, self.report) if row.key in wanted and row.status is Status.OK]
+        rows = [row for row in iter_results(self.sources(), self.report) if row.key in wanted and row.status is Status.OK]
         if not rows:
             return []
         done = {threads: done_keys(rows, self._epoch(threads)) for threads in {t.policy.threads for t in trials}}
@@ -193,9 +193,13 @@ class Job:
         outcome.results.append(result)
         self.listener.result(result)
 
+    def sources(self) -> list[Path]:
+        """Where rows are read from: the job's own folder and those it was given."""
+        return [p for p in dict.fromkeys([self.folder, *self._read_from]) if p.exists()]
+
     def stored(self) -> list[Result]:
         """What stands in the store now, new rows included: for choosing and reporting."""
-        return latest(iter_results([p for p in dict.fromkeys([self.folder, *self._stored]) if p.exists()], ReadReport()))
+        return latest(iter_results(self.sources(), ReadReport()))
 
 
 def screened_row(found: Screened, kernel: Kernel, run_id: str) -> Result:

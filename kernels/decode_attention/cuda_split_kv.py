@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import cupy  # noqa: F401  absent CuPy makes this file "unavailable" when it is found, not when it is launched
 import torch
@@ -17,13 +18,9 @@ import torch
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel
 from klab.kernels.decode_attention.problem import DecodeAttention
-from klab.kernels.errors import UsageError
-from klab.kernels.split_rule import choose_splits, tiles_per_split
+from klab.kernels.mma_attention import MAX_GRID_YZ, REGISTERS_PER_SM, REGISTERS_PER_THREAD, over_budget, refusal, row_bytes, row_strides
+from klab.kernels.split_rule import COMBINE_TILES, MERGE_TILES, OVERHEAD_TILES, choose_splits, tiles_per_split
 
-REGISTERS_PER_THREAD = 255
-REGISTERS_PER_SM = 65536
-MAX_HEAD_DIM = 256
-MAX_GRID_YZ = 65535
 COMBINE_THREADS = 128
 
 COMBINE_SOURCE = '#include "split_pieces.cuh"\nusing namespace klab;'
@@ -87,15 +84,13 @@ KLAB_KERNEL(split_attention, THREADS)(
     int warp = thread_idx() / 32, lane = thread_idx() % 32, quad = lane / 4, pair = lane % 4;
     int kv_head = block_idx_x() % kv_heads, first_row = block_idx_x() / kv_heads * ROWS, piece = block_idx_y(), sequence = block_idx_z();
     int kv_len = kv_lens[sequence], begin = first_key(kv_len, q_len, window), tiles = tile_count(kv_len, q_len, window);
-    int pieces = piece_count(tiles, tiles_per_piece);
+    int pieces = piece_count(tiles, tiles_per_piece), rows = min_of(ROWS, q_len * group - first_row);
     if (piece >= pieces) return;
-    int rows = min_of(ROWS, q_len * group - first_row);
     begin += piece * tiles_per_piece * TILE + warp * BLOCK_N;  // this warp's first key
     int steps = min_of(min_of(tiles_per_piece, tiles - piece * tiles_per_piece), ceil_div(kv_len - begin, TILE));
 
     q += static_cast<int64_t>(sequence) * q_batch + kv_head * group * q_head;
-    k += kv_head * k_head;
-    v += kv_head * v_head;
+    k += kv_head * k_head, v += kv_head * v_head;
     const int* table = block_table + static_cast<int64_t>(sequence) * table_width;
     unsigned char* smem = shared_memory<unsigned char>();
     int warp_at = Q_BYTES + warp * WARP_BYTES;
@@ -122,17 +117,16 @@ KLAB_KERNEL(split_attention, THREADS)(
                                          begin + i * TILE, kv_len);
         cp_async_commit();
     };
-    uint32_t early[STAGES][LOOK_UPS], newest[LOOK_UPS], next[LOOK_UPS];
+    uint32_t early[STAGES + 1][LOOK_UPS], newest[LOOK_UPS], next[LOOK_UPS];
     KLAB_UNROLL
-    for (int i = 0; i < STAGES; ++i) look_up(early[i], table, begin + i * TILE, kv_len);
-    look_up(next, table, begin + STAGES * TILE, kv_len);
+    for (int i = 0; i <= STAGES; ++i) look_up(early[i], table, begin + i * TILE, kv_len);
     KLAB_UNROLL
     for (int i = 0; i < STAGES; ++i) {
         copy_keys(i, early[i]);
         if (i < STAGES - 1) copy_values(i, early[i]);
     }
     KLAB_UNROLL
-    for (int i = 0; i < LOOK_UPS; ++i) newest[i] = early[STAGES - 1][i];
+    for (int i = 0; i < LOOK_UPS; ++i) newest[i] = early[STAGES - 1][i], next[i] = early[STAGES][i];
 
     int q_at = left_operand_at<K_ROW>(lane), k_at = warp_at + keys_at<K_ROW>(lane);
     int v_at = warp_at + STAGES * K_BYTES + left_operand_at<V_ROW>(lane);
@@ -272,7 +266,7 @@ class SplitConfig(Config):
 
 def smem_bytes(problem: DecodeAttention, config: SplitConfig) -> int:
     """Shared memory of a block: queries and every warp's tiles, rows padded to 128 bytes; at the end it holds the warps' float sums."""
-    k_row, v_row = (-(-2 * dim // 128) * 128 for dim in (problem.head_dim, problem.dim_v))
+    k_row, v_row = row_bytes(problem.head_dim), row_bytes(problem.dim_v)
     rows = 16 * config.row_fragments
     tiles = rows * k_row + config.warps * config.stages * config.block_n * (k_row + v_row)
     return max(tiles, config.warps * rows * 4 * (2 + problem.dim_v + 8))
@@ -287,10 +281,14 @@ def registers(problem: DecodeAttention, config: SplitConfig) -> int:
 
 
 def blocks_per_sm(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> int:
-    """Blocks that an SM holds at once, by shared memory (1 KiB of each block is the system's) and registers; at least 1."""
+    """Blocks of an SM that bring more bandwidth: as many as fit, by shared memory (1 KiB of each is the system's) and registers.
+
+    But not more than keep 128 KiB on their way, of which 36 KiB (4.8 TB/s over 132 SMs for 1 us) are needed.
+    """
     by_smem = chip.smem_per_sm_bytes // (smem_bytes(problem, config) + 1024)
     by_registers = REGISTERS_PER_SM // (32 * config.warps * min(registers(problem, config), REGISTERS_PER_THREAD))
-    return max(1, min(by_smem, by_registers))
+    waiting = config.warps * max(1, config.stages - 1) * config.block_n * 2 * (problem.head_dim + problem.dim_v)
+    return max(1, min(by_smem, by_registers, -(-(128 << 10) // waiting)))
 
 
 def row_tiles(problem: DecodeAttention, config: SplitConfig) -> int:
@@ -298,46 +296,51 @@ def row_tiles(problem: DecodeAttention, config: SplitConfig) -> int:
     return -(-problem.q_len * (problem.heads // problem.kv_heads) // (16 * config.row_fragments))
 
 
+@lru_cache(maxsize=4096)
 def pieces(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> tuple[int, int]:
     """(tiles of a piece, pieces of the longest sequence); a tile is `warps * block_n` keys that some query sees."""
+    tile = config.warps * config.block_n
     visible = [min(n, problem.window + problem.q_len - 1) if problem.window else n for n in problem.kv_lens]
-    tiles = [-(-n // (config.warps * config.block_n)) for n in visible]
-    programs = problem.batch * problem.kv_heads * row_tiles(problem, config)
-    slots = chip.sm_count * blocks_per_sm(problem, config, chip)
-    piece = tiles_per_split(max(tiles), config.num_splits or choose_splits(tiles, programs, slots))
+    tiles = [-(-n // tile) for n in visible]
+    splits = config.num_splits
+    if not splits:
+        programs = problem.batch * problem.kv_heads * row_tiles(problem, config)
+        unit = 32768 / (tile * 2 * (problem.head_dim + problem.dim_v))  # the rule's constants are for tiles of 32 KiB
+        splits = choose_splits(
+            tiles,
+            programs,
+            chip.sm_count * blocks_per_sm(problem, config, chip),
+            overhead_tiles=OVERHEAD_TILES * unit,
+            merge_tiles=MERGE_TILES * unit,
+            combine_tiles=COMBINE_TILES * unit,
+        )
+    piece = tiles_per_split(max(tiles), splits)
     return piece, -(-max(tiles) // piece)
 
 
 def fits(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> str | None:
     """None when it can run; otherwise the reason in a few words."""
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"tensor cores multiply fp16 and bf16 here, not {problem.dtype}"
-    if chip.compute_capability < (8, 0):
-        return f"needs cp.async and bf16 tensor cores (compute capability 8.0), {chip.name} has {chip.compute_capability}"
-    if problem.head_dim % 16 or problem.dim_v % 16 or max(problem.head_dim, problem.dim_v) > MAX_HEAD_DIM:
-        return f"head dims are multiples of 16 up to {MAX_HEAD_DIM}, not {problem.head_dim}/{problem.dim_v}"
+    refused = refusal(problem, chip)
+    if refused:
+        return refused
     if config.block_n not in (16, 32, 64) or not 1 <= config.warps <= 16 or not 1 <= config.stages <= 8 or config.num_splits < 0:
         return "block_n is 16, 32 or 64, warps 1 to 16, stages 1 to 8, num_splits 0 or more"
     if not 1 <= config.row_fragments <= max(1, -(-problem.q_len * (problem.heads // problem.kv_heads) // 16)):
         return f"row_fragments={config.row_fragments} is more than the queries of a key/value head fill"
     if problem.batch > MAX_GRID_YZ or config.num_splits > MAX_GRID_YZ:
         return f"a grid has at most {MAX_GRID_YZ} sequences and splits"
-    tile = config.warps * config.block_n
-    if config.num_splits > 1 and config.num_splits > -(-problem.max_kv_len // tile):
-        return f"{config.num_splits} splits for {-(-problem.max_kv_len // tile)} tiles of {tile} keys"
-    if smem_bytes(problem, config) > chip.smem_per_block_bytes:
-        return f"needs {smem_bytes(problem, config)} B of shared memory, {chip.name} has {chip.smem_per_block_bytes}"
-    available = min(REGISTERS_PER_THREAD, REGISTERS_PER_SM // (32 * config.warps))
-    if registers(problem, config) > available:
-        return f"would spill: about {registers(problem, config)} registers per thread of {available}"
-    return None
+    if config.num_splits and pieces(problem, config, chip)[1] != config.num_splits:
+        return f"the longest sequence cannot be cut into {config.num_splits} even pieces of {config.warps * config.block_n} keys and more"
+    return over_budget(smem_bytes(problem, config), registers(problem, config), config.warps, chip)
 
 
 def space(problem: DecodeAttention, chip: Chip) -> Iterator[SplitConfig]:
     """Every combination that may be worth a measurement; invalid ones are dropped by `fits`."""
     splits = (0, 1, 2, 4, 8, 16, 32, 64, 128)
     for num_splits, fragments, warps, block_n, stages in itertools.product(splits, (1, 2), (4, 2, 8, 1), (16, 32, 64), (3, 2, 4, 1)):
-        yield SplitConfig(block_n, warps, stages, fragments, num_splits)
+        config = SplitConfig(block_n, warps, stages, fragments, num_splits)
+        if not num_splits or pieces(problem, replace(config, num_splits=0), chip)[1] != num_splits:  # else it is the rule's choice
+            yield config
 
 
 def default(problem: DecodeAttention, chip: Chip) -> SplitConfig:
@@ -346,40 +349,30 @@ def default(problem: DecodeAttention, chip: Chip) -> SplitConfig:
     4.8 TB/s over 132 SMs for about a microsecond of latency need 36 KiB. Two fragments where a group has more than 16 rows.
     """
     fragments = 2 if problem.q_len * (problem.heads // problem.kv_heads) > 16 and problem.dim_v <= 128 else 1
-    wide = problem.head_dim + problem.dim_v
-    return SplitConfig(block_n=32 if wide <= 128 else 16, stages=3 if wide <= 256 else 2, row_fragments=fragments)
-
-
-def strides_of(name: str, tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Elements from one index to the next in all dimensions but the last; UsageError unless rows are dense and start at 16 bytes."""
-    *outer, dim = tensor.stride()
-    if dim != 1 or any(stride % 8 for stride in outer) or tensor.storage_offset() % 8:
-        raise UsageError(
-            f"cuda_split_kv copies 16 bytes at a time: make rows of {name} dense and 16-byte aligned (strides {tensor.stride()})"
-        )
-    return outer[0], outer[1], outer[2]
+    both = problem.head_dim + problem.dim_v
+    return SplitConfig(block_n=32 if both <= 128 else 16, stages=3 if both <= 256 else 2, row_fragments=fragments)
 
 
 @kernel(DecodeAttention, backend="cuda", config=SplitConfig, space=space, default=default, fits=fits)
 def cuda_split_kv(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> Launch:
     """Flash-decoding in CUDA C++ (mma.sync, cp.async): split keys over a paged cache, GQA packed into tensor-core rows."""
-    defines = {
+    shared: dict[str, str | int] = {
         "ELEMENT": ELEMENT[problem.dtype],
-        "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.dim_v,
+        "TILE": config.warps * config.block_n,
+        "WINDOWED": int(problem.window > 0),
+    }
+    defines: dict[str, str | int] = shared | {
+        "HEAD_DIM": problem.head_dim,
         "PAGE_SIZE": problem.page_size,
         "BLOCK_N": config.block_n,
-        "TILE": config.warps * config.block_n,
         "WARPS": config.warps,
         "STAGES": config.stages,
         "ROW_FRAGMENTS": config.row_fragments,
-        "WINDOWED": int(problem.window > 0),
     }
     split = CudaKernel(SOURCE, "split_attention", chip, defines, smem_bytes(problem, config))
-    columns = COMBINE_THREADS // (problem.dim_v // 4)
-    combine = CudaKernel(
-        COMBINE_SOURCE, "combine_pieces", chip, defines | {"COMBINE_THREADS": COMBINE_THREADS}, columns * (problem.dim_v + 2) * 4
-    )
+    columns_bytes = COMBINE_THREADS // (problem.dim_v // 4) * (problem.dim_v + 2) * 4
+    combine = CudaKernel(COMBINE_SOURCE, "combine_pieces", chip, shared | {"COMBINE_THREADS": COMBINE_THREADS}, columns_bytes)
     tiles_per_piece, max_pieces = pieces(problem, config, chip)
     group, rows = problem.heads // problem.kv_heads, problem.batch * problem.q_len * problem.heads
     scale_log2 = problem.scale * math.log2(math.e)
@@ -388,16 +381,14 @@ def cuda_split_kv(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> 
     def workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in workspaces:
             entries = rows * max_pieces if max_pieces > 1 else 1  # one piece goes straight to the output
-            workspaces[device] = (
-                torch.empty((entries, problem.dim_v), dtype=torch.float32, device=device),
-                torch.empty((entries, 2), dtype=torch.float32, device=device),
-            )
+            sums, stats = (torch.empty((entries, width), dtype=torch.float32, device=device) for width in (problem.dim_v, 2))
+            workspaces[device] = sums, stats
         return workspaces[device]
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         q, k, v, table, kv_lens, out = *(inputs[n] for n in ("q", "k_cache", "v_cache", "block_table", "kv_lens")), outputs["out"]
         sums, stats = workspace(q.device)
-        strides = [s for name, tensor in zip("qkv", (q, k, v), strict=True) for s in strides_of(name, tensor)]
+        strides = [s for name, tensor in zip("qkv", (q, k, v), strict=True) for s in row_strides("cuda_split_kv", name, tensor)]
         shape = [problem.q_len, problem.kv_heads, group, table.stride(0), *strides, problem.window, tiles_per_piece, max_pieces, scale_log2]
         grid = (problem.kv_heads * row_tiles(problem, config), max_pieces, problem.batch)
         split.launch(grid, 32 * config.warps, [q, k, v, table, kv_lens, out, sums, stats, *shape])

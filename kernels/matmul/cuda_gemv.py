@@ -276,7 +276,7 @@ class _Shape:
         x_loads = 1 if single and not nt else x_tiles
         sums = w_loads * problem.m if single else tile_n // 64 * 16 * x_tiles if not nt else 4 * tiles * x_tiles
         ring_bytes = config.warps * config.stages * config.unroll * (w_loads + x_loads) * 512
-        # A step's 16-byte words, the sums, and about 44 for addresses (the most that NVRTC 13.0 uses on sm_90a).
+        # A step's 16-byte words, the sums, and 44 for addresses: what it needs; NVRTC 13.0 takes more where there is room.
         return cls(step, tile_n, 4 * (w_loads + x_loads) + sums + 44, max(ring_bytes, 4 * config.warps * problem.m * tile_n))
 
     def steps_k(self, config: GemvConfig) -> int:

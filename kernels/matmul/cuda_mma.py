@@ -190,7 +190,7 @@ class MmaConfig(Config):
 
     @property
     def registers(self) -> int:
-        """Per thread: the sums, two sets of fragments, and about 45 for addresses (NVRTC 13.0 uses 30 to 50 on sm_90a)."""
+        """Per thread, estimated: the sums, two sets of fragments, 45 for addresses. NVRTC 13.0 allots up to 50 more or fewer, unspilled."""
         warp_m, warp_n = self.block_m // self.warps_m, self.block_n // self.warps_n
         return warp_m * warp_n // 32 + 2 * (warp_m // 4 + warp_n // 4) + 45
 
@@ -235,7 +235,9 @@ def space(problem: Matmul, chip: Chip) -> Iterator[MmaConfig]:
         for stages, (warps_m, warps_n) in product((2, 3, 4, 5, 6), ((1, 2), (2, 1), (1, 4), (2, 2), (4, 1), (2, 4), (4, 2))):
             if stages > max(2, -(-problem.k // block_k)):
                 continue
-            for group_m in (1, 8, 16) if problem.m > block_m else (1,):
+            # All groups of at least the tile rows walk alike: only the smallest of them.
+            tile_rows = -(-problem.m // block_m)
+            for group_m in (1, 8, 16)[: 1 + (tile_rows > 1) + (tile_rows > 8)]:
                 yield MmaConfig(block_m, block_n, block_k, stages, warps_m, warps_n, group_m)
 
 

@@ -81,7 +81,7 @@ def _block(
     tokens, group = last + 1 - first, problem.heads // problem.kv_heads
     compute = k.dtype
     # Rows are token x query head of the group: [key heads, tokens * group, dim].
-    rows = q[first : last + 1].unflatten(1, (problem.kv_heads, group))[:, heads].transpose(0, 1)  # type: ignore[no-untyped-call]
+    rows = q[first : last + 1].view(tokens, problem.kv_heads, group, problem.head_dim)[:, heads].transpose(0, 1)
     rows = rows.float().mul(problem.scale).to(compute).reshape(k.shape[0], tokens * group, problem.head_dim)
     position = torch.arange(first, last + 1).repeat_interleave(group)[:, None] + problem.prefixes[sequence]
 

@@ -12,17 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cupy  # noqa: F401  absent CuPy makes this file "unavailable" when it is found, not when it is launched
-import torch
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel
-from klab.kernels.errors import UsageError
+from klab.kernels.mma_attention import MAX_GRID_YZ, over_budget, refusal, row_bytes, row_strides
 from klab.kernels.prefill_attention.problem import PrefillAttention
-
-REGISTERS_PER_THREAD = 255
-REGISTERS_PER_SM = 65536
-MAX_HEAD_DIM = 256
-MAX_GRID_Y = 65535
 
 SOURCE = r"""
 #include "attention.cuh"
@@ -268,7 +262,7 @@ class FlashConfig(Config):
 
 def smem_bytes(problem: PrefillAttention, config: FlashConfig) -> int:
     """Shared memory of a block: the tile of queries, and `stages` tiles of keys and values, rows padded to 128 bytes; and one number."""
-    k_row, v_row = (-(-2 * dim // 128) * 128 for dim in (problem.head_dim, problem.dim_v))
+    k_row, v_row = row_bytes(problem.head_dim), row_bytes(problem.dim_v)
     return config.block_m * k_row + config.stages * config.block_n * (k_row + v_row) + 16
 
 
@@ -276,7 +270,7 @@ def registers(problem: PrefillAttention, config: FlashConfig) -> int:
     """Estimated 32-bit registers of a thread: output sums, scores, queries if kept, and 40 for addresses and operands.
 
     A 16 x n tile of float sums spreads over 32 lanes as n / 2 registers, a 16 x n tile of 16-bit operands as n / 4. The packed
-    weights reuse the scores' registers. Compiled defaults come within 20 of it.
+    weights reuse the scores' registers. NVRTC 13.0 comes within 40 of it, and spills at most 176 bytes where it reaches 255.
     """
     fragments = config.block_m // config.warps // 16
     queries = problem.head_dim // 4 if config.q_in_registers else 4
@@ -290,24 +284,18 @@ def query_tiles(problem: PrefillAttention, config: FlashConfig) -> int:
 
 def fits(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> str | None:
     """None when it can run; otherwise the reason in a few words."""
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"tensor cores multiply fp16 and bf16 here, not {problem.dtype}"
-    if chip.compute_capability < (8, 0):
-        return f"needs cp.async and bf16 tensor cores (compute capability 8.0), {chip.name} has {chip.compute_capability}"
-    if problem.head_dim % 16 or problem.dim_v % 16 or problem.head_dim > MAX_HEAD_DIM or problem.dim_v > problem.head_dim:
-        return f"head dims are multiples of 16 up to {MAX_HEAD_DIM}, that of v at most that of k, not {problem.head_dim}/{problem.dim_v}"
+    refused = refusal(problem, chip)
+    if refused:
+        return refused
+    if problem.dim_v > problem.head_dim:
+        return f"the head dim of v ({problem.dim_v}) is larger than that of k ({problem.head_dim})"
     if config.block_m % 16 or config.block_n % 16 or config.block_n < 16 or not 1 <= config.stages <= 8 or not 1 <= config.warps <= 32:
         return "block_m and block_n are multiples of 16, stages 1 to 8, warps 1 to 32"
     if config.block_m not in (16 * config.warps, 32 * config.warps):
         return f"each warp takes 16 or 32 rows, not {config.block_m}/{config.warps}"
-    if smem_bytes(problem, config) > chip.smem_per_block_bytes:
-        return f"needs {smem_bytes(problem, config)} B of shared memory, {chip.name} has {chip.smem_per_block_bytes}"
-    if (query_tiles(problem, config) if config.heads_inner else problem.heads) > MAX_GRID_Y:
-        return f"needs more than {MAX_GRID_Y} blocks in the grid's second dimension"
-    available = min(REGISTERS_PER_THREAD, REGISTERS_PER_SM // (32 * config.warps))
-    if registers(problem, config) > available:
-        return f"would spill: about {registers(problem, config)} registers per thread of {available}"
-    return None
+    if (query_tiles(problem, config) if config.heads_inner else problem.heads) > MAX_GRID_YZ:
+        return f"needs more than {MAX_GRID_YZ} blocks in the grid's second dimension"
+    return over_budget(smem_bytes(problem, config), registers(problem, config), config.warps, chip)
 
 
 def space(problem: PrefillAttention, chip: Chip) -> Iterator[FlashConfig]:
@@ -323,16 +311,6 @@ def default(problem: PrefillAttention, chip: Chip) -> FlashConfig:
     candidates = [FlashConfig()] if problem.head_dim <= 128 else []
     candidates += [FlashConfig(warps=8), FlashConfig(block_n=32, warps=8), FlashConfig(64, 32, 4), FlashConfig(64, 32, 4, 1)]
     return next((config for config in candidates if fits(problem, config, chip) is None), candidates[-1])
-
-
-def token_and_head_strides(name: str, tensor: torch.Tensor) -> tuple[int, int]:
-    """Elements from one token, and from one head, to the next; UsageError unless every row is dense and starts at 16 bytes."""
-    token, head, dim = tensor.stride()
-    if dim != 1 or token % 8 or head % 8 or tensor.storage_offset() % 8:
-        raise UsageError(
-            f"cuda_flash copies 16 bytes at a time: make the rows of {name} dense and 16-byte aligned (strides {tensor.stride()})"
-        )
-    return token, head
 
 
 @kernel(PrefillAttention, backend="cuda", config=FlashConfig, space=space, default=default, fits=fits)
@@ -362,7 +340,7 @@ def cuda_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> La
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
-        strides = [s for name, tensor in zip("qkvo", (q, k, v, out), strict=True) for s in token_and_head_strides(name, tensor)]
+        strides = [s for name, tensor in zip("qkvo", (q, k, v, out), strict=True) for s in row_strides("cuda_flash", name, tensor)]
         shape = [len(problem.q_lens), problem.heads // problem.kv_heads, *strides, problem.window, scale_log2]
         grid = (problem.heads, tiles, 1) if config.heads_inner else (tiles, problem.heads, 1)
         flash.launch(grid, 32 * config.warps, [q, k, v, inputs["q_offsets"], inputs["kv_offsets"], out, *shape])

@@ -217,11 +217,6 @@ def flash_forward(
         tl.store(out_row + dv, result, mask=inside)
 
 
-def rows_per_token(problem: PrefillAttention, config: FlashConfig) -> int:
-    """Query heads that share a tile."""
-    return problem.heads // problem.kv_heads if config.pack_gqa else 1
-
-
 def fits(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> str | None:
     """Shared memory holds the queries and the pipeline's key and value blocks; registers hold logits, weights and output."""
     size = SIZE_BYTES[problem.dtype]
@@ -266,7 +261,7 @@ def default(problem: PrefillAttention, chip: Chip) -> FlashConfig:
 @kernel(PrefillAttention, backend="triton", config=FlashConfig, space=space, default=default, fits=fits)
 def triton_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> Launch:
     """Triton flash attention: online softmax, pointer loads, full and masked blocks apart."""
-    rows = rows_per_token(problem, config)
+    rows = problem.heads // problem.kv_heads if config.pack_gqa else 1
     tiles = Tiles(problem, config.block_m, rows)
     units = problem.heads // rows
     d0, d1 = split_dim(problem.head_dim)

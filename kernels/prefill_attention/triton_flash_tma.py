@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -21,21 +22,21 @@ from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.prefill_tiles import Tiles, padded, split_dim
 from klab.kernels.triton_support import ensure_allocator, pipeline_smem_bytes, row_is_aligned
 
+TENSOR_MEMORY_COLUMNS = 512
+
 
 @dataclass(frozen=True)
 class TmaConfig(Config):
-    """Rows and keys per step, warps, pipeline stages, and who loads.
+    """Rows and keys per step, warps, pipeline stages, and how programs map to work.
 
-    `descriptors`: "host" (encoded at launch, one per tensor, rows of the next sequence are read and masked) or "device" (encoded by
-    each program for its own sequence, rows past its end read as zero). `warp_specialize`: warps of their own for loads and products.
-    `pack_gqa`: the query heads of one key head share a tile. `heads_fastest`: neighbouring programs differ in head, not in tile.
+    `warp_specialize`: warps of their own for loads (and on Blackwell for the products). `pack_gqa`: the query heads of one key head
+    share a tile (rows are token x head). `heads_fastest`: neighbouring programs differ in head (they share keys), not in tile.
     """
 
     block_m: int = 128
     block_n: int = 64
     num_warps: int = 8
     num_stages: int = 2
-    descriptors: str = "host"
     warp_specialize: bool = False
     pack_gqa: bool = False
     heads_fastest: bool = True
@@ -110,7 +111,6 @@ def flash_forward_tma(
     stride_oh,
     tile_count,
     log2_scale,
-    HOST: tl.constexpr,
     SPECIALIZE: tl.constexpr,
     ONE_LOOP: tl.constexpr,
     UNITS: tl.constexpr,
@@ -129,7 +129,10 @@ def flash_forward_tma(
 ):
     """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees.
 
-    HOST: k0, k1 and v are descriptors over [all tokens, all heads x columns]; otherwise they are pointers.
+    k0, k1 and v are descriptors over [all tokens, all heads x columns] made on the host: a block may hold rows of the next sequence,
+    which the mask hides. Hopper's specialisation takes neither these nor a second loop nor queries loaded by pointers: with ONE_LOOP
+    k0, k1 and v are pointers, each program makes descriptors of its own sequence (rows past its end read as zero), and every
+    block pays for the mask.
     """
     program = tl.program_id(0)
     if HEADS_FASTEST:
@@ -150,41 +153,36 @@ def flash_forward_tma(
     head = unit * ROWS_PER_TOKEN + row % ROWS_PER_TOKEN
     inside = (token < q_len)[:, None]
     position = prefix + token
-    # Queries are loaded once. Rows of a packed tile are no block of a tensor, so pointers load them, and the output is stored by
-    # pointers: a descriptor's store could reach into the next sequence.
-    if HOST or ROWS_PER_TOKEN > 1:
+    kv_head = unit * ROWS_PER_TOKEN // GROUP
+    if ONE_LOOP:
+        q_head = q + q_start.to(tl.int64) * stride_qt + unit * stride_qh
+        k_head = k0 + kv_start.to(tl.int64) * stride_kt + kv_head * stride_kh
+        v_head = v + kv_start.to(tl.int64) * stride_vt + kv_head * stride_vh
+        q0 = tl.make_tensor_descriptor(q_head, [q_len, D], [stride_qt, 1], [BLOCK_M, D0]).load([block * BLOCK_M, 0])
+        k0_blocks = tl.make_tensor_descriptor(k_head, [kv_len, D], [stride_kt, 1], [BLOCK_N, D0])
+        q1 = q0
+        k1_blocks = k0_blocks
+        if D1 > 0:
+            q1 = tl.make_tensor_descriptor(q_head, [q_len, D], [stride_qt, 1], [BLOCK_M, D1]).load([block * BLOCK_M, D0])
+            k1_blocks = tl.make_tensor_descriptor(k_head, [kv_len, D], [stride_kt, 1], [BLOCK_N, D1])
+        v_blocks = tl.make_tensor_descriptor(v_head, [kv_len, DV], [stride_vt, 1], [BLOCK_N, DV_PAD])
+        first_row = 0
+        k_column = 0
+        v_column = 0
+    else:
+        # Pointers for the queries, which are loaded once: packed rows are no block of a tensor.
         q_row = q + (q_start + token).to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh
         q0 = tl.load(q_row + tl.arange(0, D0)[None, :], mask=inside, other=0.0)
         q1 = q0
         if D1 > 0:
             d1 = D0 + tl.arange(0, D1)[None, :]
             q1 = tl.load(q_row + d1, mask=inside & (d1 < D), other=0.0)
-    else:
-        q_head = q + q_start.to(tl.int64) * stride_qt + unit * stride_qh
-        q0 = tl.make_tensor_descriptor(q_head, [q_len, D], [stride_qt, 1], [BLOCK_M, D0]).load([block * BLOCK_M, 0])
-        q1 = q0
-        if D1 > 0:
-            q1 = tl.make_tensor_descriptor(q_head, [q_len, D], [stride_qt, 1], [BLOCK_M, D1]).load([block * BLOCK_M, D0])
-
-    kv_head = unit * ROWS_PER_TOKEN // GROUP
-    if HOST:
         k0_blocks = k0
         k1_blocks = k1
         v_blocks = v
         first_row = kv_start
         k_column = kv_head * stride_kh
         v_column = kv_head * stride_vh
-    else:
-        k_head = k0 + kv_start.to(tl.int64) * stride_kt + kv_head * stride_kh
-        v_head = v + kv_start.to(tl.int64) * stride_vt + kv_head * stride_vh
-        k0_blocks = tl.make_tensor_descriptor(k_head, [kv_len, D], [stride_kt, 1], [BLOCK_N, D0])
-        k1_blocks = k0_blocks
-        if D1 > 0:
-            k1_blocks = tl.make_tensor_descriptor(k_head, [kv_len, D], [stride_kt, 1], [BLOCK_N, D1])
-        v_blocks = tl.make_tensor_descriptor(v_head, [kv_len, DV], [stride_vt, 1], [BLOCK_N, DV_PAD])
-        first_row = 0
-        k_column = 0
-        v_column = 0
 
     # Keys [begin, end) are seen by some row, [full_begin, full_end) by every row: only the rest pays for masks.
     first_position = prefix + block * BLOCK_M // ROWS_PER_TOKEN
@@ -228,6 +226,7 @@ def flash_forward_tma(
             True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE,
         )  # fmt: skip
 
+    # Stored by pointers: a descriptor's store could reach into the next sequence.
     dv = tl.arange(0, DV_PAD)[None, :]
     out_row = out + (q_start + token).to(tl.int64)[:, None] * stride_ot + head[:, None] * stride_oh
     result = (acc / total[:, None]).to(out.dtype.element_ty)
@@ -243,9 +242,8 @@ def rows_per_token(problem: PrefillAttention, config: TmaConfig) -> int:
 
 
 def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None:
-    """What descriptors need, what the compiler can really specialise, shared memory and registers."""
+    """What descriptors need, what the compiler really specialises, shared and tensor memory, registers (measured with Triton 3.7.1)."""
     size = SIZE_BYTES[problem.dtype]
-    d, dv = sum(split_dim(problem.head_dim)), padded(problem.dim_v)
     if chip.target < 90:
         return "tensor descriptors need Hopper or newer"
     if problem.dtype == "float32":
@@ -256,38 +254,60 @@ def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None
         return "needs a positive scale (the running maximum is scaled after it is taken)"
     if config.pack_gqa and problem.heads == problem.kv_heads:
         return "pack_gqa needs several query heads per key head"
-    smem = pipeline_smem_bytes(config.block_n * (d + dv) * size, config.num_stages, config.block_m * d * size)
+    if config.block_m < 16 * config.num_warps:
+        return "a warp holds at least 16 rows, else every maximum goes through shared memory"
+    hopper_split = config.warp_specialize and chip.target == 90
+    if hopper_split and (config.num_warps != 4 or config.pack_gqa):
+        return "on Hopper only 4 warps and unpacked rows are specialised (8 warps: silently not; packed: the compiler fails)"
+    return _too_large(problem, config, chip, hopper_split)
+
+
+def _too_large(problem: PrefillAttention, config: TmaConfig, chip: Chip, hopper_split: bool) -> str | None:
+    """What a tile asks of shared memory, registers and tensor memory, if it is more than there is."""
+    size = SIZE_BYTES[problem.dtype]
+    (d0, d1), dv = split_dim(problem.head_dim), padded(problem.dim_v)
+    # The specialised epilogue on Hopper converts 64 rows of the output through shared memory.
+    epilogue = max(16 << 10, 64 * dv * size) if hopper_split else 0
+    stage, queries = config.block_n * (d0 + d1 + dv) * size, config.block_m * (d0 + d1) * size
+    smem = pipeline_smem_bytes(stage, config.num_stages, queries + epilogue)
     if smem > chip.smem_per_block_bytes:
         return f"needs {smem >> 10} KiB of shared memory, the chip has {chip.smem_per_block_bytes >> 10}"
+    # Hopper's specialisation gives each 64 rows a group of 4 warps, two at most.
+    warps = min(8, config.block_m // 16) if hopper_split else config.num_warps
+    # Per thread: output and logits in float32, weights in half of that. 256 spilled nothing at 256x128 with 8 warps, 304 to 320
+    # from 464 to 1,280 B. Specialised for Blackwell, the warps that rescale the output have 168 registers: 64 of them for the
+    # output spill at most 16 B, 128 up to 600 B, 256 more than 1,300 B.
+    registers = config.block_m * (dv + 1.5 * config.block_n) / (32 * warps)
+    if registers > 256:
+        return f"needs about {registers:.0f} registers a thread for its tile alone"
+    if chip.target >= 100:
+        if config.warp_specialize and config.block_m * dv / (32 * warps) > 128:
+            return "the warps that rescale the output would spill"
+        # Output, logits (twice when specialised, once more when the head dimension is split), weights in half.
+        copies = 1.5 + config.warp_specialize + (d1 > 0)
+        columns = max(1, config.block_m // 128) * (dv + copies * config.block_n)
+        if columns > TENSOR_MEMORY_COLUMNS:
+            return f"needs {columns:.0f} columns of tensor memory, there are {TENSOR_MEMORY_COLUMNS}"
     return None
 
 
 def space(problem: PrefillAttention, chip: Chip) -> Iterator[TmaConfig]:
-    """Tiles from 64x32 to 256x64; the order of programs varies last, since it matters least."""
-    tiles = product((2, 3, 4), (4, 8), (32, 64, 128), (64, 128, 256))
-    for heads_fastest, pack, specialize, descriptors, (stages, warps, n, m) in product(
-        (True, False), (False, True), (False, True), ("host", "device"), list(tiles)
-    ):
-        yield TmaConfig(m, n, warps, stages, descriptors, specialize, pack, heads_fastest)
+    """Tiles from 64x32 to 256x128; the order of programs varies last, since it matters least."""
+    tiles = list(product((2, 3, 4), (4, 8), (32, 64, 128), (64, 128, 256)))
+    for heads_fastest, pack, specialize, (stages, warps, n, m) in product((True, False), (False, True), (False, True), tiles):
+        yield TmaConfig(m, n, warps, stages, specialize, pack, heads_fastest)
 
 
-def default(problem: PrefillAttention, chip: Chip) -> TmaConfig:
-    """128x64 with 8 warps."""
-    return TmaConfig(128, 64, 8, 2)
-
-
-@kernel(PrefillAttention, backend="triton", config=TmaConfig, space=space, default=default, fits=fits)
+@kernel(PrefillAttention, backend="triton", config=TmaConfig, space=space, fits=fits)
 def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> Launch:
     """Triton flash attention with tensor descriptors (TMA), warp-specialised where the compiler really does it."""
-    rows = rows_per_token(problem, config)
+    rows = problem.heads // problem.kv_heads if config.pack_gqa else 1
     tiles = Tiles(problem, config.block_m, rows)
     units = problem.heads // rows
     d0, d1 = split_dim(problem.head_dim)
-    host = config.descriptors == "host"
-    # Hopper's specialisation takes one loop per kernel, so every block pays for the mask there.
+    dv = padded(problem.dim_v)
     one_loop = config.warp_specialize and chip.target == 90
     constants: dict[str, Any] = {
-        "HOST": host,
         "SPECIALIZE": config.warp_specialize,
         "ONE_LOOP": one_loop,
         "UNITS": units,
@@ -302,25 +322,25 @@ def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -
         "D0": d0,
         "D1": d1,
         "DV": problem.dim_v,
-        "DV_PAD": padded(problem.dim_v),
+        "DV_PAD": dv,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
 
+    def blocks(x: torch.Tensor, width: int) -> TensorDescriptor:
+        """Blocks of block_n tokens x `width` columns over all heads of [tokens, heads, dim], whatever its row stride."""
+        shape = [x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]]
+        return TensorDescriptor(x, shape, [x.stride(0), 1], [config.block_n, width])
+
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
-        k0: Any = k
-        k1: Any = k
-        values: Any = v
-        if host:
-            k_shape, v_shape = ([x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]] for x in (k, v))
-            k0 = TensorDescriptor(k, k_shape, [k.stride(0), 1], [config.block_n, d0])
-            k1 = TensorDescriptor(k, k_shape, [k.stride(0), 1], [config.block_n, d1]) if d1 else k0
-            values = TensorDescriptor(v, v_shape, [v.stride(0), 1], [config.block_n, padded(problem.dim_v)])
-        else:
+        keys_and_values: tuple[Any, ...] = (k, k, v)
+        if one_loop:
             ensure_allocator(q.device)
+        else:
+            keys_and_values = (blocks(k, d0), blocks(k, d1 or d0), blocks(v, dv))
         flash_forward_tma[(len(tiles) * units,)](
-            q, k0, k1, values, out, tiles.on(q.device), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+            q, *keys_and_values, out, tiles.on(q.device), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
             len(tiles), problem.scale * math.log2(math.e), **constants,
         )  # fmt: skip
 

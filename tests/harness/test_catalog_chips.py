@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from klab.harness.catalog import find_chip, load_chips
 from klab.harness.catalog import chips as chips_module
+from klab.harness.catalog import find_chip, load_chips
 from klab.harness.catalog.chips import chip_of_device
 from klab.harness.catalog.cpu import chip_of, detect_cpu, flops_per_cycle
 from klab.harness.catalog.cpu_probe import CpuFacts, copy_gb_per_s, probe
@@ -22,7 +22,9 @@ H200 = (PROFILES / "chips" / "h200.toml").read_text()
 @pytest.mark.parametrize("chip", load_chips(), ids=lambda chip: chip.name)
 def test_every_figure_has_a_source(chip):
     data = tomllib.loads((PROFILES / "chips" / f"{chip.name}.toml").read_text())
-    figures = {key for key, value in data.items() if isinstance(value, int | float)} | {f"peak_tflops.{dtype}" for dtype in data["peak_tflops"]}
+    figures = {key for key, value in data.items() if isinstance(value, int | float)} | {
+        f"peak_tflops.{dtype}" for dtype in data["peak_tflops"]
+    }
     assert figures | {"compute_capability"} == set(data["sources"])
     assert all(chip.provenance[figure] == data["sources"][figure] for figure in figures)
 
@@ -138,7 +140,12 @@ def machine(tmp_path, *, cpuinfo="", cpus=(), quota=None, memory=None, frequency
     return tmp_path
 
 
-INTEL = "vendor_id : GenuineIntel\ncpu family : 6\nmodel name : Xeon 8480\ncpu MHz : 2000.0\nflags : fma avx2 avx512f avx512_bf16 amx_bf16 amx_int8 avx512_fp16\n"
+INTEL = """vendor_id : GenuineIntel
+cpu family : 6
+model name : Xeon 8480
+cpu MHz : 2000.0
+flags : fma avx2 avx512f avx512_bf16 amx_bf16 amx_int8 avx512_fp16
+"""
 
 
 def test_hyperthreads_are_one_core_and_caches_are_counted_once(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The catalog reads configurations as the model cards describe the models."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -57,72 +58,23 @@ def test_llama_8b_to_the_last_weight():
     assert parameters(find_model("llama-3.1-8b")).total == 32 * layer + 2 * 128256 * 4096 == 8_029_995_008
 
 
-# Published sizes (billions) of families that are not in the catalog: config.json as on the hub, without what changes no shape.
-HUB = {
-    "gpt2": (0.124, {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257, "n_inner": None}),
-    "mistral-7b": (7.24, {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                          "num_key_value_heads": 8, "vocab_size": 32000, "sliding_window": 4096, "tie_word_embeddings": False}),
-    "qwen2-7b": (7.62, {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-                        "num_key_value_heads": 4, "vocab_size": 152064, "use_sliding_window": False, "sliding_window": 131072,
-                        "max_window_layers": 28, "tie_word_embeddings": False}),
-    "gemma-2-9b": (9.24, {"model_type": "gemma2", "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
-                          "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000, "sliding_window": 4096, "attn_logit_softcapping": 50.0}),
-    "phi-2": (2.78, {"model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
-                     "vocab_size": 51200, "tie_word_embeddings": False, "hidden_act": "gelu_new"}),
-    "phi-3-mini": (3.82, {"model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
-                          "num_key_value_heads": 32, "vocab_size": 32064, "sliding_window": 2047, "tie_word_embeddings": False}),
-    "falcon-7b": (6.92, {"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32, "multi_query": True,
-                         "new_decoder_architecture": False, "parallel_attn": True, "alibi": False, "bias": False, "vocab_size": 65024}),
-    "pythia-6.9b": (6.86, {"model_type": "gpt_neox", "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
-                           "num_attention_heads": 32, "vocab_size": 50432, "tie_word_embeddings": False, "use_parallel_residual": True}),
-    "opt-125m": (0.125, {"model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                         "vocab_size": 50272, "word_embed_proj_dim": 768, "do_layer_norm_before": True}),
-    "bloom-560m": (0.559, {"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "vocab_size": 250880}),
-    "starcoder2-7b": (7.17, {"model_type": "starcoder2", "hidden_size": 4608, "intermediate_size": 18432, "num_hidden_layers": 32,
-                             "num_attention_heads": 36, "num_key_value_heads": 4, "vocab_size": 49152, "sliding_window": 4096}),
-    "glm-4-9b": (9.4, {"model_type": "glm", "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 32,
-                       "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552, "tie_word_embeddings": False}),
-    "command-r": (35.0, {"model_type": "cohere", "hidden_size": 8192, "intermediate_size": 22528, "num_hidden_layers": 40,
-                         "num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 256000, "logit_scale": 0.0625}),
-    "stablelm-2-1.6b": (1.64, {"model_type": "stablelm", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
-                               "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100352, "tie_word_embeddings": False}),
-    "smollm3-3b": (3.08, {"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-                          "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256}),
-    "granite-3.1-8b": (8.17, {"model_type": "granite", "hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 40,
-                              "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 49155, "tie_word_embeddings": True}),
-    "deepseek-v2-lite": (15.7, {"model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408,
-                                "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "num_hidden_layers": 27,
-                                "first_k_dense_replace": 1, "moe_layer_freq": 1, "num_attention_heads": 16, "num_key_value_heads": 16,
-                                "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-                                "vocab_size": 102400, "tie_word_embeddings": False}),
-    "qwen1.5-moe-a2.7b": (14.3, {"model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408,
-                                 "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24,
-                                 "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936, "decoder_sparse_step": 1,
-                                 "use_sliding_window": False, "tie_word_embeddings": False}),
-    "olmoe-1b-7b": (6.92, {"model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
-                           "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 50304,
-                           "tie_word_embeddings": False}),
-    "bert-base": (0.109, {"model_type": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-                          "vocab_size": 30522, "type_vocab_size": 2}),
-    "t5-base": (0.223, {"model_type": "t5", "is_encoder_decoder": True, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12,
-                        "num_decoder_layers": 12, "num_heads": 12, "vocab_size": 32128, "feed_forward_proj": "relu"}),
-    "bart-large": (0.406, {"model_type": "bart", "is_encoder_decoder": True, "d_model": 1024, "encoder_layers": 12, "encoder_attention_heads": 16,
-                           "encoder_ffn_dim": 4096, "decoder_layers": 12, "decoder_attention_heads": 16, "decoder_ffn_dim": 4096,
-                           "vocab_size": 50265}),
-}  # fmt: skip
+# Families that are not in the catalog: config.json as on the hub (without what changes no shape) and the published size in billions.
+HUB = json.loads(Path(__file__).with_name("published_sizes.json").read_text())
 
 
 @pytest.mark.parametrize("name", HUB)
 def test_other_families_are_read_to_their_published_size(name):
-    billions, config = HUB[name]
-    model = parse_config(config, where="config.json", name=name)
-    assert parameters(model).total / 1e9 == pytest.approx(billions, rel=0.015)
+    model = parse_config(HUB[name]["config"], where="config.json", name=name)
+    assert parameters(model).total / 1e9 == pytest.approx(HUB[name]["billions"], rel=0.015)
     assert model.covered_share == 1.0, [note.text for note in model.notes]
     assert not [note for note in model.notes if note.field == "model_type"]
 
 
 def layers(name):
-    return {(type(g.mixers[0]), getattr(g.mixers[0], "window", 0), getattr(g.mixers[0], "chunk", 0)): g.count for g in find_model(name).stack.groups}
+    return {
+        (type(g.mixers[0]), getattr(g.mixers[0], "window", 0), getattr(g.mixers[0], "chunk", 0)): g.count
+        for g in find_model(name).stack.groups
+    }
 
 
 def test_layer_patterns():
@@ -140,7 +92,14 @@ def test_layer_patterns():
 
 
 def test_pattern_fields_without_a_list_of_layer_types():
-    base = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 100}
+    base = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
 
     def windows(**more):
         groups = parse_config(base | more, where="x", name="x").stack.groups
@@ -212,6 +171,28 @@ def test_a_vision_tower_is_weighed():
     text = parameters(model).per_token
     assert note.covered_share == pytest.approx(text / (text + tower))
     assert model.covered_share == note.covered_share
+
+
+def test_a_nested_language_model():
+    text = {"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "sliding_window": None}  # fmt: skip
+    vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = {"model_type": "mistral3", "dtype": "bfloat16", "spatial_merge_size": 2, "vision_feature_layer": -1, "projector_hidden_act": "gelu",
+              "multimodal_projector_bias": False, "image_token_index": 10, "text_config": text, "vision_config": vision}  # fmt: skip
+    model = parse_config(config, where="x", name="x")
+    assert parameters(model).total / 1e9 == pytest.approx(23.57, rel=1e-3)
+    assert [note.field for note in model.notes if note.level == "warning"] == ["vision_config"]
+    assert model.covered_share == pytest.approx(0.987, abs=0.002)
+    with pytest.raises(UsageError, match=r"x \(text_config\): the field hidden_size"):
+        parse_config(config | {"text_config": {"model_type": "mistral"}}, where="x", name="x")
+
+
+def test_values_listed_per_layer():
+    config = dict(find_model("mixtral-8x7b").config)
+    same = parse_config(config | {"num_experts_per_tok": [2] * 32}, where="x", name="x")
+    assert same.stack == find_model("mixtral-8x7b").stack
+    with pytest.raises(UsageError, match="num_experts_per_tok"):
+        parse_config(config | {"num_experts_per_tok": [2] * 31 + [1]}, where="x", name="x")
 
 
 def test_quantization_and_dtype():

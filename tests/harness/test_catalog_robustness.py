@@ -12,16 +12,23 @@ from klab.harness.plan import plan, scenario_for
 from klab.kernels.contract import Chip
 from klab.kernels.errors import UsageError
 
-CHIP = Chip("chip", "a chip", "cuda", 100, 2000, 2000, {"bfloat16": 1000.0, "float16": 1000.0, "float32": 60.0}, 10**11, 4000.0, 1 << 25, (9, 0))
+CHIP = Chip(
+    "chip", "a chip", "cuda", 100, 2000, 2000, {"bfloat16": 1000.0, "float16": 1000.0, "float32": 60.0}, 10**11, 4000.0, 1 << 25, (9, 0)
+)
 NAMES = sorted({name for model in load_models() for name in (*model.config, *model.config.get("text_config", {}))})
 JUNK = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 12), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5),
-    st.lists(st.integers(0, 3), max_size=4), st.lists(st.text(max_size=3), max_size=4), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.lists(st.integers(0, 3), max_size=4), st.lists(st.text(max_size=3), max_size=4),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
 )  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(base=st.sampled_from(load_models()), changes=st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=4), drop=st.sets(st.sampled_from(NAMES), max_size=4))
+@given(
+    base=st.sampled_from(load_models()),
+    changes=st.dictionaries(st.sampled_from(NAMES), JUNK, max_size=4),
+    drop=st.sets(st.sampled_from(NAMES), max_size=4),
+)
 def test_a_damaged_configuration_gives_a_model_or_a_usage_error(base, changes, drop):
     config = json.loads(json.dumps(base.config))
     target = config["text_config"] if isinstance(config.get("text_config"), dict) else config
@@ -38,7 +45,9 @@ def test_a_damaged_configuration_gives_a_model_or_a_usage_error(base, changes, d
 
 
 @settings(max_examples=100, deadline=None)
-@given(name=st.from_regex(r"[a-z][a-z0-9_]{2,12}", fullmatch=True), value=st.one_of(st.integers(1, 9), st.text("abc", min_size=1, max_size=4)))
+@given(
+    name=st.from_regex(r"[a-z][a-z0-9_]{2,12}", fullmatch=True), value=st.one_of(st.integers(1, 9), st.text("abc", min_size=1, max_size=4))
+)
 def test_no_field_is_ignored_silently(name, value):
     config = dict(find_model("llama-3.1-8b").config)
     if name in config:

@@ -62,9 +62,7 @@ def test_the_deadline_is_obeyed_and_what_stood_is_kept(catalogue):
     told = []
     wanted = trials(catalogue, ["good", "half_speed"], range(1, 200), ENDLESS)
     began = time.monotonic()
-    summary = run_trials(
-        wanted, chip=CHIP, run_id="r", on_result=told.append, kernel_dirs=[CONTESTANTS], deadline=began + 14.0
-    )
+    summary = run_trials(wanted, chip=CHIP, run_id="r", on_result=told.append, kernel_dirs=[CONTESTANTS], deadline=began + 14.0)
     spent = time.monotonic() - began
     # The first contest would go on for ever.
     assert 12.5 < spent < 15.0

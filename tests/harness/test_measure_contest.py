@@ -86,9 +86,7 @@ def test_failures_are_rows_and_the_others_go_on(client, catalogue):
 
 
 def test_deadly_contestants_are_named_and_the_others_are_measured_in_fresh_workers(client, catalogue):
-    rows, contest = run(
-        client, trials(catalogue, "good", "aborts", "dies_late", "hangs", "half_speed"), limits=Limits(prepare_s=10.0)
-    )
+    rows, contest = run(client, trials(catalogue, "good", "aborts", "dies_late", "hangs", "half_speed"), limits=Limits(prepare_s=10.0))
     assert {name: row.status.value for name, row in rows.items()} == {
         "good": "ok",
         "half_speed": "ok",

@@ -46,7 +46,9 @@ class FakeNvml:
             return [SimpleNamespace(nvmlReturn=self.NOT_SUPPORTED, valueType=0, value=None)]
         if field == 83:
             steps = int(self.now / self.update_s + 1e-9)
-            return [SimpleNamespace(nvmlReturn=0, valueType=3, value=SimpleNamespace(ullVal=round(1000 * self.watts * steps * self.update_s)))]
+            return [
+                SimpleNamespace(nvmlReturn=0, valueType=3, value=SimpleNamespace(ullVal=round(1000 * self.watts * steps * self.update_s)))
+            ]
         return [SimpleNamespace(nvmlReturn=0, valueType=1, value=SimpleNamespace(uiVal=round(1000 * self.watts * self.sensor_gain)))]
 
     def nvmlDeviceGetPowerUsage(self, handle):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cuda import FakeCuda, Meter
 
 from klab.harness.measure.cuda_timer import CudaTimer
 from klab.harness.measure.power import Frame, NullMeter, Reading, ReplayMeter
@@ -184,8 +185,6 @@ def _on(clock):
 
 
 def test_a_launch_that_is_not_captured_is_found_by_the_check_after_the_replay(catalogue):
-    from test_measure_cuda_timer import FakeCuda, Meter
-
     cuda = FakeCuda()
     timer = CudaTimer(CHIP, Meter(), cuda=cuda)
     timer.device, timer.l2_bytes = "cpu", 1 << 16  # the tensors stay on the CPU

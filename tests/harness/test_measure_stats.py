@@ -82,7 +82,9 @@ def test_block_ratio_needs_two_blocks():
         block_ratio([1.0] * 9, [1.0] * 9)
 
 
-@pytest.mark.parametrize(("reasons", "marked"), [(None, False), (0, False), (0x4, False), (0x8, True), (0x40, True), (0x84, True), (0x20, False)])
+@pytest.mark.parametrize(
+    ("reasons", "marked"), [(None, False), (0, False), (0x4, False), (0x8, True), (0x40, True), (0x84, True), (0x20, False)]
+)
 def test_only_hardware_throttling_is_marked(reasons, marked):
     assert is_marked(reasons) is marked
 

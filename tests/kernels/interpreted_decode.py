@@ -1,4 +1,4 @@
-"""Run by test_decode_triton.py in a process of its own: TRITON_INTERPRET must be set before triton is imported.
+"""Run by test_decode_attention.py in a process of its own: TRITON_INTERPRET must be set before triton is imported.
 
 What the examples do not have: caches whose unused slots hold NaN, one launch used again with other lengths (its workspace then holds
 old partial results), ranges that lie wholly behind a row's last key, windows that begin inside a block, views of fused buffers.
@@ -11,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from contest import HOPPER
+
 from klab.harness.measure.check import compare, poison
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.discover import discover

@@ -7,7 +7,6 @@ import torch
 from klab.kernels.contract import kernel
 from klab.kernels.matmul.problem import Matmul
 
-
 FADES_AFTER = 2000
 
 

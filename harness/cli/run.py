@@ -1,0 +1,109 @@
+"""`klab run`: the main job. Plan, screen, check, measure, store, choose, report."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from klab.harness.cli import _options
+from klab.harness.cli._console import emit, talk
+from klab.harness.cli.choose import Objective, show_profile, tell_profile
+from klab.harness.cli.measure import Again, Candidates, DryRun, Energy, Phase, measure_setup, show_trials
+
+if TYPE_CHECKING:
+    from klab.harness.cli._setup import Setup
+    from klab.harness.tune.job import Job
+
+Page = Annotated[Path | None, typer.Option("--report", help="The page. Default: report.html in the results folder.")]
+Pack = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
+
+# Choosing and drawing after the measuring, on two cores.
+WRAP_UP_S = 8.0
+
+
+def command(app: typer.Typer) -> None:
+    """Register the verb."""
+
+    @app.command()
+    def run(
+        model: _options.Model,
+        chip: _options.Chip = "auto",
+        kernel: _options.Only = None,
+        candidates: Candidates = "default",
+        kernels: _options.KernelDirs = None,
+        isl: _options.Isl = None,
+        osl: _options.Osl = None,
+        batch: _options.Batch = None,
+        tp: _options.Tp = 1,
+        dtype: _options.Dtype = None,
+        phase: Phase = None,
+        objective: Objective = "latency",
+        budget: _options.Budget = None,
+        results: _options.Results = None,
+        again: Again = False,
+        energy: Energy = True,
+        out: Pack = None,
+        report: Page = None,
+        dry_run: DryRun = False,
+        as_json: _options.AsJson = False,
+    ) -> None:
+        """From a model to measured kernels, a chosen pack and a report. Known results are used, not measured twice; Ctrl-C keeps all."""
+        from klab.harness.choose.candidates import check_objective
+        from klab.harness.cli._setup import deadline_of, look_up
+
+        check_objective(objective)
+        deadline = deadline_of(_options.seconds(budget), reserve_s=WRAP_UP_S)
+        setup = look_up(
+            model,
+            chip,
+            isl=isl,
+            osl=osl,
+            batch=batch,
+            tp=tp,
+            dtype=dtype,
+            kernel_dirs=kernels,
+            only=kernel,
+            candidates=candidates,
+            phase=phase,
+        )
+        for note in setup.plan.notes:
+            talk.print(f"{note.level}: {note.text}", style="yellow" if note.level == "warning" else None, markup=False, soft_wrap=True)
+        if dry_run:
+            show_trials(setup, as_json=as_json)
+            return
+        job = measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
+        _choose(setup, job, objective, out, as_json=as_json)
+        _report(setup, job, report or job.folder / "report.html", as_json=as_json)
+
+
+def _choose(setup: Setup, job: Job, objective: str, out: Path | None, *, as_json: bool) -> None:
+    from klab.harness.choose.decide import decide, same_choice
+    from klab.harness.choose.profile import profile_path, read_profile, write_text
+
+    path = out or profile_path(setup.chip.name, setup.plan.model.name, objective)
+    previous = read_profile(path)
+    profile = decide(
+        job.stored(), setup.plan, setup.chip.name, objective, catalogue=setup.catalogue, previous=previous, limits=setup.chip
+    )
+    if profile.choices:
+        write_text(path, profile.to_text())
+    show_profile(profile, as_json=as_json)
+    tell_profile(profile, path, same_choice(previous, profile) if previous else None)
+
+
+def _report(setup: Setup, job: Job, page: Path, *, as_json: bool) -> None:
+    """The page, where its packages are: a measuring node has none of them and leaves it to another machine."""
+    absent = [name for name in ("pandas", "plotly") if importlib.util.find_spec(name) is None]
+    if absent:
+        talk.print(f"no page here, which needs {' and '.join(absent)}: copy {job.folder} and run `klab report` elsewhere", markup=False)
+        return
+    from klab.harness.report.write import write_report
+
+    chip = setup.chip.name
+    write_report(job.sources(), page, chips=[chip], plans={chip: setup.plan}, catalogue=setup.catalogue)
+    if as_json:
+        emit({"type": "report", "page": str(page.resolve())})
+    talk.print(f"report: {page.resolve()}", markup=False, soft_wrap=True)
