@@ -15,10 +15,10 @@ UNGATED_MLP = ENCODERS - {"modernbert", "nomic_bert"} | {
 }
 # The types whose reading is tested against a published number of parameters.
 KNOWN_TYPES = frozenset({
-    "bert", "bloom", "cohere", "deepseek_v2", "deepseek_v3", "deepseek_v32", "falcon", "gemma2", "gemma3", "gemma3_text", "glm", "glm4_moe",
-    "gpt2", "gpt_neox", "gpt_oss", "granite", "kimi_k2", "llama", "llama4", "llama4_text", "minimax_m2", "mistral", "mixtral", "olmoe", "opt", "phi",
-    "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "smollm3", "stablelm",
-    "starcoder2",
+    "bert", "bloom", "cohere", "deepseek_v2", "deepseek_v3", "deepseek_v32", "falcon", "gemma2", "gemma3", "gemma3_text", "glm",
+    "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "kimi_k2", "llama", "llama4", "llama4_text", "minimax_m2", "mistral",
+    "mixtral", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe",
+    "qwen3_next", "smollm3", "stablelm", "starcoder2",
 })
 # fmt: on
 

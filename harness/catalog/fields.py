@@ -12,7 +12,8 @@ from klab.kernels.errors import UsageError
 _IRRELEVANT = {
     "names and tooling": r"_.* | architectures | auto_map | model_type | transformers_version | transformers\.js_config | library_name"
     r" | unsloth.* | (tokenizer|processor)_class | feature_extractor_type | name_or_path | problem_type | finetuning_task | pruned_heads"
-    r" | task_specific_params | for_llm_compressor | id2label | label2id | num_labels | classifier.* | summary_.* | torchscript | tf_legacy_loss",
+    r" | task_specific_params | for_llm_compressor | id2label | label2id | num_labels | classifier.* | summary_.* | torchscript"
+    r" | tf_legacy_loss",
     "pictures (the tower itself is reported)": r"vision_feature_.* | image_(seq_length|grid_pinpoints|size) | mm_tokens_per_image"
     r" | spatial_merge_size | (multimodal_)?projector_hidden_act",
     "tokens": r".*_token_ids? | .*_token_index | .*_id | (boi|eoi|bos|eos|pad|unk|sep)_.* | (image|video|audio|vision|mm)_.*token.*",

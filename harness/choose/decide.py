@@ -1,14 +1,13 @@
-"""The choice as a whole: a plan's problems, the kernels as they are now, last time's profile, and the file it goes to."""
+"""The choice as a whole: a plan's problems, the kernels as they are now, last time's profile."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 
 from klab.harness.catalog.cpu_probe import probe
 from klab.harness.choose.choose import choose
-from klab.harness.choose.profile import Profile, Use, Wanted, profile_path, read_profile, write_text
+from klab.harness.choose.profile import Profile, Use, Wanted
 from klab.harness.choose.settle import Defaults
 from klab.harness.plan.rows import Plan
 from klab.harness.store.result import Result
@@ -47,26 +46,6 @@ def decide(
         current_only=current_only,
     )
     return for_plan(found, plan) if plan else found
-
-
-def decide_and_write(
-    results: Iterable[Result],
-    plan: Plan,
-    objective: str = "latency",
-    *,
-    catalogue: Catalogue | None = None,
-    out: Path | None = None,
-    current_only: bool = False,
-) -> tuple[Profile, Path]:
-    """Choose for a plan, settle ties by the profile that is in the file already, and replace the file.
-
-    out: default profiles/tuned/<chip>/<model>.json. UsageError when the file holds something else, CannotMeasure when the disk refuses.
-    """
-    path = out or profile_path(plan.chip.name, plan.model.name, objective)
-    previous = read_profile(path)
-    found = decide(results, plan, plan.chip.name, objective, catalogue=catalogue, previous=previous, current_only=current_only)
-    write_text(path, found.to_text())
-    return found, path
 
 
 def wanted_of(plan: Plan) -> list[Wanted]:

@@ -39,11 +39,13 @@ def _not_beaten(tied: list[Candidate], values: list[Interval | None]) -> list[Ca
     return [c for c, v in zip(tied, values, strict=True) if v is None or v.low <= lowest_high]
 
 
-def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, int, tuple[str, str, str]]:
-    """The default before any other, then fewer fields that differ from it, then the name. An unknown default counts every field."""
+def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, bool, int, tuple[str, str, str]]:
+    """A library before a kernel of one's own to maintain, the default before any other configuration, then fewer fields that differ
+    from it, then the name. An unknown default counts every field.
+    """
     config = dict(candidate.row.config)
     default = defaults(candidate.row) if defaults else None
     if default is None:
-        return bool(config), len(config), candidate.name
+        return not candidate.row.library, bool(config), len(config), candidate.name
     different = [name for name in config if name not in default or canonical_json(default[name]) != canonical_json(config[name])]
-    return bool(different), len(different), candidate.name
+    return not candidate.row.library, bool(different), len(different), candidate.name

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 talk = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=False)
@@ -21,12 +22,15 @@ def emit(row: dict[str, Any]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
-    """Print a table for people; columns named in `right` are right-aligned. On a pipe it is as wide as it needs to be."""
-    shown = Table(title=title, title_justify="left", header_style="bold")
+    """Print a table for people; columns named in `right` are right-aligned. On a pipe it is as wide as it needs to be.
+
+    Cells are shown as they are: a bracket in a name is no markup.
+    """
+    shown = Table(title=Text(title), title_justify="left", header_style="bold")
     for column in columns:
         shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+        shown.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
     if out.is_terminal:
         out.print(shown)
     else:

@@ -26,6 +26,7 @@ Objective = Annotated[str, typer.Option("--objective", help="latency (median tim
 Out = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
 Current = Annotated[bool, typer.Option("--current-only", help="Leave out results of kernels whose code has changed since.")]
 
+OPEN_SHOWN = 8
 _COLUMNS = ("problem", "kernel", "config", "median us", "interval us", "vs library", "tie", "settled by", "uJ", "uses")
 _RIGHT = ("median us", "interval us", "vs library", "uJ")
 
@@ -59,11 +60,14 @@ def command(app: typer.Typer) -> None:
         from klab.harness.store.paths import folders_to_read
         from klab.harness.store.read import ReadReport, iter_results
         from klab.kernels.discover import discover
+        from klab.kernels.errors import CannotMeasure, UsageError
 
         check_objective(objective)
         folders = folders_to_read(results)
         found_chip = find_chip(chip)
         plan = None
+        if model is None and (isl or osl or batch or dtype or tp != 1):
+            raise UsageError("--isl, --osl, --batch, --tp and --dtype describe a model's plan: give --model too")
         if model is not None:
             found_model = find_model(model)
             batches = _options.integers(batch, "--batch")
@@ -83,13 +87,16 @@ def command(app: typer.Typer) -> None:
             current_only=current_only,
             limits=found_chip,
         )
-        if path and (profile.choices or out):
-            write_text(path, profile.to_text())
+        # A profile without choices would replace one that has some.
+        written = path if profile.choices else None
+        if written:
+            write_text(written, profile.to_text())
         show_profile(profile, as_json=as_json)
         for line in report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
-        written = path if profile.choices or out else None
-        tell_profile(profile, written, same_choice(previous, profile) if previous else None)
+        tell_profile(profile, written, same_choice(previous, profile) if previous and profile.choices else None)
+        if not profile.choices:
+            raise typer.Exit(CannotMeasure.exit_code)
 
 
 def show_profile(profile: Profile, *, as_json: bool) -> None:
@@ -104,11 +111,13 @@ def tell_profile(profile: Profile, path: Path | None, changed: list[str] | None)
     """What a person must know besides, on stderr. `path`: the file written (None: none); `changed`: what differs from last time."""
     for line in profile.notes:
         talk.print(line, style="yellow", markup=False, soft_wrap=True)
-    for one in profile.open:
+    for one in profile.open[:OPEN_SHOWN]:
         talk.print(f"open: {one.wanted.label}: {one.reason}", style="yellow", markup=False, soft_wrap=True)
+    if len(profile.open) > OPEN_SHOWN:
+        talk.print(f"open: {len(profile.open) - OPEN_SHOWN} more problems (--json lists all)", style="yellow", markup=False)
     if not profile.choices:
         hint = "measure first (`klab run`, `klab measure`), or name another folder with --results"
-        talk.print(f"nothing on {profile.chip} may be chosen: {hint}", style="yellow", markup=False, soft_wrap=True)
+        talk.print(f"nothing on {profile.chip} may be chosen, so nothing was written: {hint}", style="yellow", markup=False, soft_wrap=True)
     if changed is not None:
         names = f": {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
         talk.print(f"{len(changed)} choices differ from last time's{names}", markup=False, soft_wrap=True)
@@ -132,22 +141,22 @@ def _emit(profile: Profile) -> None:
 def _table(profile: Profile) -> None:
     if not profile.choices:
         return
-    from rich.markup import escape
+    from klab.harness.report.units import time
 
     title = f"{profile.model or 'All problems'} on {profile.device or profile.chip}, by {profile.objective}"
-    table(escape(title), _COLUMNS, [[escape(str(cell)) for cell in _cells(choice)] for choice in profile.choices], _RIGHT)
+    table(title, _COLUMNS, [_cells(choice) for choice in profile.choices], _RIGHT)
     steps = [
         (
             f"{step.phase}, batch {step.batch}",
-            f"{step.us:.5g}",
-            "" if step.library_us is None else f"{step.library_us:.5g}",
+            time(step.us) if step.us else "",
+            time(step.library_us) if step.library_us else "",
             "" if not step.library_us else f"{step.library_us / step.us:.3f}",
             step.open or "",
             "" if step.modelled_share is None else f"{step.modelled_share:.0%}",
         )
         for step in profile.steps
     ]
-    columns = ("step", "kernels us", "libraries us", "speed-up", "problems open", "of modelled time")
+    columns = ("step", "kernels", "libraries", "speed-up", "problems open", "of modelled time")
     if steps:
         table("Sum of the chosen kernels per step", columns, steps, columns[1:])
 

@@ -55,5 +55,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    talk.print(f"klab: {message}", style="red", markup=False)
+    talk.print(f"klab: {message}", style="red", markup=False, soft_wrap=True)
     sys.exit(code)

@@ -34,13 +34,17 @@ def command(app: typer.Typer) -> None:
             for model in load_models():
                 emit(_row(model) | {"notes": _notes(model)})
             return
-        table("Models", _COLUMNS, [_cells(model) for model in load_models()], right=_COLUMNS[2:7])
+        # A narrow terminal goes without the two columns that the name tells best.
+        shown = [i for i, name in enumerate(_COLUMNS) if not (out.is_terminal and out.width < WIDE and name in ("kind", "Hugging Face"))]
+        rows = [[_cells(model)[i] for i in shown] for model in load_models()]
+        table("Models", [_COLUMNS[i] for i in shown], rows, right=_COLUMNS[2:7])
         out.print(
             "klab models NAME shows one in detail. Any Hugging Face config.json works: klab plan --model path/to/config.json",
             soft_wrap=True,
         )
 
 
+WIDE = 180
 _COLUMNS = ("name", "kind", "layers", "weights", "active", "KV B/token", "covered", "attention", "MLP", "Hugging Face")
 
 

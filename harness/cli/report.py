@@ -49,7 +49,10 @@ def command(app: typer.Typer) -> None:
         from klab.harness.report.write import write_report
         from klab.harness.store.paths import folders_to_read
         from klab.kernels.discover import discover
+        from klab.kernels.errors import UsageError
 
+        if model is None and (isl or osl or batch or dtype or tp != 1):
+            raise UsageError("--isl, --osl, --batch, --tp and --dtype describe a model's plan: give --model too")
         folders = folders_to_read(results)
         found = [find_chip(name) for name in chip or (["auto"] if model else [])]
         plans = {}

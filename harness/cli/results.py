@@ -133,8 +133,6 @@ def _compact(folders: list[Path], delete_originals: bool) -> None:
 def _table(rows: list[Result], limit: int) -> None:
     if not rows:
         return
-    from rich.markup import escape
-
     from klab.harness.store.frame import config_label, gb_per_s, tflops
 
     def number(value: float | None, digits: int = 4) -> str:
@@ -150,7 +148,7 @@ def _table(rows: list[Result], limit: int) -> None:
         )
         for r in rows[:limit]
     ]  # fmt: skip
-    table(f"{len(rows)} results", _COLUMNS, [[escape(cell) for cell in row] for row in shown], _RIGHT)
+    table(f"{len(rows)} results", _COLUMNS, shown, _RIGHT)
     if len(rows) > limit:
         talk.print(f"{len(rows) - limit} more: --limit {len(rows)} shows all, --json and --csv give all", soft_wrap=True)
 

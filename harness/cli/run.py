@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,9 +84,7 @@ def _choose(setup: Setup, job: Job, objective: str, out: Path | None, *, as_json
 
     path = out or profile_path(setup.chip.name, setup.plan.model.name, objective)
     previous = read_profile(path)
-    profile = decide(
-        job.stored(), setup.plan, setup.chip.name, objective, catalogue=setup.catalogue, previous=previous, limits=setup.chip
-    )
+    profile = decide(job.stored(), setup.plan, setup.chip.name, objective, catalogue=setup.catalogue, previous=previous, limits=setup.chip)
     if profile.choices:
         write_text(path, profile.to_text())
     show_profile(profile, as_json=as_json)
@@ -95,11 +92,6 @@ def _choose(setup: Setup, job: Job, objective: str, out: Path | None, *, as_json
 
 
 def _report(setup: Setup, job: Job, page: Path, *, as_json: bool) -> None:
-    """The page, where its packages are: a measuring node has none of them and leaves it to another machine."""
-    absent = [name for name in ("pandas", "plotly") if importlib.util.find_spec(name) is None]
-    if absent:
-        talk.print(f"no page here, which needs {' and '.join(absent)}: copy {job.folder} and run `klab report` elsewhere", markup=False)
-        return
     from klab.harness.report.write import write_report
 
     chip = setup.chip.name

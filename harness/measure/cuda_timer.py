@@ -200,7 +200,7 @@ class _Events:
         return self._timer.timed(lambda: self._go(self.shape.launches), self.shape.launches)
 
     def verify(self) -> None:
-        for i in sorted({0, len(self._rotation) - 1}):
+        for i in self._rotation.ends:
             self._launch(self._rotation.inputs[i], self._rotation.outputs[i])
         self._timer.wait()
 

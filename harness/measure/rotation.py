@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from klab.kernels.contract import Problem, Tensors
@@ -12,8 +11,6 @@ from klab.kernels.contract import Problem, Tensors
 # A set is cold again when five caches' worth of other sets lie between its uses. Rotating too few moved latencies by 36%
 # (flashinfer issue 4468).
 CACHE_MULTIPLE = 5
-# Sets drawn at random; the others are copies of these. What matters to a cache is the address, and copying is 10 times as fast as drawing.
-DISTINCT = 4
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,15 @@ def plan(*, stored: int, touched: int, l2: str, l2_bytes: int, memory_bytes: int
 
 @dataclass(frozen=True)
 class Rotation:
-    """The sets, shared by all contestants of one problem, so that they meet the same data at the same addresses."""
+    """The sets, shared by all contestants of one problem, so that they meet the same data at the same addresses.
+
+    Two data sets are drawn at random, `originals`; the first set is the one and the last the other. Those between are copies: what
+    matters to a cache is the address, and copying is ten times as fast as drawing. With one set only, the second original lies apart.
+    """
 
     inputs: list[Tensors]
     outputs: list[Tensors]
+    originals: tuple[Tensors, ...]
     l2_state: str
 
     def __len__(self) -> int:
@@ -61,9 +63,15 @@ class Rotation:
     @classmethod
     def make(cls, problem: Problem, how: Plan, *, seed: int, device: str) -> Rotation:
         """Allocate and fill. The seeds lie 1000 apart, because a problem uses seed, seed + 1, ... for its tensors."""
-        drawn = [problem.inputs(seed=seed + 1000 * i, device=device) for i in range(min(how.count, DISTINCT))]
-        copies = [{name: t.clone() for name, t in drawn[i % DISTINCT].items()} for i in range(len(drawn), how.count)]
-        return cls(drawn + copies, [problem.outputs(device=device) for _ in range(how.count)], how.l2_state)
+        originals = tuple(problem.inputs(seed=seed + 1000 * i, device=device) for i in range(2))
+        between = [{name: t.clone() for name, t in originals[i % 2].items()} for i in range(how.count - 2)]
+        inputs = [originals[0], *between, originals[1]][: how.count]
+        return cls(inputs, [problem.outputs(device=device) for _ in range(how.count)], originals, how.l2_state)
+
+    @property
+    def ends(self) -> dict[int, int]:
+        """The sets that are verified, each with the number of the original that it holds: the first and the last."""
+        return {0: 0} if len(self) == 1 else {0: 0, len(self) - 1: 1}
 
 
 def segments(sets: int, launches: int) -> list[list[int]]:
@@ -77,8 +85,3 @@ def segments(sets: int, launches: int) -> list[list[int]]:
     pieces = max(1, sets // launches)
     bounds = [round(i * sets / pieces) for i in range(pieces + 1)]
     return [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
-
-
-def ends(rotation: Sequence[object] | Rotation) -> list[int]:
-    """The sets that are verified: the first and the last."""
-    return sorted({0, len(rotation) - 1})

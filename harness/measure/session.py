@@ -21,11 +21,8 @@ from klab.kernels.contract import Chip, Json, Launch, Problem, Tensors
 from klab.kernels.discover import Catalogue
 from klab.kernels.errors import UsageError
 
-CHECK_SEEDS = 2
 # Below this a CPU makes the reference in well under a second; above it the device does, in the reference's own higher precision.
 REFERENCE_ON_CPU_FLOPS = 2e9
-# Check inputs are kept between contestants up to this size, and drawn again for each beyond it.
-KEEP_BYTES = 512 << 20
 # An energy run is split over two passes (A B C C B A), so that slow drift meets every contestant alike.
 ENERGY_PASSES = 2
 
@@ -42,15 +39,6 @@ class Slot:
     windows: list[Window] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs that were not seen before, and the answer."""
-
-    seed: int
-    reference: Tensors
-    inputs: Tensors | None
-
-
 class Session:
     """The state of one worker. Every method returns a JSON object; a contestant's failure is a status in it, never an exception.
 
@@ -64,13 +52,13 @@ class Session:
     def _forget(self) -> None:
         self.slots: dict[int, Slot] = {}
         self.policy = Policy()
-        self.rotation = Rotation([], [], "")
+        self.rotation = Rotation([], [], (), "")
         self._problem: Problem | None = None
         self._idle_w: float | None = None
-        self._cases: list[Case] = []
-        # The sets that are verified after the rounds (the first and the last), with what they must give and hold.
-        self._expected: dict[int, Tensors] = {}
-        self._prints: dict[int, dict[str, int]] = {}
+        # What each original must give and must still hold, and the tensors in which a contestant first meets them.
+        self._answers: list[Tensors] = []
+        self._prints: list[dict[str, int]] = []
+        self._buffer: Tensors = {}
 
     @property
     def problem(self) -> Problem:
@@ -105,11 +93,12 @@ class Session:
         )
         on_cpu = self.timer.device == "cpu" or self.problem.flops() <= REFERENCE_ON_CPU_FLOPS
         self._reference_device = "cpu" if on_cpu else self.timer.device
-        self._keep = stored * CHECK_SEEDS <= KEEP_BYTES
-        self._cases = [self._case(secrets.randbelow(2**31)) for _ in range(CHECK_SEEDS)]
-        self.rotation = Rotation.make(self.problem, how, seed=self.policy.seed, device=self.timer.device)
-        self._expected = {i: self._reference(self.rotation.inputs[i]) for i in sorted({0, how.count - 1})}
-        self._prints = {i: fingerprint(self.rotation.inputs[i]) for i in self._expected}
+        # Fresh at every opening, so that no kernel is ever tuned to the data that it is judged by; the policy's seed shifts it.
+        self._seed = self.policy.seed + secrets.randbelow(2**31)
+        self.rotation = Rotation.make(self.problem, how, seed=self._seed, device=self.timer.device)
+        self._answers = [self._reference(inputs) for inputs in self.rotation.originals]
+        self._prints = [fingerprint(inputs) for inputs in self.rotation.originals]
+        self._buffer = {name: tensor.clone() for name, tensor in self.rotation.originals[1].items()}
         self.timer.wait()
         return {
             "status": Status.OK.value,
@@ -122,10 +111,6 @@ class Session:
 
     def _reference(self, inputs: Tensors) -> Tensors:
         return self.problem.reference({name: tensor.to(self._reference_device) for name, tensor in inputs.items()})
-
-    def _case(self, seed: int) -> Case:
-        inputs = self.problem.inputs(seed=seed, device=self.timer.device)
-        return Case(seed, self._reference(inputs), inputs if self._keep else None)
 
     def prepare(self, slot: int, kernel: str, source_digest: str, config: Json, policy: Json) -> Answer:
         """Build, judge on unseen data, make ready to be timed and judge what the timed form writes."""
@@ -145,16 +130,16 @@ class Session:
                 return _unsupported(unfit)
             # The first launch compiles. What it writes is judged by nobody, but goes between guard bands: on a CPU a store that
             # runs over would tear up the heap.
-            inputs = problem.inputs(seed=self._cases[0].seed + 1000, device=self.timer.device)
+            self._fill_buffer(1)
             outputs, _ = guarded_outputs(problem, self.timer.device)
             self.timer.wait()
             started = time.perf_counter()
             launch = found.build(problem, chosen, self.chip)
-            launch(inputs, outputs)
+            launch(self._buffer, outputs)
             self.timer.wait()
             compile_s = time.perf_counter() - started
             built = True
-            del inputs, outputs
+            del outputs
             return {"compile_s": compile_s} | self._make_ready(slot, launch, Policy.from_json(policy))
         except CannotCapture as error:
             return _unsupported(str(error)) | {"compile_s": compile_s}
@@ -172,17 +157,17 @@ class Session:
 
     def _make_ready(self, slot: int, launch: Launch, policy: Policy) -> Answer:
         worst = 0.0
-        for i, case in enumerate(self._cases):
-            found = self._judge(launch, case)
+        for original in range(len(self._answers)):
+            found = self._judge(launch, original)
             if not found.passed:
-                self._renew(i)
-                return _incorrect(found, f"{found.reason} (seed {case.seed})", i)
+                return _incorrect(found, f"{found.reason} (seed {self._seed + 1000 * original})", original)
             worst = max(worst, found.error)
         batch = self.timer.batch(launch, self.rotation, policy)
         after = self._verify(batch)
+        checks = len(self._answers)
         if not after.passed:
-            return _incorrect(after, f"{after.reason}, when launched as it is timed ({batch.shape.mode})", CHECK_SEEDS)
-        ready = self.slots[slot] = Slot(batch, max(worst, after.error), CHECK_SEEDS + 1)
+            return _incorrect(after, f"{after.reason}, when launched as it is timed ({batch.shape.mode})", checks)
+        ready = self.slots[slot] = Slot(batch, max(worst, after.error), checks + 1)
         shape = batch.shape
         return {
             "status": Status.OK.value,
@@ -194,28 +179,29 @@ class Session:
             "l2_state": shape.l2_state,
             "estimate_us": shape.estimate_us,
             "free_share": self.timer.free_share(),
-            "build": shape.details | {"check_seeds": [case.seed for case in self._cases]},
+            "build": shape.details | {"data_seed": self._seed},
         }
 
-    def _judge(self, launch: Launch, case: Case) -> Check:
-        inputs = case.inputs if case.inputs is not None else self.problem.inputs(seed=case.seed, device=self.timer.device)
-        outputs, wrong = attempt(self.problem, launch, inputs, device=self.timer.device)
-        return Check(float("inf"), self.problem.tolerance(), wrong) if wrong else compare(self.problem, outputs, case.reference)
+    def _fill_buffer(self, original: int) -> None:
+        for name, tensor in self.rotation.originals[original].items():
+            self._buffer[name].copy_(tensor)
 
-    def _renew(self, index: int) -> None:
-        """A contestant that failed may have spoiled the inputs: the next one gets new ones."""
-        self._cases[index] = self._case(secrets.randbelow(2**31))
+    def _judge(self, launch: Launch, original: int) -> Check:
+        """Launch on other data at the same addresses as before: what a kernel keeps by address is stale now."""
+        self._fill_buffer(original)
+        outputs, wrong = attempt(self.problem, launch, self._buffer, device=self.timer.device)
+        return Check(float("inf"), self.problem.tolerance(), wrong) if wrong else compare(self.problem, outputs, self._answers[original])
 
     def _verify(self, batch: Batch) -> Check:
-        """Poison the sets' outputs, launch as in a round, and judge the first and the last set."""
-        for i in self._expected:
-            poison(self.rotation.outputs[i])
+        """Poison the sets' outputs, launch as in a round, and judge the first and the last set. Raises SpoiledInputs."""
+        for outputs in self.rotation.outputs:
+            poison(outputs)
         batch.verify()
         worst = 0.0
-        for i, expected in self._expected.items():
-            if fingerprint(self.rotation.inputs[i]) != self._prints[i]:
+        for i, original in self.rotation.ends.items():
+            if fingerprint(self.rotation.inputs[i]) != self._prints[original]:
                 raise SpoiledInputs("changed its inputs in the timed launches")
-            found = compare(self.problem, self.rotation.outputs[i], expected)
+            found = compare(self.problem, self.rotation.outputs[i], self._answers[original])
             if not found.passed:
                 return found
             worst = max(worst, found.error)

@@ -155,7 +155,7 @@ class CpuBatch:
 
     def verify(self) -> None:
         """Launch on the first and the last set."""
-        for i in sorted({0, len(self._rotation) - 1}):
+        for i in self._rotation.ends:
             self._launch(self._rotation.inputs[i], self._rotation.outputs[i])
 
     def advance(self) -> int:

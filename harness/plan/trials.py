@@ -36,8 +36,8 @@ class Trials(NamedTuple):
 def default_policy(chip: Chip) -> Policy:
     """How a trial on this kind of chip is measured unless somebody says otherwise.
 
-    Energy is measured on GPUs only: a CPU has no meter that an ordinary user may read. A CPU's clock is steady after milliseconds and a
-    launch takes long, so its rounds are fewer and longer, which keeps a plan of two hundred trials below four minutes.
+    Energy is measured on GPUs only: a CPU has no meter that an ordinary user may read. A CPU's clock is steady after milliseconds and its
+    launches are long, so its rounds are fewer and longer, and a trial is held to a second.
     """
     if chip.kind == "cuda":
         return Policy(energy=True)

@@ -5,13 +5,17 @@
     const { data, layout } = JSON.parse(source.textContent);
     return { target: document.getElementById(source.id.replace(/-data$/, "")), data, layout };
   });
-  // Without the last two, Plotly offers to send the figure to its makers.
+  // Without showSendToCloud: false, Plotly offers a button that sends the figure to its makers.
   const config = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+
+  // Scripts run before the print style applies, so its colours are here too.
+  const paper = { "--ink": "#000", "--soft": "#444", "--faint": "#bbb", "--card": "#fff" };
+  let printing = false;
 
   function themed(value) {
     const style = getComputedStyle(document.documentElement);
     const walk = (item) => {
-      if (typeof item === "string") return item.replace(/var\((--[a-z]+)\)/g, (_, name) => style.getPropertyValue(name).trim());
+      if (typeof item === "string") return item.replace(/var\((--[a-z]+)\)/g, (_, name) => (printing ? paper[name] : style.getPropertyValue(name).trim()));
       if (Array.isArray(item)) return item.map(walk);
       if (item && typeof item === "object") return Object.fromEntries(Object.entries(item).map(([k, v]) => [k, walk(v)]));
       return item;
@@ -30,6 +34,9 @@
         menu.bgcolor = themed("var(--card)");
         menu.bordercolor = themed("var(--faint)");
       }
+      // The legend lies below: it takes height of its own, not the plot's.
+      const entries = plot.data.filter((trace) => trace.visible !== false).length;
+      layout.height += 18 * Math.max(0, Math.ceil(entries / (narrow ? 1 : 4)) - 3);
       if (narrow) layout.margin = { ...layout.margin, l: 48, r: 8 };
       Plotly.react(plot.target, themed(plot.data), layout, config);
     }
@@ -39,7 +46,7 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   matchMedia("(max-width: 699px)").addEventListener("change", draw);
   const unfold = () => document.querySelectorAll("details").forEach((part) => { part.open = true; });
-  addEventListener("beforeprint", () => { unfold(); draw(); });
-  addEventListener("afterprint", draw);
+  addEventListener("beforeprint", () => { printing = true; unfold(); draw(); });
+  addEventListener("afterprint", () => { printing = false; draw(); });
   document.documentElement.dataset.drawn = String(plots.length);
 })();

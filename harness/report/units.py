@@ -56,7 +56,8 @@ def bandwidth(gb_per_s: float) -> str:
 
 def percent(share: float) -> str:
     """A share as a percentage."""
-    return f"{share * 100:.0f}%" if 0.1 <= share < 0.98 or share >= 1.1 else f"{share * 100:.1f}%"
+    whole = 0.1 <= share < 0.98 or share == 1 or share >= 1.1
+    return f"{share * 100:.0f}%" if whole else f"{share * 100:.1f}%"
 
 
 def plain_ratio(ratio: float) -> str:

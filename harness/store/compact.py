@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -128,7 +129,9 @@ def _write_new(folder: Path, results: Iterator[Result]) -> tuple[Path | None, in
             os.replace(part, target)
     except (OSError, duckdb.Error) as error:
         part.unlink(missing_ok=True)
-        raise CannotMeasure(f"cannot write {target}: {str(error).splitlines()[0]}; the originals are untouched") from None
+        full = os.strerror(errno.ENOSPC)
+        why = full if full in str(error) else str(error).splitlines()[0][:160]
+        raise CannotMeasure(f"cannot write {target} ({why}); the originals are untouched") from None
     return target, rows
 
 

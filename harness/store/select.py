@@ -1,4 +1,4 @@
-"""Picking rows by what a person names: operator, kernel, chip, status, problem."""
+"""Picking rows by what a person names: operator, kernel, chip, status."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from klab.kernels.errors import UsageError
 
 @dataclass
 class Selection:
-    """Which rows to keep; an empty list keeps all. `seen` gathers what was there, for a message when nothing was kept."""
+    """Which rows to keep; an empty list keeps all. `seen` gathers what was there, for `check_names`."""
 
     operators: Collection[str] = ()
     kernels: Collection[str] = ()
     chips: Collection[str] = ()
     statuses: Collection[str] = ()
-    problem_keys: Collection[str] | None = None
     seen: dict[str, set[str]] = field(default_factory=lambda: {"operator": set(), "kernel": set(), "chip": set()})
-    kept: int = 0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.statuses) - {status.value for status in Status})
@@ -33,7 +31,6 @@ class Selection:
             self.seen["kernel"].add(result.kernel)
             self.seen["chip"].add(result.chip)
             if self._matches(result):
-                self.kept += 1
                 yield result
 
     def _matches(self, r: Result) -> bool:
@@ -42,7 +39,6 @@ class Selection:
             and (not self.kernels or r.kernel in self.kernels or r.kernel.partition("/")[2] in self.kernels)
             and (not self.chips or r.chip in self.chips)
             and (not self.statuses or r.status.value in self.statuses)
-            and (self.problem_keys is None or r.problem_key in self.problem_keys)
         )
 
     def check_names(self) -> None:

@@ -12,6 +12,9 @@ from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
 from klab.kernels.matmul.problem import Matmul
 
+# What a CPU that does not tell its cache has at least.
+LEAST_CACHE_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class BlockedConfig(Config):
@@ -42,19 +45,23 @@ def fits(problem: Matmul, config: BlockedConfig, chip: Chip) -> str | None:
         return "sums over blocks of k would be rounded to 16 bits"
     if config.compute == "float32":
         block_bytes = (config.block_n or problem.n) * (config.block_k or problem.k) * SIZE_BYTES["float32"]
-        if block_bytes > chip.l2_bytes:
+        if block_bytes > max(chip.l2_bytes, LEAST_CACHE_BYTES):
             return "the converted block of weights does not fit the cache"
     return None
 
 
 def default(problem: Matmul, chip: Chip) -> BlockedConfig:
-    """Rows one by one for a few rows in float32; float16 converted in blocks of 1 MiB, since few CPUs multiply it."""
-    block_n = 256 if problem.n > 256 else 0
-    if problem.dtype == "float32":
-        return BlockedConfig(block_m=1, block_n=block_n) if 1 < problem.m <= 4 else BlockedConfig()
-    if problem.dtype == "float16":
-        return BlockedConfig(block_n=block_n, block_k=1024 if problem.k > 1024 else 0, compute="float32")
-    return BlockedConfig()
+    """BLAS on 512 columns at a time; float16 is converted in blocks of at most 2 MiB, since few CPUs multiply it.
+
+    On an EPYC with avx512_bf16, torch's float16 takes 127 ms for m = 128, n = k = 2048 where blocks in float32 take 31, and 76 ms
+    against 3.4 for one row in layout nn; only for a few rows in layout nt is it as fast.
+    """
+    block_n = 512 if problem.n > 512 else 0
+    if problem.dtype == "float16" and (problem.layout == "nn" or problem.m > 4):
+        block_k = 256 if problem.layout == "nn" else 1024
+        block_n = 2048 if problem.layout == "nn" else 512
+        return BlockedConfig(0, block_n if problem.n > block_n else 0, block_k if problem.k > block_k else 0, "xw", "float32")
+    return BlockedConfig(block_n=block_n if problem.m > 16 else 0)
 
 
 def space(problem: Matmul, chip: Chip) -> Iterator[BlockedConfig]:
@@ -62,7 +69,7 @@ def space(problem: Matmul, chip: Chip) -> Iterator[BlockedConfig]:
     blocks_m = (0, 1) if problem.m <= 16 else (0, 16, 128)
     narrow = problem.dtype != "float32"
     for block_m, block_n, block_k, order, compute in product(
-        blocks_m, (0, 128, 512, 2048), (0, 256, 1024), ("xw", "wx"), ("native", "float32") if narrow else ("native",)
+        blocks_m, (0, 128, 512, 2048), (0, 256, 1024, 4096), ("xw", "wx"), ("native", "float32") if narrow else ("native",)
     ):
         yield BlockedConfig(block_m, block_n, block_k, order, compute)
 

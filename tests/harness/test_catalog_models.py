@@ -177,8 +177,9 @@ def test_a_nested_language_model():
     text = {"model_type": "mistral", "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32,
             "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "sliding_window": None}  # fmt: skip
     vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    config = {"model_type": "mistral3", "dtype": "bfloat16", "spatial_merge_size": 2, "vision_feature_layer": -1, "projector_hidden_act": "gelu",
-              "multimodal_projector_bias": False, "image_token_index": 10, "text_config": text, "vision_config": vision}  # fmt: skip
+    config = {"model_type": "mistral3", "dtype": "bfloat16", "spatial_merge_size": 2, "vision_feature_layer": -1,
+              "projector_hidden_act": "gelu", "multimodal_projector_bias": False, "image_token_index": 10,
+              "text_config": text, "vision_config": vision}  # fmt: skip
     model = parse_config(config, where="x", name="x")
     assert parameters(model).total / 1e9 == pytest.approx(23.57, rel=1e-3)
     assert [note.field for note in model.notes if note.level == "warning"] == ["vision_config"]

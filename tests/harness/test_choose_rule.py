@@ -239,3 +239,39 @@ def test_the_order_of_rows_does_not_matter(
 
 def test_an_empty_store_gives_an_empty_profile() -> None:
     assert choose([], None) == Profile("", "latency")
+
+
+def in_contest(row: Result, contest: str, **facts: Any) -> Result:
+    return dataclasses.replace(row, build={"contest": {"id": contest, "contestants": 8} | facts})
+
+
+def test_one_contest_shares_its_laps_up_to_where_the_first_ended() -> None:
+    long, short = DRIFT, DRIFT[:12]
+    a = in_contest(made(SHAPE, "triton_a", samples=flat(100), drift=long), "c1")
+    b = in_contest(made(SHAPE, "triton_b", samples=flat(102, rounds=12), drift=short), "c1")
+    evidence = only([a, b]).evidence
+    assert evidence.tied_count == 0 and evidence.runner_up is not None
+    assert evidence.runner_up.how == "same rounds" and evidence.runner_up.ratio == pytest.approx(1.02)
+    apart = only([a, dataclasses.replace(in_contest(b, "c2"), samples_us=a.samples_us, marked=a.marked)]).evidence
+    assert apart.runner_up is not None and apart.runner_up.how == "separate", "equally many rounds of another contest are not shared"
+
+
+def test_groups_are_compared_through_their_baseline() -> None:
+    """The second group ran while the device was 5% slower: the intervals would name the wrong one, the baseline does not."""
+    baseline = {"baseline": "matmul/torch", "baseline_config": {}}
+    a = made(SHAPE, "triton_a", samples=flat(100, 0.004))
+    a = in_contest(a, "c1", **baseline, ratio=0.80, ratio_low=0.798, ratio_high=0.802)
+    b = made(SHAPE, "triton_b", samples=flat(102, 0.004))
+    b = in_contest(b, "c2", **baseline, ratio=0.777, ratio_low=0.775, ratio_high=0.779)
+    choice = only([a, b])
+    assert choice.kernel == "matmul/triton_b" and choice.evidence.tied_count == 0
+    rival = choice.evidence.runner_up
+    assert rival is not None and rival.how == "same baseline" and rival.ratio == pytest.approx(0.80 / 0.777)
+    elsewhere = in_contest(b, "c2", **(baseline | {"baseline": "matmul/cupy"}), ratio=0.777, ratio_low=0.775, ratio_high=0.779)
+    assert only([a, elsewhere]).kernel == "matmul/triton_a", "another baseline anchors nothing"
+
+
+def test_rows_that_never_reached_a_device_are_of_none() -> None:
+    dropped = failed(SHAPE, "triton_x", Status.UNSUPPORTED, "spills", kind="screened", device="")
+    profile = choose([made(SHAPE), dropped], None)
+    assert profile.notes == () and profile.choices[0].kernel == "matmul/torch"

@@ -64,7 +64,7 @@ def test_a_run_measures_stores_chooses_and_reports(first_run, place):
 
 
 def test_a_second_run_measures_nothing_and_again_forces(first_run, place):
-    words = ("measure", *SMALL, "--results", "rows", "--json", "-k", "matmul/torch", "--phase", "decode")
+    words = ("measure", *SMALL, "--results", "rows", "--json", "-k", "matmul/torch_matmul", "--phase", "decode")
     outcome = lines(klab(*words, cwd=place))[-1]
     assert outcome["new"] == {} and outcome["known"] > 0
     forced = lines(klab(*words, "--again", cwd=place))[-1]

@@ -16,7 +16,8 @@ CHIP = Chip("h200", "H200", "cuda", 132, 1980, 1830, {"bfloat16": 989.0}, 141 <<
 
 
 def rotation(sets, state="cold"):
-    return Rotation([{"x": torch.full((1,), float(i))} for i in range(sets)], [{"out": torch.zeros(1)} for _ in range(sets)], state)
+    inputs = [{"x": torch.full((1,), float(i))} for i in range(sets)]
+    return Rotation(inputs, [{"out": torch.zeros(1)} for _ in range(sets)], (inputs[0], inputs[-1]), state)
 
 
 class Kernel:

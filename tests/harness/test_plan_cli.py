@@ -65,7 +65,7 @@ def test_chips(klab):
 def test_plan(klab):
     code, out, _ = klab("plan", "--model", "llama-3.1-8b", "--chip", "h200", "--batch", "1,8", "--tp", "2")
     assert code == 0
-    assert "Prefill, batch 1" in out and "Decode, batch 8" in out and "8192x14336x4096 bf16" in out and "all_reduce" in out
+    assert "Prefill, batch 1" in out and "Decode, batch 8" in out and "matmul 8192x14336x4096 bf16" in out and "all_reduce" in out
     code, out, _ = klab("plan", "-m", "deepseek-v3", "-c", "b200", "--tp", "8", "--batch", "1", "--json")
     rows = lines(out)
     assert code == 0 and {row["type"] for row in rows} == {"plan", "row", "totals", "note"}

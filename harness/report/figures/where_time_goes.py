@@ -66,6 +66,7 @@ def draw(parts: list[Part], profile: Profile, identity: str) -> Figure:
         )
     shape = layout(
         barmode="stack",
+        showlegend=True,
         height=150 + 46 * len(order),
         xaxis=axis("% of the step's measured kernel time", range=[0, 100]),
         yaxis=axis("", categoryorder="array", categoryarray=[labels[name] for name in reversed(order)]),

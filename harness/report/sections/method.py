@@ -45,7 +45,7 @@ def words(subject: Subject) -> list[str]:
     modes = _counts(r.launch_mode for r in rows)
     if modes:
         how = "; ".join(f"{LAUNCH_WORDS.get(mode, mode)} ({count})" for mode, count in modes)
-        lines.append(f"Timed {how}, {_range(r.launches_per_round for r in rows)} launches per round.")
+        lines.append(f"Timed {how}, launches per round: {_range(r.launches_per_round for r in rows)}.")
     rounds = [len(r.samples_us) for r in rows if r.samples_us]
     if rounds:
         lines.append(
@@ -67,7 +67,7 @@ def _state(rows: list[Result]) -> list[str]:
     heat = [t for r in rows for t in r.temperatures_c if t is not None]
     if heat:
         lines.append(f"Temperature {min(heat):.0f} to {max(heat):.0f} °C.")
-    if any(r.throttle_reasons for r in rows):
+    if any(mask is not None for r in rows for mask in r.throttle_reasons):
         lines.append(f"{marked} rounds were marked for hardware throttling and do not count.")
     if any(r.policy.get("threads") for r in rows) or any(r.environment.get("threads") for r in rows):
         threads = sorted({str(r.environment.get("threads") or r.policy.get("threads")) for r in rows})
@@ -85,9 +85,13 @@ def _power(subject: Subject) -> list[str]:
             f"Energy of {len(metered)} results from the board's energy counter while the kernel ran back to back, cross-checked with the "
             f"instantaneous power{f'; idle power {min(idle):.0f} to {max(idle):.0f} W is included' if idle else ''}."
         )
-    refused = _counts(r.energy_reason or "no reason recorded" for r in rows if r.energy_j is None)
+    refused = _counts(r.energy_reason or _unasked(r) for r in rows if r.energy_j is None)
     lines += [f"Energy not measured for {count} results: {reason}." for reason, count in refused[:6]]
     return lines
+
+
+def _unasked(row: Result) -> str:
+    return "no reason recorded" if row.policy.get("energy") else "not asked for"
 
 
 def _environments(rows: list[Result]) -> Markup:

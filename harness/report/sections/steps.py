@@ -29,7 +29,7 @@ def _row(step: StepTime) -> list[object]:
     return [
         f"{step.phase}, batch {step.batch}",
         time(step.us) if step.us else "not measured",
-        time(libraries) if libraries else "no library for every problem",
+        time(libraries) if libraries else "not known for every problem",
         times(libraries / step.us) if libraries and step.us else "",
         step.open or "none",
         "not known" if step.modelled_share is None else percent(step.modelled_share),

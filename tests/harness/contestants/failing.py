@@ -132,6 +132,20 @@ def stale(problem, config, chip):
     return launch
 
 
+@contestant
+def keeps_weights_by_address(problem, config, chip):
+    """Right as long as nobody writes other weights to the same place: it keeps a packed copy of each tensor it has seen."""
+    packed = {}
+
+    def launch(inputs, outputs):
+        w = inputs["w"]
+        if w.data_ptr() not in packed:
+            packed[w.data_ptr()] = w.T.contiguous()
+        outputs["out"].copy_(inputs["x"] @ packed[w.data_ptr()])
+
+    return launch
+
+
 def limited(good_launches):
     def build(problem, config, chip):
         left = [good_launches]

@@ -1,0 +1,303 @@
+"""Prefill attention: the reference and its costs against brute force, and what its kernels promise beyond the examples."""
+
+import itertools
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from contest import BLACKWELL, CPU, HOPPER
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from klab.harness.measure.check import check, compare
+from klab.kernels.discover import discover
+from klab.kernels.errors import UsageError
+from klab.kernels.prefill_attention.problem import PrefillAttention, offsets
+from klab.kernels.prefill_tiles import Tiles, key_span, padded, split_dim
+
+KERNELS = {k.name: k for k in discover().of("prefill_attention")}
+TRITON = [k for k in KERNELS.values() if k.backend == "triton"]
+needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
+
+REAL = [
+    PrefillAttention((8192,), 32, 8, 64),
+    PrefillAttention((8192,), 32, 8, 128),
+    PrefillAttention((8192,), 16, 2, 256),
+    PrefillAttention((8192,), 128, 128, 192, head_dim_v=128),
+    PrefillAttention((4096, 100, 1), 64, 8, 64, window=128),
+    PrefillAttention((512,) * 4, 64, 8, 128, prefix_lens=(32768,) * 4),
+    PrefillAttention((4096,), 24, 24, 128, causal=False),
+    PrefillAttention((2048,), 32, 8, 128, dtype="float32"),
+]
+
+
+@st.composite
+def problems(draw):
+    """Small problems of every kind: full or causal, windows, prefixes, empty sequences, grouped heads."""
+    batch = draw(st.integers(1, 3))
+    q_lens = draw(st.lists(st.integers(0, 9), min_size=batch, max_size=batch).filter(any))
+    prefixes = draw(st.one_of(st.just([]), st.lists(st.integers(0, 9), min_size=batch, max_size=batch)))
+    causal = draw(st.booleans())
+    return PrefillAttention(
+        tuple(q_lens),
+        draw(st.sampled_from([2, 4])),
+        draw(st.sampled_from([1, 2])),
+        16,
+        prefix_lens=tuple(prefixes),
+        head_dim_v=draw(st.sampled_from([0, 8])),
+        causal=causal,
+        window=draw(st.integers(0, 12)) if causal else 0,
+        logit_gain=draw(st.sampled_from([1.0, 50.0])),
+        dtype="float32",
+    )
+
+
+def seen_keys(problem, sequence, t):
+    """Keys that query t of a sequence sees, straight from the definition."""
+    keys = range(problem.kv_lens[sequence])
+    position = problem.prefixes[sequence] + t
+    if not problem.causal:
+        return list(keys)
+    return [j for j in keys if j <= position and (not problem.window or j > position - problem.window)]
+
+
+def brute_force(problem, inputs):
+    """One query and one head at a time over the keys it sees, in float64."""
+    q, k, v = (inputs[name].double() for name in ("q", "k", "v"))
+    q_at, kv_at = offsets(problem.q_lens), offsets(problem.kv_lens)
+    out = torch.zeros((q.shape[0], problem.heads, problem.dim_v), dtype=torch.float64)
+    for i, q_len in enumerate(problem.q_lens):
+        for t, h in itertools.product(range(q_len), range(problem.heads)):
+            rows = torch.tensor(seen_keys(problem, i, t)) + kv_at[i]
+            head = h // (problem.heads // problem.kv_heads)
+            logits = k[rows, head] @ q[q_at[i] + t, h] * problem.scale
+            out[q_at[i] + t, h] = torch.softmax(logits, 0) @ v[rows, head]
+    return {"out": out}
+
+
+@given(problem=problems())
+@settings(max_examples=40, deadline=None)
+def test_reference_and_costs_follow_the_definition(problem):
+    inputs = problem.inputs(seed=1)
+    found = compare(problem, problem.reference(inputs), brute_force(problem, inputs))
+    assert found.passed, found.reason
+    seen = [[seen_keys(problem, i, t) for t in range(q_len)] for i, q_len in enumerate(problem.q_lens)]
+    pairs = sum(len(keys) for sequence in seen for keys in sequence)
+    assert problem.visible_pairs() == pairs
+    assert problem.flops() == 2 * pairs * problem.heads * (16 + problem.dim_v)
+    if min(problem.q_lens):
+        read = sum(len(set().union(*sequence)) for sequence in seen)
+        moved = (sum(problem.q_lens) * problem.heads + read * problem.kv_heads) * (16 + problem.dim_v) * 4
+        assert problem.bytes_moved() == moved
+
+
+def test_reference_agrees_with_torch():
+    problem = PrefillAttention((20, 7), 4, 2, 32, prefix_lens=(5, 11), window=9, dtype="float32")
+    inputs = problem.inputs(seed=3)
+    expected = []
+    for i, (q_len, kv_len) in enumerate(zip(problem.q_lens, problem.kv_lens, strict=True)):
+        q, k, v = (
+            inputs[name][at[i] : at[i + 1]].transpose(0, 1)
+            for name, at in (("q", offsets(problem.q_lens)), ("k", offsets(problem.kv_lens)), ("v", offsets(problem.kv_lens)))
+        )
+        below = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+        mask = below & ~torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len - problem.window)
+        result = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        expected.append(result.transpose(0, 1))
+    assert torch.allclose(problem.reference(inputs)["out"], torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"q_lens": ()},
+        {"q_lens": (0, 0)},
+        {"q_lens": (-1, 2)},
+        {"q_lens": (3,), "prefix_lens": (1, 2)},
+        {"q_lens": (3,), "kv_heads": 3},
+        {"q_lens": (3,), "window": -1},
+        {"q_lens": (3,), "window": 4, "causal": False},
+    ],
+)
+def test_a_senseless_problem_is_refused(fields):
+    with pytest.raises(UsageError):
+        PrefillAttention(**{"heads": 4, "kv_heads": 2, "head_dim": 64} | fields)
+
+
+@given(problem=problems(), block_m=st.sampled_from([4, 16]), packed=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_tiles_cover_every_row_once_and_span_the_keys_seen(problem, block_m, packed):
+    rows_per_token = problem.heads // problem.kv_heads if packed else 1
+    tiles = Tiles(problem, block_m, rows_per_token)
+    rows, spans = Counter(), []
+    starts = list(zip(offsets(problem.q_lens), offsets(problem.kv_lens), strict=True))
+    for q_start, q_len, kv_start, kv_len, block in tiles.rows:
+        i = next(
+            j for j, lens in enumerate(zip(problem.q_lens, problem.kv_lens, strict=True)) if (q_start, kv_start) == starts[j] and lens[0]
+        )
+        assert (q_len, kv_len) == (problem.q_lens[i], problem.kv_lens[i])
+        mine = [r for r in range(block * block_m, (block + 1) * block_m) if r < q_len * rows_per_token]
+        rows.update((i, r) for r in mine)
+        tokens = [r // rows_per_token for r in mine]
+        seen = set().union(*(seen_keys(problem, i, t) for t in tokens))
+        begin, end = key_span(problem, i, tokens[0], tokens[-1])
+        assert set(range(begin, end)) == seen
+        spans.append(end - begin)
+    assert rows == Counter((i, r) for i, q_len in enumerate(problem.q_lens) for r in range(q_len * rows_per_token))
+    assert spans == sorted(spans, reverse=True)
+    on_host = tiles.on(torch.device("cpu"))
+    assert on_host.shape == (len(tiles), 5) and tiles.on(torch.device("cpu")) is on_host
+
+
+def test_head_dimensions_split_into_powers_of_two():
+    assert [split_dim(d) for d in (8, 16, 64, 72, 80, 96, 128, 192, 256)] == [
+        (16, 0), (16, 0), (64, 0), (64, 16), (64, 16), (64, 32), (128, 0), (128, 64), (256, 0),
+    ]  # fmt: skip
+    assert [padded(d) for d in (1, 16, 48, 128, 192)] == [16, 16, 64, 128, 256]
+
+
+@needs_triton
+@pytest.mark.parametrize("chip", [HOPPER, BLACKWELL], ids=lambda c: c.name)
+@pytest.mark.parametrize("problem", REAL, ids=lambda p: p.label())
+def test_spaces_are_distinct_and_valid(problem, chip):
+    for kernel in TRITON:
+        space = list(kernel.space(problem, chip))
+        if kernel.name == "triton_flash_tma" and problem.dtype == "float32":
+            assert not space and "16-bit" in kernel.unfit(problem, chip)
+            continue
+        assert len(space) >= 10, kernel.name
+        assert len({c.key for c in space}) == len(space)
+        assert space[0] == kernel.default(problem, chip)
+        assert all(kernel.config_type.from_json(c.to_json_full()) == c for c in space)
+        if problem.heads == problem.kv_heads:
+            assert not any(c.pack_gqa for c in space)
+        elif problem.dtype != "float32":
+            assert {c.pack_gqa for c in space} == {True, False}
+
+
+@needs_triton
+@pytest.mark.interpreter
+@pytest.mark.parametrize("kernel", TRITON, ids=lambda k: k.name)
+def test_paths_beyond_the_defaults(kernel):
+    script = Path(__file__).with_name("interpreted_prefill.py")
+    done = subprocess.run([sys.executable, str(script), kernel.name], capture_output=True, text=True, timeout=290)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def compiled(name, problem, chip, **changes):
+    """What the one function of this launch needs, compiled with no GPU."""
+    from klab.harness.tune.inspect_cubin import inspect_artifact
+    from klab.harness.tune.offline import compile_launch
+
+    kernel = KERNELS[name]
+    default = kernel.default(problem, chip)
+    config = kernel.config_type(**{**default.to_json_full(), **changes})
+    assert kernel.fits(problem, config, chip) is None
+    (artifact,), _ = compile_launch(kernel, problem, config, chip)
+    return inspect_artifact(artifact)
+
+
+@needs_triton
+@pytest.mark.parametrize(("chip", "unit"), [(HOPPER, "wgmma"), (BLACKWELL, "tcgen05")], ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel", TRITON, ids=lambda k: k.name)
+@pytest.mark.parametrize("problem", REAL[:2], ids=lambda p: f"d{p.head_dim}")
+def test_defaults_use_the_tensor_cores_and_spill_nothing(kernel, problem, chip, unit):
+    found = compiled(kernel.name, problem, chip)
+    assert (found.matrix_unit, found.stack_bytes, found.warp_specialised) == (unit, 0, False)
+    assert found.smem_bytes <= chip.smem_per_block_bytes
+    assert bool(found.instructions["tma"]) == (kernel.name == "triton_flash_tma")
+
+
+@needs_triton
+@pytest.mark.parametrize(("chip", "warps"), [(HOPPER, 4), (BLACKWELL, 8)], ids=["sm_90", "sm_100"])
+@pytest.mark.parametrize("problem", [REAL[1], REAL[4]], ids=["plain", "window"])
+def test_warp_specialisation_is_real(problem, chip, warps):
+    found = compiled("triton_flash_tma", problem, chip, warp_specialize=True, num_warps=warps)
+    assert found.warp_specialised and found.threads > 32 * warps and found.stack_bytes <= 16
+
+
+@needs_triton
+def test_what_the_compiler_does_not_specialise_is_no_candidate():
+    kernel = KERNELS["triton_flash_tma"]
+    for config in kernel.space(REAL[1], HOPPER):
+        assert not config.warp_specialize or (config.num_warps == 4 and not config.pack_gqa)
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operations and keeps the size of the largest tensor that one made."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls[str(func.overloadpacket)] += 1
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+def test_cpu_flash_skips_hidden_blocks_and_makes_no_score_matrix():
+    problem = PrefillAttention((512,), 2, 1, 16, dtype="float32")
+    kernel = KERNELS["cpu_flash"]
+    launch = kernel.build(problem, kernel.config_type(block_q=64, block_kv=64), CPU)
+    with Recorder() as recorder:
+        launch(problem.inputs(seed=0), problem.outputs())
+    assert recorder.calls["aten.bmm"] == 8 * 9 // 2
+    assert recorder.largest <= 512 * 2 * 16  # the queries; the scores of both heads would be 2 * 512 * 512
+
+
+@pytest.mark.parametrize("window", [0, 1, 100, 4096])
+def test_cpu_kernels_at_a_length_of_many_blocks(window):
+    problem = PrefillAttention((700, 0, 41), 4, 2, 32, prefix_lens=(300, 0, 9), window=window, logit_gain=20.0, dtype="bfloat16")
+    for kernel in KERNELS.values():
+        if "cpu" in kernel.kinds:
+            found = check(problem, kernel.build(problem, kernel.default(problem, CPU), CPU), seed=2)
+            assert found.passed, f"{kernel.name}: {found.reason}"
+
+
+def test_one_launch_serves_fresh_inputs():
+    """Masks and tiles are kept between calls; nothing of the first inputs is."""
+    problem = PrefillAttention((30, 5), 2, 1, 64, prefix_lens=(7, 0), dtype="float32")
+    for kernel in KERNELS.values():
+        if "cpu" in kernel.kinds:
+            launch = kernel.build(problem, kernel.default(problem, CPU), CPU)
+            assert all(check(problem, launch, seed=seed).passed for seed in (1, 2)), kernel.name
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "reason"),
+    [
+        ("torch_sdpa_cudnn", PrefillAttention((5,), 2, 1, 64, dtype="float32"), "16-bit"),
+        ("torch_sdpa_cudnn", PrefillAttention((1, 9), 2, 1, 64), "single key"),
+        ("torch_sdpa_cudnn", PrefillAttention((9,), 2, 1, 192), "head dimensions"),
+        ("torch_sdpa_cudnn", PrefillAttention((9,), 2, 1, 192, head_dim_v=128), None),
+        ("torch_sdpa_cudnn", PrefillAttention((65536,), 2, 1, 128, prefix_lens=(1 << 20,)), "GB"),
+        ("torch_sdpa_flash", PrefillAttention((9,), 2, 1, 192, head_dim_v=128), "same head dimension"),
+        ("torch_sdpa_flash", PrefillAttention((9,), 2, 1, 512), "up to 256"),
+        ("torch_sdpa_flash", PrefillAttention((9,), 2, 1, 64, dtype="float32"), "16-bit"),
+        ("torch_sdpa_flash", PrefillAttention((65536,), 2, 1, 128, prefix_lens=(1 << 20,)), None),
+        ("torch_sdpa_efficient", PrefillAttention((9,), 2, 1, 68), "16 bytes"),
+        ("torch_sdpa_efficient", PrefillAttention((9,), 2, 1, 192, head_dim_v=128), None),
+        ("torch_sdpa_math", PrefillAttention((65536,), 32, 8, 128), "GB"),
+        ("torch_sdpa_math", PrefillAttention((1024,), 32, 8, 128), None),
+    ],
+)
+def test_what_a_library_cannot_do_is_said(name, problem, reason):
+    said = KERNELS[name].unfit(problem, HOPPER)
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize("name", ["torch_sdpa_cudnn", "torch_sdpa_flash", "torch_sdpa_efficient", "torch_sdpa_math"])
+def test_libraries_read_no_values_on_the_host(name):
+    """On meta tensors there are none to read: lengths come from the problem."""
+    kernel = KERNELS[name]
+    for problem in PrefillAttention.examples():
+        if kernel.unfit(problem, HOPPER) is None:
+            outputs = problem.outputs(device="meta")
+            kernel.build(problem, kernel.default(problem, HOPPER), HOPPER)(problem.inputs(seed=0, device="meta"), outputs)
