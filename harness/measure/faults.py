@@ -19,6 +19,7 @@ _FATAL = (
 )
 
 
+# Only the first line is looked at: torch ends every CUDA error with advice on compiling "to enable device-side assertions".
 def one_line(error: BaseException) -> str:
     """`Type: first line`, at most 300 characters."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -29,17 +30,15 @@ def status_of(error: BaseException, *, building: bool) -> Status:
     """The status of a trial whose kernel raised this; `building` until its first launch has ended."""
     if isinstance(error, NotImplementedError | KlabError):
         return Status.UNSUPPORTED
-    kind = type(error).__name__.lower()
-    text = f"{kind} {str(error).lower()}"
-    if any(word in text for word in _MEMORY):
+    said = one_line(error).lower()
+    if any(word in said for word in _MEMORY):
         return Status.OUT_OF_MEMORY
-    module = type(error).__module__.split(".")[0]
-    if building and (any(word in kind for word in _COMPILE) or any(word in text[:2000] for word in _COMPILE) or module == "triton"):
+    if building and (any(word in said for word in _COMPILE) or type(error).__module__.split(".")[0] == "triton"):
         return Status.COMPILE_ERROR
     return Status.CRASHED
 
 
 def is_fatal(error: BaseException) -> bool:
     """True when the CUDA context is broken for good, so that the worker must be replaced."""
-    text = str(error).lower()
-    return any(word in text for word in _FATAL)
+    said = one_line(error).lower()
+    return any(word in said for word in _FATAL)

@@ -97,10 +97,7 @@ def judge_software(versions: dict[str, Any], gpu: bool) -> Iterator[Finding]:
     else:
         yield ok("triton", f"Triton {triton}")
     yield from _judge_cuda_source(versions, gpu)
-    if numpy is None:
-        yield fail("numpy", "NumPy is not installed", "pip install numpy scipy")
-    else:
-        yield ok("numpy", f"NumPy {numpy}")
+    yield ok("numpy", f"NumPy {numpy}")
     if versions["nvidia-ml-py"] is not None:
         yield ok("nvidia-ml-py", f"nvidia-ml-py {versions['nvidia-ml-py']}")
     elif gpu:

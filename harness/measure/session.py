@@ -80,6 +80,10 @@ class Session:
             return self._failure(error, building=False)
 
     def _fill(self) -> Answer:
+        import torch
+
+        # A kernel's file may have allowed TF32 for the whole process: the reference must not use it.
+        torch.set_float32_matmul_precision("highest")
         conditions = self.timer.begin(self.policy)
         stored, touched = set_bytes(self.problem)
         how = plan(

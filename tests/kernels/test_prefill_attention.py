@@ -134,12 +134,11 @@ def test_tiles_cover_every_row_once_and_span_the_keys_seen(problem, block_m, pac
     rows_per_token = problem.heads // problem.kv_heads if packed else 1
     tiles = Tiles(problem, block_m, rows_per_token)
     rows, spans = Counter(), []
-    starts = list(zip(offsets(problem.q_lens), offsets(problem.kv_lens), strict=True))
-    for q_start, q_len, kv_start, kv_len, block in tiles.rows:
-        i = next(
-            j for j, lens in enumerate(zip(problem.q_lens, problem.kv_lens, strict=True)) if (q_start, kv_start) == starts[j] and lens[0]
-        )
-        assert (q_len, kv_len) == (problem.q_lens[i], problem.kv_lens[i])
+    q_at, kv_at = offsets(problem.q_lens)[:-1], offsets(problem.kv_lens)[:-1]
+    sequences = list(zip(q_at, problem.q_lens, kv_at, problem.kv_lens, strict=True))
+    for *sequence, block in tiles.rows:
+        i = sequences.index(tuple(sequence))
+        q_len = problem.q_lens[i]
         mine = [r for r in range(block * block_m, (block + 1) * block_m) if r < q_len * rows_per_token]
         rows.update((i, r) for r in mine)
         tokens = [r // rows_per_token for r in mine]
