@@ -110,8 +110,14 @@ class WorkerClient:
         except OSError:
             raise WorkerDied(self._epitaph()) from None
         while True:
-            answer: Answer = json.loads(self._line(process, give_up, operation, limit_s))
-            if answer.pop("id") == self._next_id:
+            line = self._line(process, give_up, operation, limit_s)
+            try:
+                answer: Answer = json.loads(line)
+                known = answer.pop("id") == self._next_id
+            except (ValueError, KeyError, AttributeError):  # a kernel found the pipe by its number and wrote to it
+                self.kill()
+                raise WorkerDied("wrote something else than an answer to its pipe") from None
+            if known:
                 break
         if "refused" in answer:
             raise (UsageError if answer["exit_code"] == UsageError.exit_code else CannotMeasure)(answer["refused"])

@@ -270,7 +270,7 @@ def registers(problem: PrefillAttention, config: FlashConfig) -> int:
     """Estimated 32-bit registers of a thread: output sums, scores, queries if kept, and 40 for addresses and operands.
 
     A 16 x n tile of float sums spreads over 32 lanes as n / 2 registers, a 16 x n tile of 16-bit operands as n / 4. The packed
-    weights reuse the scores' registers. NVRTC 13.0 comes within 40 of it, and spills at most 176 bytes where it reaches 255.
+    weights reuse the scores' registers. NVRTC 13.0 comes within 45 of it, and spills at most 176 bytes where it reaches 255.
     """
     fragments = config.block_m // config.warps // 16
     queries = problem.head_dim // 4 if config.q_in_registers else 4

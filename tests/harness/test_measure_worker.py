@@ -62,7 +62,7 @@ def test_hello_tells_the_environment_and_the_kernels(client):
     assert os.uname().nodename not in json.dumps(client.environment)
 
 
-@pytest.mark.parametrize(("name", "how"), [("aborts", "SIGABRT"), ("segfaults", "SIGSEGV")])
+@pytest.mark.parametrize(("name", "how"), [("aborts", "SIGABRT"), ("segfaults", "SIGSEGV"), ("scribbles", "something else than an answer")])
 def test_a_kernel_that_kills_its_process_kills_no_other(client, kernels, name, how):
     open_problem(client)
     with pytest.raises(WorkerDied, match=how):

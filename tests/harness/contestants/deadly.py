@@ -1,5 +1,6 @@
 """Kernels that take their process along, or never come back."""
 
+import contextlib
 import ctypes
 import os
 import time
@@ -55,6 +56,19 @@ def chatty(problem, config, chip):
     def launch(inputs, outputs):
         print('{"id": 1, "status": "ok"}', flush=True)
         os.write(1, b"noise on descriptor 1\n")
+        outputs["out"].copy_(product(inputs))
+
+    return launch
+
+
+@contestant
+def scribbles(problem, config, chip):
+    """Writes to every file descriptor it can find, the worker's answers included."""
+
+    def launch(inputs, outputs):
+        for descriptor in range(3, 64):
+            with contextlib.suppress(OSError):
+                os.write(descriptor, b"scribble\n")
         outputs["out"].copy_(product(inputs))
 
     return launch
