@@ -157,13 +157,15 @@ def fits(problem: Matmul, config: TiledConfig, chip: Chip) -> str | None:
 
 def default(problem: Matmul, chip: Chip) -> TiledConfig:
     """Thin tiles and enough splits to fill the chip for small m (bandwidth bound); square ones for large m."""
-    fp32 = problem.dtype == "float32"
+    # Triton learns alignment only of sizes that 16 divides. Rows of others are loaded element by element, which takes one pointer
+    # each: 128x128x64 then spills 168 bytes, 32x64x128 712.
+    small = problem.dtype == "float32" or problem.k % 16 != 0 or (problem.layout == "nn" and problem.n % 16 != 0)
     padded_m, padded_n, padded_k = (max(16, next_power_of_2(size)) for size in (problem.m, problem.n, problem.k))
-    bm = min(padded_m, 64 if fp32 else 128)
+    bm = min(padded_m, 64 if small else 128)
     # 128x256 tiles read half as much from L2 as 128x128 ones, where there are enough of them to fill the chip.
     wide = bm == 128 and cdiv(problem.m, 128) * cdiv(problem.n, 256) >= 2 * chip.sm_count
     bn = min(padded_n, 256 if wide else 128 if bm == 128 else 64)
-    bk = min(padded_k, 32 if fp32 else 128 if bm == 32 else 64)
+    bk = min(padded_k, 32 if small else 128 if bm == 32 else 64)
     warps = 4 if bm <= 64 else 8
     while (bm // 16) * (bn // 8) < warps:
         warps //= 2
