@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from klab.harness.measure import environment as places
@@ -176,27 +175,14 @@ class Baseline:
 
 
 def _row(entry: Entry, place: Place, status: Status, **found: Any) -> Result:
-    trial, kernel = entry.trial, place.kernels.get(entry.trial.kernel, {})
-    problem = trial.problem
-    return Result(
-        key=trial.key,
-        status=status,
-        kernel=trial.kernel,
+    kernel = place.kernels.get(entry.trial.kernel, {})
+    return Result.of(
+        entry.trial,
+        status,
         backend=kernel.get("backend", ""),
         library=kernel.get("library", False),
-        source_digest=trial.source_digest,
-        operator=problem.operator,
-        problem=problem.to_json(),
-        problem_key=problem.key,
-        problem_label=problem.label(),
-        config=trial.config.to_json_full(),
-        chip=trial.chip,
-        policy=trial.policy.to_json(),
         run_id=place.run_id,
-        recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         reference_device=place.reference_device,
-        flops=problem.flops(),
-        bytes_moved=problem.bytes_moved(),
         device=place.environment.get("device", ""),
         device_uuid=place.environment.get("uuid", ""),
         epoch=places.epoch(dict(place.environment)),

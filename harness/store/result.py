@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from klab.kernels.contract import Json
+
+if TYPE_CHECKING:
+    from klab.harness.plan.trial import Trial
 
 SCHEMA = 1
 
@@ -94,6 +98,31 @@ class Result:
     epoch: str = ""
     environment: Mapping[str, Json] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @classmethod
+    def of(cls, trial: Trial, status: Status, *, backend: str, library: bool, run_id: str, **found: Any) -> Self:
+        """The row of a trial that ended now: what the trial says of itself, and what was `found`."""
+        problem = trial.problem
+        return cls(
+            key=trial.key,
+            status=status,
+            kernel=trial.kernel,
+            backend=backend,
+            library=library,
+            source_digest=trial.source_digest,
+            operator=problem.operator,
+            problem=problem.to_json(),
+            problem_key=problem.key,
+            problem_label=problem.label(),
+            config=trial.config.to_json_full(),
+            chip=trial.chip,
+            policy=trial.policy.to_json(),
+            run_id=run_id,
+            recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            flops=problem.flops(),
+            bytes_moved=problem.bytes_moved(),
+            **found,
+        )
 
     def to_json(self) -> dict[str, Json]:
         """A JSON object; fields at their default are left out, but for `schema`."""

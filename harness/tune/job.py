@@ -204,31 +204,17 @@ class Job:
 
 def screened_row(found: Screened, kernel: Kernel, run_id: str) -> Result:
     """The Result of a candidate that never reached a device."""
-    trial, problem = found.trial, found.trial.problem
-    versions = environment.software()
-    return Result(
-        key=trial.key,
-        status=found.status,
-        reason=f"{found.rule}: {found.reason}" if found.rule else found.reason,
-        kernel=trial.kernel,
+    return Result.of(
+        found.trial,
+        found.status,
         backend=kernel.backend,
         library=kernel.library,
-        source_digest=trial.source_digest,
-        operator=problem.operator,
-        problem=problem.to_json(),
-        problem_key=problem.key,
-        problem_label=problem.label(),
-        config=trial.config.to_json_full(),
-        chip=trial.chip,
-        policy=trial.policy.to_json(),
         run_id=run_id,
-        recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        reason=f"{found.rule}: {found.reason}" if found.rule else found.reason,
         kind="screened",
-        flops=problem.flops(),
-        bytes_moved=problem.bytes_moved(),
         compile_s=found.compile_s,
         build={"functions": list(found.functions)},
-        environment=versions,
+        environment=environment.software(),
     )
 
 
