@@ -1,4 +1,9 @@
-"""torch's scaled dot product attention, each of its backends forced on its own: the libraries to beat."""
+"""torch's scaled dot product attention, each of its backends forced on its own: the libraries to beat.
+
+All but the flash backend on a GPU allocate their output, and a launch must write into ours, so one copy of the output is in their time:
+134 MB read and written at 8192 tokens x 32 heads x 128 in bf16, by arithmetic about 33 us of 0.9 ms on an H200. A lead over cuDNN of less
+than 4% is therefore none.
+"""
 
 from __future__ import annotations
 
@@ -152,7 +157,7 @@ def torch_sdpa_flash(problem: PrefillAttention, config: Config, chip: Chip) -> L
     """torch's flash attention: on a GPU one call of its variable-length entry; on a CPU explicit masks for a prefix or a window."""
     if chip.kind == "cpu":
         return forced(problem, SDPBackend.FLASH_ATTENTION)
-    # Writes into our output, so no copy; torch before 2.12 lacks it and pays for one.
+    # Writes into our output; a torch that lacks it pays for a copy.
     in_place: Callable[..., torch.Tensor] | None = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)
     window = {"window_size_left": problem.window - 1, "window_size_right": 0} if problem.window else {}
     lens = (max(problem.q_lens), max(problem.kv_lens))

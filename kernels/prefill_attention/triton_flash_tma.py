@@ -275,13 +275,14 @@ def _too_large(problem: PrefillAttention, config: TmaConfig, chip: Chip, hopper_
     # Hopper's specialisation gives each 64 rows a group of 4 warps, two at most.
     warps = min(8, config.block_m // 16) if hopper_split else config.num_warps
     # Per thread: output and logits in float32, weights in half of that. 256 spilled nothing at 256x128 with 8 warps, 304 to 320
-    # from 464 to 1,280 B. Specialised for Blackwell, the warps that rescale the output have 168 registers: 64 of them for the
-    # output spill at most 16 B, 128 up to 600 B, 256 more than 1,300 B.
+    # from 464 to 1,280 B.
     registers = config.block_m * (dv + 1.5 * config.block_n) / (32 * warps)
     if registers > 256:
         return f"needs about {registers:.0f} registers a thread for its tile alone"
     if chip.target >= 100:
-        if config.warp_specialize and config.block_m * dv / (32 * warps) > 128:
+        # The warps that rescale the output have 168 registers (4 warps) or 96 (8). With 64 of them for the output the kernel spills
+        # at most 16 B; with 128, 488 B of 168 registers but 576 B and more of 96; with 256, more than 1,300 B.
+        if config.warp_specialize and config.block_m * dv / (32 * warps) > (128 if warps == 4 else 64):
             return "the warps that rescale the output would spill"
         # Output, logits (twice when specialised, once more when the head dimension is split), weights in half.
         copies = 1.5 + config.warp_specialize + (d1 > 0)
