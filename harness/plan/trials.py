@@ -36,11 +36,12 @@ class Trials(NamedTuple):
 def default_policy(chip: Chip) -> Policy:
     """How a trial on this kind of chip is measured unless somebody says otherwise.
 
-    Energy is measured on GPUs only: a CPU has no meter that an ordinary user may read. A CPU's clock is steady after milliseconds and its
+    Without energy: that takes 6 s and more per trial, so it is asked for afterwards, for the few that matter (tune/pick.py). On a GPU at
+    most 2 s go into one trial, so that the 140 trials of a model end in minutes. A CPU's clock is steady after milliseconds and its
     launches are long, so its rounds are fewer and longer, and a trial is held to a second.
     """
     if chip.kind == "cuda":
-        return Policy(energy=True)
+        return Policy(warmup_ms=25.0, max_rounds=100, limit_s=2.0)
     return Policy(warmup_ms=10.0, min_rounds=7, max_rounds=40, round_ms=10.0, target_ci=0.02, limit_s=1.0)
 
 

@@ -8,7 +8,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from klab.harness.catalog import find_model
@@ -80,7 +80,7 @@ class Campaign:
 
     def stages(self) -> Iterator[Stage]:
         """Correctness, comparison, energy of the heaviest, then tuning in rounds. Later stages look at what earlier ones found."""
-        chip, policy = self.job.chip, replace(default_policy(self.job.chip), energy=False)
+        chip, policy = self.job.chip, default_policy(self.job.chip)
         kernels = sorted(self.catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
         yield Stage("correctness", correctness_trials(kernels, chip))
         compared = trials([s.problem for s in self.shares], kernels, chip, policy).trials
