@@ -304,13 +304,14 @@ def kernel(
     space: Callable[[Any, Chip], Iterator[Any]] = _only_default,
     default: Callable[[Any, Chip], Any] | None = None,
     fits: Callable[[Any, Any, Chip], str | None] | None = None,
-    kinds: tuple[str, ...] = ("cuda",),
+    kinds: tuple[str, ...] | None = None,
     library: bool = False,
     name: str | None = None,
 ) -> Callable[[Callable[[Any, Any, Chip], Launch]], Kernel]:
     """Make a Kernel of a build function `(problem, config, chip) -> launch`. Its docstring's first line is the kernel's summary.
 
-    `backend` is "torch", "triton", "cuda" (CUDA C++ through CuPy), "cupy" or "cpu".
+    `backend` is "torch", "triton", "cuda" (CUDA C++ through CuPy), "cupy" or "cpu". `kinds` are the kinds of chip it runs on; default:
+    ("cpu",) for the backend "cpu", ("cuda",) for the others.
     """
 
     def decorate(build: Callable[[Any, Any, Chip], Launch]) -> Kernel:
@@ -323,7 +324,7 @@ def kernel(
             space_of=space,
             default_of=default or (lambda problem, chip: config()),
             fits_in=fits or (lambda problem, config, chip: None),
-            kinds=kinds,
+            kinds=kinds or (("cpu",) if backend == "cpu" else ("cuda",)),
             library=library,
             path=Path(inspect.getfile(build)),
             summary=(build.__doc__ or "").strip().split("\n")[0],

@@ -48,6 +48,6 @@ def over_budget(smem_bytes: int, registers: int, warps: int, chip: Chip) -> str 
 def row_strides(kernel: str, name: str, tensor: torch.Tensor) -> list[int]:
     """Elements from one index to the next, for all dimensions but the last; UsageError unless rows are dense and start at 16 bytes."""
     *outer, dim = tensor.stride()
-    if dim != 1 or any(stride % 8 for stride in outer) or tensor.storage_offset() % 8:
+    if dim != 1 or any(stride % 8 for stride in outer) or tensor.data_ptr() % 16:
         raise UsageError(f"{kernel} copies 16 bytes at a time: make rows of {name} dense and 16-byte aligned (strides {tensor.stride()})")
     return outer

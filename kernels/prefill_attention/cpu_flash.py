@@ -38,6 +38,10 @@ def fits(problem: PrefillAttention, config: CpuConfig, chip: Chip) -> str | None
     """Knobs that change nothing for this problem make no candidate."""
     if problem.dtype == "float32" and not config.upcast:
         return "float32 is multiplied in float32 anyway"
+    if problem.dtype == "float16" and not config.upcast:
+        return "a block's weighted sum of values would overflow float16"
+    if problem.logit_gain > 4 and not config.upcast:
+        return "logits this large must not be rounded to 16 bits"
     if problem.kv_heads == 1 and not config.all_heads:
         return "there is one key head only"
     return None

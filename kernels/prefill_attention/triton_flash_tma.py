@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.errors import UsageError
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.prefill_tiles import Tiles, padded, split_dim
 from klab.kernels.triton_support import ensure_allocator, pipeline_smem_bytes, row_is_aligned
@@ -67,8 +68,12 @@ def _attend(
     D0: tl.constexpr,
     D1: tl.constexpr,
     SPECIALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    """Fold keys [first, last) into the running output, sum and maximum (logits in units of log2). MASKED: some pairs are hidden."""
+    """Fold keys [first, last) into the running output, sum and maximum (logits in units of log2). MASKED: some pairs are hidden.
+
+    SHARED: the descriptors span several sequences, and not this one alone.
+    """
     for start in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZE):
         k0 = k0_blocks.load([row + start, k_column])
         logits = tl.dot(q0, k0.T)
@@ -88,6 +93,9 @@ def _attend(
         total = total * decay + tl.sum(weights, 1)
         acc = acc * decay[:, None]
         values = v_blocks.load([row + start, v_column])
+        if MASKED and SHARED:
+            # Rows behind the end belong to the next sequence. Their weight is 0, but 0 times its infinity would be NaN here.
+            values = tl.where((start + tl.arange(0, BLOCK_N) < kv_len)[:, None], values, 0.0)
         acc = tl.dot(weights.to(values.dtype), values, acc)
         top = new_top
     return acc, total, top
@@ -113,6 +121,7 @@ def flash_forward_tma(
     log2_scale,
     SPECIALIZE: tl.constexpr,
     ONE_LOOP: tl.constexpr,
+    SHARED: tl.constexpr,
     UNITS: tl.constexpr,
     ROWS_PER_TOKEN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -206,24 +215,24 @@ def flash_forward_tma(
         acc, total, top = _attend(
             acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
             begin, end, position, kv_len, log2_scale,
-            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE,
+            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
     else:
         if WINDOW > 0:
             acc, total, top = _attend(
                 acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
                 begin, tl.minimum(full_begin, end), position, kv_len, log2_scale,
-                True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE,
+                True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
             )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
             full_begin, full_end, position, kv_len, log2_scale,
-            False, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE,
+            False, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
             tl.maximum(full_begin, full_end), end, position, kv_len, log2_scale,
-            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE,
+            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
 
     # Stored by pointers: a descriptor's store could reach into the next sequence.
@@ -250,12 +259,16 @@ def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None
         return "is for 16-bit types (triton_flash runs float32)"
     if not (row_is_aligned(problem.head_dim, size) and row_is_aligned(problem.dim_v, size)):
         return "descriptors need heads of a multiple of 16 bytes"
+    if sum(split_dim(problem.head_dim)) != problem.head_dim or padded(problem.dim_v) != problem.dim_v:
+        return "columns padded to a power of two would be another head's"
     if problem.scale <= 0:
         return "needs a positive scale (the running maximum is scaled after it is taken)"
     if config.pack_gqa and problem.heads == problem.kv_heads:
         return "pack_gqa needs several query heads per key head"
     if config.block_m < 16 * config.num_warps:
         return "a warp holds at least 16 rows, else every maximum goes through shared memory"
+    if config.warp_specialize and chip.target >= 100 and len(problem.q_lens) > 1:
+        return "the values of a neighbouring sequence must be masked, which the compiler does not specialise"
     hopper_split = config.warp_specialize and chip.target == 90
     if hopper_split and (config.num_warps != 4 or config.pack_gqa):
         return "on Hopper only 4 warps and unpacked rows are specialised (8 warps: silently not; packed: the compiler fails)"
@@ -310,6 +323,7 @@ def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -
     one_loop = config.warp_specialize and chip.target == 90
     constants: dict[str, Any] = {
         "SPECIALIZE": config.warp_specialize,
+        "SHARED": len(problem.q_lens) > 1 and not one_loop,
         "ONE_LOOP": one_loop,
         "UNITS": units,
         "ROWS_PER_TOKEN": rows,
@@ -336,6 +350,9 @@ def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
         keys_and_values: tuple[Any, ...] = (k, k, v)
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.stride(2) != 1 or any(stride % 8 for stride in x.stride()[:2]) or x.data_ptr() % 16:
+                raise UsageError(f"triton_flash_tma needs rows of {name} that are dense and 16-byte aligned (strides {x.stride()})")
         if one_loop:
             ensure_allocator(q.device)
         else:

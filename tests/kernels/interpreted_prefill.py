@@ -47,9 +47,26 @@ def chosen(kernel, problem, chip, turn):
         yield on_path[len(on_path) // 3 * (turn % 2)]
 
 
+def leaks(kernel, chip, config):
+    """Does an infinity among one sequence's values reach the sequence before it in the packed tensor?"""
+    problem = PrefillAttention((33, 40), 4, 2, 64, **HALF)
+    if kernel.fits(problem, config, chip) is not None:
+        return False
+    inputs, outputs = problem.inputs(seed=1), problem.outputs()
+    inputs["v"][33:] = float("inf")
+    kernel.build(problem, config, chip)(inputs, outputs)
+    return not bool(outputs["out"][:33].isfinite().all())
+
+
 def main(name):
     kernel = next(k for k in discover().of("prefill_attention") if k.name == name)
     ran = failures = 0
+    for chip in (HOPPER, BLACKWELL):
+        problem = PrefillAttention((33, 40), 4, 2, 64, **HALF)
+        for config in (kernel.default(problem, chip), *chosen(kernel, problem, chip, 0)):
+            if leaks(kernel, chip, config):
+                failures += 1
+                print(f"{chip.name} [{config.label()}]: an infinity reaches the neighbouring sequence")
     for i, (problem, chip) in enumerate(itertools.product(PROBLEMS, (HOPPER, BLACKWELL))):
         for config in chosen(kernel, problem, chip, i // 2) if kernel.unfit(problem, chip) is None else ():
             found = check(problem, kernel.build(problem, config, chip), seed=i, row_padding=8 * (i % 2))

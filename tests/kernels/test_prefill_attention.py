@@ -1,5 +1,6 @@
 """Prefill attention: the reference and its costs against brute force, and what its kernels promise beyond the examples."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -215,6 +216,11 @@ def test_defaults_use_the_tensor_cores_and_spill_nothing(kernel, problem, chip, 
 @pytest.mark.parametrize(("chip", "warps"), [(HOPPER, 4), (BLACKWELL, 8)], ids=["sm_90", "sm_100"])
 @pytest.mark.parametrize("problem", [REAL[1], REAL[4]], ids=["plain", "window"])
 def test_warp_specialisation_is_real(problem, chip, warps):
+    if chip is BLACKWELL and len(problem.q_lens) > 1:
+        # The values of the next sequence would have to be masked, which the compiler fails on: refused, and one sequence is not.
+        kernel = KERNELS["triton_flash_tma"]
+        assert not any(config.warp_specialize for config in kernel.space(problem, chip))
+        problem = dataclasses.replace(problem, q_lens=problem.q_lens[:1])
     found = compiled("triton_flash_tma", problem, chip, warp_specialize=True, num_warps=warps)
     assert found.warp_specialised and found.threads > 32 * warps and found.stack_bytes <= 16
 

@@ -1,0 +1,91 @@
+"""The check fails kernels whose mask, border or scale is off, at the context lengths of serving and in bf16, and passes right ones.
+
+One key of thousands moves the output by less than bf16's tolerance, unless the data give the borders a weight: these tests hold the
+inputs to that.
+"""
+
+import pytest
+import torch
+
+from klab.harness.measure.check import check
+from klab.kernels.decode_attention.problem import DecodeAttention
+from klab.kernels.prefill_attention.problem import PrefillAttention, offsets
+
+
+def decode(problem, *, first=0, last=0, causal=0, scale=1.0, overrun=0):
+    """A right decode in float32, but for: keys dropped at the ends, a causal mask shifted, a scale off, slots read past the end."""
+
+    def launch(inputs, outputs):
+        group = problem.heads // problem.kv_heads
+        for i, length in enumerate(problem.kv_lens):
+            rows = inputs["block_table"][i, : -(-length // problem.page_size)].long()
+            k, v = (inputs[n][rows].flatten(0, 1)[: length + overrun].float().repeat_interleave(group, 1) for n in ("k_cache", "v_cache"))
+            scores = torch.einsum("qhd,khd->hqk", inputs["q"][i].float(), k) * problem.scale * scale
+            position = torch.arange(problem.q_len)[:, None] + length - problem.q_len
+            key = torch.arange(k.shape[0])[None, :]
+            hidden = (key > position + causal + overrun) | (key < first) | (key >= length - last + overrun)
+            if problem.window:
+                hidden |= key <= position - problem.window
+            outputs["out"][i] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+    return launch
+
+
+DECODE = [
+    DecodeAttention((8704,), 4, 2, 128),
+    DecodeAttention((8704, 600), 4, 1, 64, q_len=4),
+    DecodeAttention((32768,), 2, 1, 64),
+    DecodeAttention((9001,), 2, 1, 64, window=4096),
+]
+WRONG_DECODE = [{"last": 1}, {"scale": 1.02}, {"causal": -1}, {"overrun": 1}]
+
+
+@pytest.mark.parametrize("problem", DECODE, ids=lambda p: p.label())
+def test_a_right_decode_passes_and_a_wrong_one_does_not(problem):
+    right = check(problem, decode(problem), seed=1)
+    assert right.passed and right.error < 0.5 * right.tolerance
+    wrong = [*WRONG_DECODE, *([] if problem.window else [{"first": 1}])]
+    for fault in wrong:
+        if "overrun" in fault and problem.kv_lens[0] % problem.page_size == 0:
+            continue
+        for seed in (2, 3, 4):
+            assert not check(problem, decode(problem, **fault), seed=seed).passed, fault
+
+
+def prefill(problem, *, causal=0, scale=1.0, window=0):
+    """A right prefill in float32, but for a causal mask or a window that is shifted, or a scale that is off."""
+
+    def launch(inputs, outputs):
+        q_at, kv_at = offsets(problem.q_lens), offsets(problem.kv_lens)
+        group = problem.heads // problem.kv_heads
+        for i, q_len in enumerate(problem.q_lens):
+            q = inputs["q"][q_at[i] : q_at[i + 1]].float()
+            k, v = (inputs[n][kv_at[i] : kv_at[i + 1]].float().repeat_interleave(group, 1) for n in ("k", "v"))
+            position = torch.arange(q_len)[:, None] + problem.prefixes[i]
+            key = torch.arange(problem.kv_lens[i])[None, :]
+            hidden = key > position + causal
+            if problem.window:
+                hidden |= key <= position - problem.window - window
+            scores = torch.einsum("qhd,khd->hqk", q, k) * problem.scale * scale
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+            outputs["out"][q_at[i] : q_at[i + 1]] = torch.einsum("hqk,khd->qhd", weights, v)
+
+    return launch
+
+
+PREFILL = [
+    PrefillAttention((2048,), 1, 1, 64),
+    PrefillAttention((512,), 1, 1, 64, prefix_lens=(8192,)),
+    PrefillAttention((4, 100), 1, 1, 64, prefix_lens=(16384, 3000)),
+    PrefillAttention((600,), 1, 1, 64, logit_gain=6.0),
+    PrefillAttention((900,), 1, 1, 64, window=128),
+]
+
+
+@pytest.mark.parametrize("problem", PREFILL, ids=lambda p: p.label())
+def test_a_right_prefill_passes_and_a_wrong_one_does_not(problem):
+    right = check(problem, prefill(problem), seed=1)
+    assert right.passed and right.error < 0.5 * right.tolerance
+    for fault in [{"causal": -1}, {"causal": 1}, {"scale": 1.03}, *([{"window": 1}, {"window": -1}] if problem.window else [])]:
+        for seed in (2, 3):
+            assert not check(problem, prefill(problem, **fault), seed=seed).passed, fault
