@@ -39,6 +39,10 @@ class Bars:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bars down; calling it twice is fine."""
         self._progress.stop()
 
     def phase(self, name: str, total: int) -> None:

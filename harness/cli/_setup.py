@@ -85,7 +85,7 @@ def deadline_of(budget_s: float | None, *, reserve_s: float = 0.0) -> float | No
     return None if budget_s is None else START_S + budget_s - min(reserve_s, budget_s / 5)
 
 
-def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False) -> None:
+def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False, again: bool = False) -> None:
     """One line for people on stderr, or one object on stdout."""
     counts = dict(outcome.by_status)
     if as_json:
@@ -102,5 +102,6 @@ def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False) -> No
         )
     said = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "nothing new"
     known = f"; {len(outcome.known)} were known already (--again measures them once more)" if outcome.known else ""
-    left = f"; {len(outcome.left)} not reached ({outcome.stopped}): the same command continues" if outcome.left else ""
+    how = "the same command without --again continues" if again else "the same command continues"
+    left = f"; {len(outcome.left)} not reached ({outcome.stopped}): {how}" if outcome.left else ""
     talk.print(f"{said} in {outcome.seconds:.0f} s{known}{left}. Results in {folder}", markup=False, soft_wrap=True)

@@ -47,10 +47,15 @@ def command(app: typer.Typer) -> None:
         with Bars(as_json=as_json) as bars:
             job = Job(found_chip, out_dir, kernel_dirs=kernels or [], deadline=deadline, listener=bars)
             made = Campaign(job, catalogue, model or ())
+            interrupted = False
             try:
                 for stage, outcome in made.run():
                     talk.print(f"{stage.name}:", end=" ", markup=False)
                     tell_outcome(outcome, out_dir, as_json=as_json)
+            except KeyboardInterrupt:
+                bars.stop()
+                tell_outcome(job.outcome, out_dir, as_json=as_json)
+                interrupted = True
             finally:
                 job.journal.close()
                 packed = pack(out_dir)
@@ -58,8 +63,10 @@ def command(app: typer.Typer) -> None:
             talk.print(f"not here: {absent.path.stem}: {absent.reason}", markup=False)
         for line in job.report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
-        show(made, as_json=as_json)
         talk.print(f"rows in {packed}" if packed else "no rows", markup=False, soft_wrap=True)
+        show(made, as_json=as_json)
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 def show(made: Campaign, *, as_json: bool = False) -> None:

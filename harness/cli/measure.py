@@ -89,15 +89,19 @@ def measure_setup(
     shipped = [] if results else [folder_to_read()]
     with Bars(as_json=as_json) as bars:
         job = Job(setup.chip, folder, read_from=shipped, kernel_dirs=setup.kernel_dirs, deadline=deadline, again=again, listener=bars)
-        outcome: Outcome = job.run(setup.trials, setup.catalogue.kernels)
-        outcomes = [outcome]
-        if energy and setup.chip.kind == "cuda" and not outcome.left:
-            chosen = energy_trials(setup.trials, job.stored())
-            outcomes.append(job.run(chosen, setup.catalogue.kernels))
+        outcomes: list[Outcome] = []
+        try:
+            outcomes.append(job.run(setup.trials, setup.catalogue.kernels))
+            if energy and setup.chip.kind == "cuda" and not outcomes[0].left:
+                outcomes.append(job.run(energy_trials(setup.trials, job.stored()), setup.catalogue.kernels))
+        except KeyboardInterrupt:
+            bars.stop()
+            tell_outcome(job.outcome, folder, as_json=as_json, again=again)
+            raise
     for line in job.report.lines():
         talk.print(line, style="yellow", markup=False, soft_wrap=True)
     for done in outcomes:
-        tell_outcome(done, folder, as_json=as_json)
+        tell_outcome(done, folder, as_json=as_json, again=again)
     return job
 
 

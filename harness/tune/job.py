@@ -23,8 +23,10 @@ from klab.harness.store.journal import Journal
 from klab.harness.store.query import done_keys, latest
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
-from klab.harness.tune.screen import Screened, screen
+from klab.harness.tune.screen import NOT_SCREENED, Screened, screen
 from klab.kernels.contract import Chip, Kernel
+
+DEADLY = (Status.CRASHED, Status.TIMEOUT)
 
 
 class Listener(Protocol):
@@ -106,12 +108,17 @@ class Job:
         self._jobs = jobs
         self._read_from = list(read_from)
         self._environment: dict[str, object] | None = None
+        self.outcome = Outcome()
         self._screened: set[str] = set()
+        self._dropped: set[str] = set()
+        self._deadly: set[str] = set()
 
     def known(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those of the trials that have an ok Result of this epoch: same driver, toolchain, device and threads."""
         wanted = {trial.key for trial in trials}
-        rows = [row for row in iter_results(self.sources(), self.report) if row.key in wanted and row.status is Status.OK]
+        found = [row for row in iter_results(self.sources(), self.report) if row.key in wanted]
+        self._deadly |= {row.key for row in found if row.status in DEADLY}
+        rows = [row for row in found if row.status is Status.OK]
         if not rows:
             return []
         done = {threads: done_keys(rows, self._epoch(threads)) for threads in {t.policy.threads for t in trials}}
@@ -134,19 +141,35 @@ class Job:
     def run(self, trials: Sequence[Trial], kernels: dict[str, Kernel]) -> Outcome:
         """Measure `trials` in their order as far as the budget goes; every end that a trial came to is a row in the store.
 
-        KeyboardInterrupt passes through after what was finished is stored.
+        KeyboardInterrupt passes through after what was finished is stored; `self.outcome` then says how far it went.
         """
         began = time.monotonic()
         known = [] if self.again else self.known(trials)
         skip = {trial.key for trial in known}
-        outcome = Outcome(known=known)
-        todo = self._screen([trial for trial in trials if trial.key not in skip], kernels, outcome)
-        if todo and not self._over():
-            self.listener.phase("measuring", len(todo))
+        outcome = self.outcome = Outcome(known=known)
+        try:
+            todo = self._screen([trial for trial in trials if trial.key not in skip], kernels, outcome)
+            # What hung or crashed before is tried again, but last: it must not stand in the way of the others each time.
+            calm = [trial for trial in todo if trial.key not in self._deadly]
+            self._measure(calm, outcome)
+            self._measure([trial for trial in todo if trial.key in self._deadly], outcome)
+        finally:
+            outcome.seconds = time.monotonic() - began
+        return outcome
 
-            def store(result: Result) -> None:
-                self._store(result, outcome)
+    def _measure(self, todo: list[Trial], outcome: Outcome) -> None:
+        if not todo:
+            return
+        if self._over():
+            outcome.left += todo
+            outcome.stopped = "interrupted" if self.stop.is_set() else "deadline"
+            return
+        self.listener.phase("measuring", len(todo))
 
+        def store(result: Result) -> None:
+            self._store(result, outcome)
+
+        try:
             summary = run_trials(
                 todo,
                 chip=self.chip,
@@ -156,11 +179,13 @@ class Job:
                 deadline=self.deadline,
                 stop=self.stop,
             )
-            outcome.left, outcome.stopped = summary.unfinished, summary.stopped
-        elif todo:
-            outcome.left, outcome.stopped = todo, "interrupted" if self.stop.is_set() else "deadline"
-        outcome.seconds = time.monotonic() - began
-        return outcome
+        except KeyboardInterrupt:
+            stored = {result.key for result in outcome.results}
+            outcome.left += [trial for trial in todo if trial.key not in stored]
+            outcome.stopped = "interrupted"
+            raise
+        outcome.left += summary.unfinished
+        outcome.stopped = summary.stopped or outcome.stopped
 
     def _over(self) -> bool:
         return self.stop.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
@@ -168,25 +193,25 @@ class Job:
     def _screen(self, trials: list[Trial], kernels: dict[str, Kernel], outcome: Outcome) -> list[Trial]:
         """Drop what cannot run, with a row that says why. Libraries and CPU kernels compile nothing and pass."""
         compiled = [t for t in trials if kernels[t.kernel].backend in ("triton", "cuda") and t.key not in self._screened]
-        if not compiled or self._over():
-            return trials
-        self.listener.phase("screening", len(compiled))
-        found = screen(
-            compiled,
-            self.chip,
-            kernel_dirs=self.kernel_dirs,
-            jobs=self._jobs,
-            on_done=self.listener.screened,
-            stop=self.stop,
-            deadline=self.deadline,
-        )
-        dropped: set[str] = set()
-        for item in found:
-            self._screened.add(item.trial.key)
-            if item.status is not Status.OK:
-                dropped.add(item.trial.key)
-                self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
-        return [trial for trial in trials if trial.key not in dropped]
+        if compiled and not self._over():
+            self.listener.phase("screening", len(compiled))
+            found = screen(
+                compiled,
+                self.chip,
+                kernel_dirs=self.kernel_dirs,
+                jobs=self._jobs,
+                on_done=self.listener.screened,
+                stop=self.stop,
+                deadline=self.deadline,
+            )
+            for item in found:
+                if item.rule == NOT_SCREENED:
+                    continue
+                self._screened.add(item.trial.key)
+                if item.status is not Status.OK:
+                    self._dropped.add(item.trial.key)
+                    self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
+        return [trial for trial in trials if trial.key not in self._dropped]
 
     def _store(self, result: Result, outcome: Outcome) -> None:
         self.journal.append(result)

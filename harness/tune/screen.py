@@ -21,6 +21,8 @@ from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Status
 from klab.kernels.contract import Chip, Json
 
+NOT_SCREENED = "not screened"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -142,7 +144,7 @@ def screen(
 
     def one(trial: Trial) -> Screened:
         if (stop is not None and stop.is_set()) or (deadline is not None and time.monotonic() >= deadline):
-            return Screened(trial, Status.OK, "not screened", "screening was stopped")
+            return Screened(trial, Status.OK, NOT_SCREENED, "screening was stopped")
         compiler = idle.get()
         try:
             found = _judge(trial, compiler.ask(trial, limits.timeout_s), chip, limits)

@@ -34,7 +34,10 @@ def answer(trial: dict[str, Json], catalogue: Catalogue, chip: Chip) -> dict[str
         return {"status": Status.UNSUPPORTED.value, "reason": f"{trial['kernel']} cannot be imported here"}
     problem = catalogue.operators[trial["operator"]].from_json(trial["problem"])
     config = kernel.config_type.from_json(trial["config"])
-    unfit = kernel.fits(problem, config, chip)
+    try:
+        unfit = kernel.fits(problem, config, chip)
+    except Exception as error:  # noqa: BLE001  whatever a kernel's author did wrong is that candidate's row
+        unfit = f"its fits raised {_first_line(error)}"
     if unfit is not None:
         return {"status": Status.UNSUPPORTED.value, "reason": unfit}
     if kernel.backend not in ("triton", "cuda"):
