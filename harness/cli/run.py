@@ -20,7 +20,7 @@ Page = Annotated[Path | None, typer.Option("--report", help="The page. Default: 
 Pack = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
 
 # Choosing and drawing after the measuring, on two cores.
-WRAP_UP_S = 3.0
+WRAP_UP_S = 2.0
 
 
 def command(app: typer.Typer) -> None:

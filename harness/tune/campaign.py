@@ -15,7 +15,7 @@ from klab.harness.catalog import find_model
 from klab.harness.plan import plan, scenario_for
 from klab.harness.plan.trial import Trial
 from klab.harness.plan.trials import default_policy, safe_unfit, trials
-from klab.harness.store.query import latest
+from klab.harness.store.query import age, latest
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
 from klab.harness.tune.job import CHECK_ONLY, Job, Outcome
@@ -129,7 +129,7 @@ def pack(folder: Path) -> Path | None:
     None when there are no rows. The file appears whole or not at all; a row that could not be read stays where it was.
     """
     report = ReadReport()
-    rows = list(iter_results(folder, report))
+    rows = sorted(iter_results(folder, report), key=age)
     if not rows:
         return None
     target = folder / COMPACT_FILE
