@@ -92,7 +92,7 @@ def show(made: Campaign, *, as_json: bool = False) -> None:
     ]
     table(f"Kernels on {made.job.chip.title}: trials whose numbers were right", columns, told, right=("right", "incorrect"))
     table(f"Fastest on {made.job.chip.title}", _COLUMNS, [_cells(w) for w in best], right=_RIGHT)
-    out.print("median over interleaved rounds; speed-up over the fastest library of the same problem", markup=False)
+    out.print("median over interleaved rounds; speed-up over the fastest library of the same problem", markup=False, soft_wrap=True)
 
 
 _COLUMNS = ("where", "problem", "fastest", "median us", "interval us", "TFLOP/s", "GB/s", "J", "library", "library us", "speed-up", "of")

@@ -129,7 +129,7 @@ def pack(folder: Path) -> Path | None:
     None when there are no rows. The file appears whole or not at all; a row that could not be read stays where it was.
     """
     report = ReadReport()
-    rows = sorted(iter_results(folder, report), key=age)
+    rows = sorted(iter_results(folder, report), key=lambda row: (age(row), row.key))
     if not rows:
         return None
     target = folder / COMPACT_FILE
