@@ -32,7 +32,8 @@ Launch = Callable[[Tensors, Tensors], None]
 """`launch(inputs, outputs)`: enqueue the work on torch's current stream and return at once.
 
 A launch never reads a tensor's values on the host (it must run on meta tensors and inside a CUDA graph): sizes come from the
-Problem. It writes every element of every output. Workspaces are allocated at the first call, so a warm-up precedes capture.
+Problem. It writes every element of every output. Workspaces are allocated at the first call, so a warm-up precedes capture, and
+are shared by the calls of one launch: it is for one stream at a time.
 """
 
 
