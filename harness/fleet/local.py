@@ -16,15 +16,18 @@ from types import FrameType
 from klab.harness.fleet.devices import Device, devices
 from klab.harness.measure import environment
 from klab.harness.measure.client import WorkerClient
-from klab.harness.measure.contest import Contest, Limits, contest_key
+from klab.harness.measure.contest import Contest, contest_key
+from klab.harness.measure.limits import Limits
 from klab.harness.measure.lock import exclusive
+from klab.harness.measure.quarantine import Quarantine
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result, Status
 from klab.kernels.contract import Chip, Json
 from klab.kernels.errors import CannotMeasure
 
-# What starting and ending around the measuring takes; so much before the deadline the measuring ends.
-RESERVE_S = 0.3
+# What starting and ending around the measuring takes (killing a worker that hangs in a launch, up to 0.5 s); so much before the
+# deadline the measuring ends.
+RESERVE_S = 0.8
 POLL_S = 0.2
 
 
@@ -151,6 +154,7 @@ class _Fleet:
         self._clients: list[WorkerClient] = []
         self._threads: list[threading.Thread] = []
         self._checkout: dict[str, Json] = {}
+        self._quarantine = Quarantine()
 
     @property
     def unfinished(self) -> list[Trial]:
@@ -175,7 +179,9 @@ class _Fleet:
                         group = self._jobs.get_nowait()
                     except queue.Empty:
                         break
-                    contest = Contest(client, group, run_id=self._run_id, checkout=self._checkout, limits=self._limits)
+                    contest = Contest(
+                        client, group, run_id=self._run_id, checkout=self._checkout, limits=self._limits, quarantine=self._quarantine
+                    )
                     for result in contest.run(deadline=self._deadline, stop=self.stop):
                         self._told.put(result)
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # a store that runs one tile row over.
 GUARD_BYTES = 4096
 GUARD = -12288.0  # exact in every floating-point dtype down to bf16
+# Large beside any right element, and finite in float16.
+FINITE_POISON = (8192.0, 32768.0)
 # One element may be off by this many tolerances (relative to itself plus its row's rms). A wrong element in 16 million does not
 # move the Frobenius norm, but it does move this.
 ELEMENT_FACTOR = 16.0
@@ -76,12 +79,21 @@ def _wild_elements(difference: torch.Tensor, want: torch.Tensor, factor: float, 
     return int((difference > factor * (want.abs() + rms) + slack).sum())
 
 
-def poison(outputs: Tensors) -> None:
-    """Fill with NaN (integers: the smallest value), so that an element nobody writes cannot pass."""
+def poison(outputs: Tensors, *, finite: bool = False) -> None:
+    """Fill with NaN (integers: the smallest value), so that an element nobody writes cannot pass.
+
+    `finite` fills with a large number instead, another at each call: a launch that is right only where it finds NaN is wrong.
+    """
     import torch
 
+    large = random.SystemRandom().uniform(*FINITE_POISON)
     for tensor in outputs.values():
-        tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
+        if tensor.is_floating_point():
+            # In fp8 the largest number is 448.
+            tensor.fill_(min(large, torch.finfo(tensor.dtype).max) if finite else float("nan"))
+        else:
+            limits = torch.iinfo(tensor.dtype)
+            tensor.fill_(limits.max if finite else limits.min)
 
 
 def guarded_outputs(problem: Problem, device: str) -> tuple[Tensors, Callable[[], str]]:
@@ -123,14 +135,14 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
     return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
-def attempt(problem: Problem, launch: Launch, inputs: Tensors, *, device: str) -> tuple[Tensors, str]:
-    """Launch once into poisoned outputs between guard bands: (what it wrote, what it did wrong or "").
+def attempt(problem: Problem, launch: Launch, inputs: Tensors, *, device: str, finite: bool = False) -> tuple[Tensors, str]:
+    """Launch once into poisoned outputs (see `poison`) between guard bands: (what it wrote, what it did wrong or "").
 
     Wrong is to write outside its outputs or to change its inputs. Whatever the launch raises passes through.
     """
     before = fingerprint(inputs)
     outputs, trespass = guarded_outputs(problem, device)
-    poison(outputs)
+    poison(outputs, finite=finite)
     launch(inputs, outputs)
     if device != "cpu":
         import torch

@@ -9,11 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from klab.harness.measure.client import START_LIMIT_S, WorkerClient, WorkerDied, WorkerHung
+from klab.harness.measure.client import WorkerClient, WorkerDied, WorkerHung
 from klab.harness.measure.energy import RAMP_LIMIT_S, RAMP_S
 from klab.harness.measure.entry import Baseline, Entry, Place
+from klab.harness.measure.limits import Limits
+from klab.harness.measure.mishaps import Again, Lost, NoContest, OutOfTime
+from klab.harness.measure.quarantine import Quarantine
 from klab.harness.measure.session import ENERGY_PASSES, Answer
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result, Status
@@ -30,36 +33,6 @@ STOP_GRACE_S = 3.0
 CLOSING_S = 0.05
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Seconds after which a request counts as hung. `sample_s` comes on top of twenty times what the calibration expects."""
-
-    start_s: float = START_LIMIT_S
-    open_s: float = 300.0
-    prepare_s: float = 180.0
-    sample_s: float = 30.0
-
-
-class _OutOfTime(Exception):
-    """The deadline has come."""
-
-
-class _Lost(Exception):
-    """The worker is gone; `entry` did it, or nobody (while the data was made)."""
-
-    def __init__(self, entry: Entry | None, status: Status, reason: str, answer: Mapping[str, Json] | None = None) -> None:
-        super().__init__(reason)
-        self.entry, self.status, self.reason, self.answer = entry, status, reason, answer or {}
-
-
-class _NoContest(Exception):
-    """The problem itself cannot be set up here."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
 class Contest:
     """Trials of one problem. They share everything of their policy but whether energy is wanted; UsageError if they do not.
 
@@ -74,11 +47,13 @@ class Contest:
         run_id: str,
         checkout: Mapping[str, Json] | None = None,
         limits: Limits | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         if len({contest_key(trial) for trial in trials}) != 1:
             raise UsageError("a contest is about one problem under one policy")
         self.client = client
         self.limits = limits or Limits()
+        self.quarantine = quarantine or Quarantine()
         self._problem = trials[0].problem
         self._policy = trials[0].policy
         self._run_id = run_id
@@ -104,21 +79,23 @@ class Contest:
         CannotMeasure when no worker comes up.
         """
         self._deadline = float("inf") if deadline is None else deadline
+        self._budget_s = self._remaining()
         self._stop = stop or threading.Event()
         self._stopped_at = float("inf")
         try:
             self._start()
             for entry in self._entries:
                 entry.library = bool(self.client.kernels.get(entry.trial.kernel, {}).get("library"))
-            self._waiting = sorted(self._entries, key=lambda e: not e.library)
+                yield from self._skip(entry)
+            self._waiting = sorted((e for e in self._entries if e.slot not in self._told), key=lambda e: not e.library)
             while self._waiting and not self._stop.is_set():
                 yield from self._group(self._next_group())
-        except _OutOfTime:
+        except OutOfTime:
             self.client.kill()  # it may be in the midst of a launch that takes longer than there is time
-        except _NoContest as error:
+        except NoContest as error:
             for entry in self._entries:
                 if entry.slot not in self._told:
-                    yield self._failure(entry, error.status, error.reason, {})
+                    yield self._row(entry, error.status, error.reason, {})
         if self.client.alive and self._remaining() > 0:
             self._quietly("close")
 
@@ -145,9 +122,11 @@ class Contest:
                     yield from self._laps(group, baseline)
                     yield from self._energies(group, baseline)
                     break
-                except _Lost as lost:
+                except Lost as lost:
                     yield from self._recover(group, lost)
-        except _OutOfTime:
+                except Again:
+                    self._start_anew(group)
+        except OutOfTime:
             yield from self._tell_what_stands(group, baseline, "the time was up before the energy was measured")
             raise
         yield from self._tell_what_stands(group, baseline, "interrupted before the energy was measured")
@@ -164,20 +143,24 @@ class Contest:
                     entry.energy["energy_reason"] = energy_reason
                 yield self._tell(entry, baseline)
 
-    def _recover(self, group: list[Entry], lost: _Lost) -> Iterator[Result]:
-        """Record the culprit; the others are prepared again in a fresh worker and keep their complete laps."""
-        self.client.kill()
-        self._is_open = False
+    def _recover(self, group: list[Entry], lost: Lost) -> Iterator[Result]:
+        """Record the culprit; the others go on in a fresh worker."""
         if lost.entry is None:
             self._open_failures += 1
             if self._open_failures > 1:
-                raise _NoContest(lost.status, f"while the data of the problem was made: {lost.reason}")
+                raise NoContest(lost.status, f"while the data of the problem was made: {lost.reason}")
         else:
             group.remove(lost.entry)
             if not lost.entry.guest:
                 yield self._failure(lost.entry, lost.status, lost.reason, {**lost.entry.shape, **lost.answer})
             elif self._baseline is lost.entry.trial:
                 self._baseline = None
+        self._start_anew(group)
+
+    def _start_anew(self, group: list[Entry]) -> None:
+        """Have all prepared again in a fresh worker; complete laps are kept."""
+        self.client.kill()
+        self._is_open = False
         whole = min((len(e.samples_us) for e in group if e.ready and not e.done), default=0)
         for entry in group:
             if not entry.done:
@@ -188,29 +171,37 @@ class Contest:
     def _start(self) -> None:
         remaining = self._remaining()
         if remaining <= 0:
-            raise _OutOfTime
+            raise OutOfTime
         try:
             self.client.start(limit_s=min(self.limits.start_s, remaining))
         except WorkerHung as error:
             if self._remaining() <= 0:
-                raise _OutOfTime from error
+                raise OutOfTime from error
             raise CannotMeasure(f"the measuring process does not start: {error}") from error
 
-    def _ask(self, entry: Entry | None, operation: str, limit_s: float, **fields: Json) -> Answer:
+    def _ask(self, entry: Entry | None, operation: str, limit_s: float, expected_s: float = 0.0, **fields: Json) -> Answer:
         """Ask within the limit and the deadline; whatever ends the worker is laid at the door of `entry`."""
         remaining = self._remaining()
         if remaining <= 0:
-            raise _OutOfTime
+            raise OutOfTime
+        began = time.monotonic()
         try:
             answer = self.client.ask(operation, limit_s=min(limit_s, remaining), **fields)
         except WorkerHung as error:
-            if self._remaining() <= 0:
-                raise _OutOfTime from error
-            raise _Lost(entry, Status.TIMEOUT, str(error)) from error
+            if self._remaining() > 0:
+                raise Lost(entry, Status.TIMEOUT, str(error)) from error
+            waited = time.monotonic() - began
+            if entry is None or not self.limits.blames(waited, expected_s=expected_s, budget_s=self._budget_s):
+                raise OutOfTime from error
+            reason = f"no answer to {operation} within {waited:.0f} s, then the budget ended"
+            raise Lost(entry, Status.TIMEOUT, reason) from error
         except WorkerDied as error:
-            raise _Lost(entry, Status.CRASHED, f"{error}, in {operation}") from error
+            raise Lost(entry, Status.CRASHED, f"{error}, in {operation}") from error
+        if entry is not None and answer.get("not_captured") and not entry.not_captured:
+            entry.not_captured = answer["not_captured"]
+            raise Again
         if answer.get("fatal"):
-            raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+            raise Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
         return answer
 
     def _quietly(self, operation: str, **fields: Json) -> None:
@@ -226,10 +217,14 @@ class Contest:
             self._is_open = False
             self._start()
         if not self._is_open:
-            fields = {"operator": self._problem.operator, "problem": self._problem.to_json(), "policy": self._policy.to_json()}
+            fields: dict[str, Json] = {
+                "operator": self._problem.operator,
+                "problem": self._problem.to_json(),
+                "policy": self._policy.to_json(),
+            }
             answer = self._ask(None, "open", self.limits.open_s, **fields)
             if answer["status"] != Status.OK.value:
-                raise _NoContest(Status(answer["status"]), f"while the data of the problem was made: {answer.get('reason', '')}")
+                raise NoContest(Status(answer["status"]), f"while the data of the problem was made: {answer.get('reason', '')}")
             self._is_open, self._data = True, answer
 
     def _prepare(self, group: list[Entry]) -> Iterator[Result]:
@@ -244,19 +239,25 @@ class Contest:
                 group.remove(entry)
                 postponed += [] if entry.guest else [entry]
                 continue
+            skipped = [] if entry.guest else list(self._skip(entry))
+            if skipped:
+                group.remove(entry)
+                yield from skipped
+                continue
             trial = entry.trial
             answer = self._ask(
                 entry,
                 "prepare",
-                self.limits.prepare_s,
+                self.limits.preparing_s(self._remaining()),
                 slot=entry.slot,
                 kernel=trial.kernel,
                 source_digest=trial.source_digest,
                 config=trial.config.to_json_full(),
-                policy=trial.policy.to_json(),
+                policy=entry.policy.to_json(),
             )
             if answer["status"] == Status.OK.value:
                 entry.ready, entry.shape = True, answer
+                self.quarantine.worked(trial)
                 full = answer["free_share"] < LEAST_FREE_SHARE
                 continue
             group.remove(entry)
@@ -288,7 +289,8 @@ class Contest:
                 return
             began = time.monotonic()
             for entry in wanting if lap % 2 == 0 else reversed(wanting):
-                self._sample(entry)
+                if self._policy.max_rounds:
+                    self._sample(entry)
             lap += 1
             now = time.monotonic()
             closing = [e for e in wanting if self._enough(e)]
@@ -300,19 +302,19 @@ class Contest:
             if now + 1.2 * (now - began) + CLOSING_S * len(wanting) > self._deadline:
                 closing = [e for e in wanting if e.tellable]
                 if not closing:
-                    raise _OutOfTime
+                    raise OutOfTime
                 for entry in closing:
                     yield from self._close(entry, baseline)
-                raise _OutOfTime
+                raise OutOfTime
             for entry in closing:
                 yield from self._close(entry, baseline)
 
     def _sample(self, entry: Entry) -> None:
         began = time.monotonic()
-        answer = self._ask(entry, "sample", self.limits.sample_s + 20 * entry.round_s, slot=entry.slot)
+        answer = self._ask(entry, "sample", self.limits.sampling_s(entry.round_s, self._remaining()), entry.round_s, slot=entry.slot)
         if answer["status"] != Status.OK.value:
             # The worker lives, but a launch that fails between good ones has unsettled it: the others get a fresh one.
-            raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+            raise Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
         entry.add(answer, time.monotonic() - began)
 
     def _enough(self, entry: Entry) -> bool:
@@ -328,7 +330,7 @@ class Contest:
         entry.done = True
         if entry.guest or not entry.tellable:
             return
-        answer = self._ask(entry, "finish", self.limits.sample_s + 20 * entry.round_s, slot=entry.slot)
+        answer = self._ask(entry, "finish", self.limits.sampling_s(entry.round_s, self._remaining()), entry.round_s, slot=entry.slot)
         if answer["status"] != Status.OK.value:
             yield self._failure(entry, Status(answer["status"]), answer.get("reason", ""), answer)
             return
@@ -351,19 +353,33 @@ class Contest:
                     entry.energy = {"energy_reason": f"not measured to the end: {why}, a sustained run takes {need_s:.0f} s"}
                     continue
                 limit_s = 3.0 * seconds + RAMP_LIMIT_S + self.limits.sample_s
-                answer = self._ask(entry, "energy", limit_s, slot=entry.slot, seconds=seconds)
+                answer = self._ask(entry, "energy", limit_s, need_s, slot=entry.slot, seconds=seconds)
                 if answer["status"] != Status.OK.value:
-                    raise _Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
+                    raise Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
                 entry.energy = answer
         for entry in wanting:
             yield self._tell(entry, baseline)
 
     def _place(self) -> Place:
-        threads = {"threads": self._data["threads"]} if "threads" in self._data else {}
-        environment = {**self.client.environment, **self._checkout, **threads}
-        return Place(self._run_id, environment, self.client.kernels, self._data.get("reference_device", ""))
+        environment = {**self.client.environment, **self._checkout}
+        # Who is skipped before the problem is open belongs to the epoch of those that follow.
+        threads = self._data.get("threads") or (self._policy.threads if environment.get("kind") == "cpu" else 0)
+        if threads:
+            environment["threads"] = threads
+        return Place(self._run_id, environment, self.client.kernels, self._data)
+
+    def _skip(self, entry: Entry) -> Iterator[Result]:
+        """The row of one that hung or crashed before in this run; nothing for the others."""
+        verdict = self.quarantine.verdict(entry.trial)
+        if verdict is not None:
+            yield self._row(entry, *verdict, {})
 
     def _failure(self, entry: Entry, status: Status, reason: str, answer: Mapping[str, Json]) -> Result:
+        """The row of one that failed by its own fault."""
+        self.quarantine.failed(entry.trial, status)
+        return self._row(entry, status, reason, answer)
+
+    def _row(self, entry: Entry, status: Status, reason: str, answer: Mapping[str, Json]) -> Result:
         self._told.add(entry.slot)
         entry.done = True
         return entry.failed(self._place(), status, reason, answer)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from klab.harness.measure.power import PowerMeter
@@ -34,6 +34,10 @@ class CannotCapture(Exception):
     """The policy insists on a graph and the launch cannot be captured."""
 
 
+class SpoiledByCapture(Exception):
+    """A capture failed and left torch's allocator in a state that the next contestant would trip over: the worker must be replaced."""
+
+
 class CudaTimer:
     """`cuda` is torch.cuda, or what stands in for it in a test."""
 
@@ -46,7 +50,10 @@ class CudaTimer:
             import torch
 
             cuda = torch.cuda
-        self._cuda = cuda
+            allocator: Any = torch._C
+        else:
+            allocator = cuda
+        self._cuda, self._allocator = cuda, allocator
         self._meter = meter
         # The driver's figure counts where the two differ: an H200 reports 60 MB, its data sheet says 50.
         self.l2_bytes = max(chip.l2_bytes, int(getattr(cuda.get_device_properties(0), "L2_cache_size", 0)))
@@ -86,7 +93,10 @@ class CudaTimer:
                 return _Graphs(self, launch, rotation, policy, estimate_us, details)
             except Exception as error:
                 self.wait()  # raises when the device itself is broken, which is then the finding
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                # The capture's end raises too, and says less than what was raised first.
+                first = error.__context__ or error
+                reason = str(first).splitlines()[0] if str(first) else type(first).__name__
+                self._tidy_after(reason)
                 if policy.launch == "graph":
                     raise CannotCapture(f"cannot be captured in a CUDA graph: {reason}") from error
                 details["not_captured"] = reason
@@ -143,12 +153,33 @@ class CudaTimer:
         event.record()
         return event
 
-    @contextmanager
+    @contextlib.contextmanager
     def capture(self) -> Iterator[Any]:
         """A CUDA graph of what is enqueued in the block."""
-        graph = self._cuda.CUDAGraph()
-        with self._cuda.graph(graph):
-            yield graph
+        graph, pool = self._cuda.CUDAGraph(), self._cuda.graph_pool_handle()
+        stream = self._cuda.current_stream()
+        try:
+            with self._cuda.graph(graph, pool=pool):
+                yield graph
+        except BaseException:
+            self._give_up(stream, pool)
+            raise
+
+    def _give_up(self, stream: Any, pool: Any) -> None:
+        """Undo what torch's own exit skips when the capture's end raises: the current stream, and (torch < 2.12) the pool's capture."""
+        with contextlib.suppress(Exception):  # a broken device is found by the wait that follows
+            self._cuda.set_stream(stream)
+            device = self._cuda.current_device()
+            # Raises where torch has ended it already; then the pool is no longer ours to release.
+            self._allocator._cuda_endAllocateToPool(device, pool)
+            self._allocator._cuda_releasePool(device, pool)
+
+    def _tidy_after(self, reason: str) -> None:
+        """Give the memory of a failed capture back. SpoiledByCapture when torch cannot any more."""
+        try:
+            self._cuda.empty_cache()
+        except Exception as error:
+            raise SpoiledByCapture(reason) from error
 
 
 class _Queue:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from klab.harness.measure import environment as places
 from klab.harness.measure.session import Answer
 from klab.harness.measure.stats import FLOOR_ROUNDS, StoppingRule, counting, is_marked, paired_ratio, spread, throttled
-from klab.harness.plan.trial import Trial
+from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
 from klab.kernels.contract import Json
 
@@ -19,12 +20,17 @@ ENERGY_FIELDS = ("energy_j", "energy_ci_low_j", "energy_ci_high_j", "power_w", "
 
 @dataclass(frozen=True)
 class Place:
-    """Who measures, and where: what every Result of one contest has in common."""
+    """Who measures, and where: what every Result of one contest has in common. `data` is a worker's answer to `open`."""
 
     run_id: str
     environment: Mapping[str, Json]
     kernels: Mapping[str, Mapping[str, Json]]
-    reference_device: str = ""
+    data: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def rotation(self) -> dict[str, Json]:
+        """What shows that the cache was cold: how many sets of how many bytes were walked through, and the cache's size."""
+        return {name: self.data[name] for name in ("sets", "set_bytes", "l2_bytes") if name in self.data}
 
 
 @dataclass(eq=False)
@@ -44,6 +50,14 @@ class Entry:
     done: bool = False
     energy: Answer = field(default_factory=dict)
     finished: Answer = field(default_factory=dict)
+    # Why it is launched one by one: its capture failed and took the worker along.
+    not_captured: str = ""
+
+    @property
+    def policy(self) -> Policy:
+        """The policy to prepare it under: the trial's own, without a graph once one has failed."""
+        policy = self.trial.policy
+        return dataclasses.replace(policy, launch="events") if self.not_captured and policy.launch == "auto" else policy
 
     @property
     def rule(self) -> StoppingRule:
@@ -63,8 +77,8 @@ class Entry:
 
     @property
     def tellable(self) -> bool:
-        """True when there are rounds enough for a Result."""
-        return len(self.samples_us) >= min(FLOOR_ROUNDS, self.trial.policy.max_rounds)
+        """True when it was prepared, which is when it was checked, and there are rounds enough for a Result."""
+        return bool(self.shape) and len(self.samples_us) >= min(FLOOR_ROUNDS, self.trial.policy.max_rounds)
 
     @property
     def round_s(self) -> float:
@@ -89,12 +103,16 @@ class Entry:
         return _row(self, place, status, reason=reason, **found)
 
     def measured(self, place: Place, contest: Mapping[str, Json]) -> Result:
-        """The Result of a contestant with at least FLOOR_ROUNDS rounds: ok, or throttled."""
+        """The Result of a contestant that has its rounds: ok, or throttled.
+
+        Fewer rounds that count than FLOOR_ROUNDS (or none, of a trial that is only checked) give samples and no time: nobody is to be
+        chosen for one.
+        """
         shape, kept = self.shape, self.kept
         hot = throttled(self.marked)
         final = {**shape, **self.finished}
         timing: dict[str, Any] = {}
-        if kept:
+        if len(kept) >= FLOOR_ROUNDS:
             found = spread(kept, seed=self.trial.policy.seed)
             timing = {
                 "median_us": found.median,
@@ -104,6 +122,7 @@ class Entry:
                 "ci_high_us": found.high,
             }
         clocks = [s["sm_clock_mhz"] for s, mark in zip(self.states, self.marked, strict=True) if not mark and s["sm_clock_mhz"] is not None]
+        not_captured = {"not_captured": self.not_captured} if self.not_captured else {}
         energy = {name: self.energy[name] for name in ENERGY_FIELDS if self.energy.get(name) is not None}
         if "power_trace" in energy:
             energy["power_trace"] = tuple((at, power) for at, power in energy["power_trace"])
@@ -125,7 +144,7 @@ class Entry:
             launches_per_round=shape.get("launches", 0),
             launch_mode=shape.get("launch_mode", ""),
             l2_state=shape.get("l2_state", ""),
-            build={**shape.get("build", {}), "contest": dict(contest)},
+            build={**shape.get("build", {}), **not_captured, **place.rotation, "contest": dict(contest)},
             **timing,
             **energy,
         )
@@ -182,7 +201,7 @@ def _row(entry: Entry, place: Place, status: Status, **found: Any) -> Result:
         backend=kernel.get("backend", ""),
         library=kernel.get("library", False),
         run_id=place.run_id,
-        reference_device=place.reference_device,
+        reference_device=place.data.get("reference_device", ""),
         device=place.environment.get("device", ""),
         device_uuid=place.environment.get("uuid", ""),
         epoch=places.epoch(dict(place.environment)),

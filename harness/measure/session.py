@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from klab.harness.measure import faults
 from klab.harness.measure.check import Check, attempt, compare, fingerprint, guarded_outputs, poison
-from klab.harness.measure.cuda_timer import CannotCapture
+from klab.harness.measure.cuda_timer import CannotCapture, SpoiledByCapture
 from klab.harness.measure.energy import MIN_UPDATES, Window, idle_power, judge, sustain
 from klab.harness.measure.power import PowerMeter
 from klab.harness.measure.rotation import Rotation, plan, set_bytes
@@ -109,6 +109,7 @@ class Session:
             "l2_state": how.l2_state,
             "sets": how.count,
             "set_bytes": stored,
+            "l2_bytes": self.timer.l2_bytes,
             "reference_device": self._reference_device,
             **conditions,
         }
@@ -119,8 +120,6 @@ class Session:
     def prepare(self, slot: int, kernel: str, source_digest: str, config: Json, policy: Json) -> Answer:
         """Build, judge on unseen data, make ready to be timed and judge what the timed form writes."""
         problem = self.problem
-        self.drop(slot)
-        release(self.timer.device)
         found = self.catalogue.kernels.get(kernel)
         if found is None:
             return _unsupported(f"{kernel} is not available here: {self._why_absent(kernel)}")
@@ -128,6 +127,8 @@ class Session:
             return _unsupported(f"{found.path.name} changed since the trial was planned; plan again")
         built, compile_s = False, None
         try:
+            self.drop(slot)
+            release(self.timer.device)
             chosen = found.config_type.from_json(config)
             unfit = found.fits(problem, chosen, self.chip)
             if unfit is not None:
@@ -145,6 +146,10 @@ class Session:
             built = True
             del outputs
             return {"compile_s": compile_s} | self._make_ready(slot, launch, Policy.from_json(policy))
+        except SpoiledByCapture as error:
+            # Another worker tries it without a graph, where the policy lets it.
+            retry = {} if policy.get("launch", "auto") == "graph" else {"not_captured": str(error)}
+            return _unsupported(f"cannot be captured in a CUDA graph: {error}") | {"compile_s": compile_s, "fatal": True} | retry
         except CannotCapture as error:
             return _unsupported(str(error)) | {"compile_s": compile_s}
         except SpoiledInputs as error:
@@ -193,13 +198,13 @@ class Session:
     def _judge(self, launch: Launch, original: int) -> Check:
         """Launch on other data at the same addresses as before: what a kernel keeps by address is stale now."""
         self._fill_buffer(original)
-        outputs, wrong = attempt(self.problem, launch, self._buffer, device=self.timer.device)
+        outputs, wrong = attempt(self.problem, launch, self._buffer, device=self.timer.device, finite=original > 0)
         return Check(float("inf"), self.problem.tolerance(), wrong) if wrong else compare(self.problem, outputs, self._answers[original])
 
-    def _verify(self, batch: Batch) -> Check:
+    def _verify(self, batch: Batch, *, finite: bool = False) -> Check:
         """Poison the sets' outputs, launch as in a round, and judge the first and the last set. Raises SpoiledInputs."""
         for outputs in self.rotation.outputs:
-            poison(outputs)
+            poison(outputs, finite=finite)
         batch.verify()
         worst = 0.0
         for i, original in self.rotation.ends.items():
@@ -232,7 +237,7 @@ class Session:
         """Judge once more, after the rounds: a launch that stopped working in their midst must not pass."""
         ready = self._slot(slot)
         try:
-            found = self._verify(ready.batch)
+            found = self._verify(ready.batch, finite=True)
         except SpoiledInputs as error:
             return _spoiled(error)
         except BaseException as error:  # noqa: BLE001  as in prepare

@@ -7,10 +7,17 @@ from klab.harness.measure.power import Reading
 
 
 class FakeCuda:
-    """Work runs when it is enqueued and advances the device's clock; within a capture it is recorded and runs at each replay."""
+    """Work runs when it is enqueued and advances the device's clock; within a capture it is recorded and runs at each replay.
 
-    def __init__(self):
+    What a failed capture leaves behind is as in torch: the capture's stream stays the current one, and `ends_pools` says whether its
+    pool is no longer being captured to (torch 2.12) or still is, so that empty_cache raises (before). With `mendable` false nothing
+    can end it.
+    """
+
+    def __init__(self, *, ends_pools=False, mendable=True):
         self.us, self.capturing, self.broken, self.captures = 0.0, None, False, 0
+        self.ends_pools, self.mendable = ends_pools, mendable
+        self.stream, self.pools, self.underway, self.released = "main", 0, set(), []
 
     def enqueue(self, us, work=lambda: None):
         if self.capturing is not None:
@@ -59,13 +66,47 @@ class FakeCuda:
 
         return Graph()
 
+    def graph_pool_handle(self):
+        self.pools += 1
+        return (0, self.pools)
+
+    def current_stream(self):
+        return self.stream
+
+    def set_stream(self, stream):
+        self.stream = stream
+
+    def current_device(self):
+        return 0
+
+    def empty_cache(self):
+        if self.underway:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED\nmore")
+
+    def _cuda_endAllocateToPool(self, device, pool):
+        if not self.mendable or pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def _cuda_releasePool(self, device, pool):
+        self.released.append(pool)
+
     @contextlib.contextmanager
-    def graph(self, graph):
+    def graph(self, graph, pool):
+        self.empty_cache()
+        before, self.stream = self.stream, "capture"
         self.capturing, self.captures = graph.work, self.captures + 1
+        self.underway.add(pool)
         try:
             yield
-        finally:
+        except Exception as error:
             self.capturing = None
+            if self.ends_pools:
+                self.underway.remove(pool)
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from error
+        self.capturing = None
+        self.underway.remove(pool)
+        self.stream = before
 
 
 class Meter:

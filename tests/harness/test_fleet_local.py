@@ -13,6 +13,7 @@ from klab.harness.fleet import devices as here
 from klab.harness.fleet.devices import Device, devices, matches
 from klab.harness.fleet.estimate import estimate_s, trial_estimate_s
 from klab.harness.fleet.local import contests, run_trials
+from klab.harness.measure.limits import Limits
 from klab.harness.measure.lock import exclusive
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Status
@@ -76,6 +77,19 @@ def test_a_deadline_that_has_passed_measures_nothing(catalogue):
     summary = run_trials(wanted, chip=CHIP, run_id="r", on_result=pytest.fail, kernel_dirs=[CONTESTANTS], deadline=time.monotonic())
     assert summary.unfinished == wanted
     assert summary.stopped == "deadline"
+
+
+def test_a_kernel_that_hung_is_skipped_on_the_other_problems(catalogue):
+    told = []
+    wanted = trials(catalogue, ["good", "hangs"], [4, 8, 16])
+    limits = Limits(prepare_s=3.0)
+    summary = run_trials(wanted, chip=CHIP, run_id="r", on_result=told.append, kernel_dirs=[CONTESTANTS], limits=limits)
+    assert summary.by_status == {Status.OK: 3, Status.TIMEOUT: 3}
+    hung = [row for row in told if row.status is Status.TIMEOUT]
+    assert hung[0].reason == "no answer to prepare within 3 s"
+    assert {row.reason for row in hung[1:]} == {f"skipped: it hung on {hung[0].problem_label} in this run"}
+    assert len({row.epoch for row in told}) == 1
+    assert summary.unfinished == []
 
 
 def test_a_device_that_is_being_measured_is_not_measured_twice(catalogue):

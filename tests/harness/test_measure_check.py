@@ -133,3 +133,34 @@ def test_poison_and_guards_are_in_place_before_a_launch():
     written, wrong = attempt(PROBLEM, right, PROBLEM.inputs(seed=3), device="cpu")
     assert wrong == ""
     assert written["out"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int32])
+def test_finite_poison_is_large_finite_and_the_same_everywhere(dtype):
+    outputs = {"out": torch.zeros(8, dtype=dtype)}
+    poison(outputs, finite=True)
+    values = outputs["out"].double()
+    assert values.isfinite().all()
+    assert (values == values[0]).all()
+    assert values[0] >= 448.0
+
+
+def test_finite_poison_cannot_be_learned():
+    def drawn():
+        outputs = {"out": torch.zeros(1)}
+        poison(outputs, finite=True)
+        return float(outputs["out"])
+
+    assert len({drawn() for _ in range(4)}) > 1
+
+
+def test_an_element_left_at_finite_poison_does_not_pass():
+    def leaves_one(inputs, outputs):
+        kept = outputs["out"][0, 0].clone()
+        right(inputs, outputs)
+        outputs["out"][0, 0] = kept
+
+    inputs = PROBLEM.inputs(seed=4)
+    outputs, wrong = attempt(PROBLEM, leaves_one, inputs, device="cpu", finite=True)
+    assert wrong == ""
+    assert not compare(PROBLEM, outputs, PROBLEM.reference(inputs)).passed

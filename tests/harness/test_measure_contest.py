@@ -1,5 +1,6 @@
 """A contest end to end: real workers, real kernels on this CPU, and contestants that fail in every way."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from klab.harness.measure.client import WorkerClient
-from klab.harness.measure.contest import Contest, Limits
+from klab.harness.measure.contest import Contest
+from klab.harness.measure.limits import Limits
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
 from klab.kernels.contract import Chip
@@ -108,6 +110,26 @@ def test_the_deadline_ends_a_launch_that_hangs_and_blames_nobody(client, catalog
     assert time.monotonic() - deadline < 1.0
     assert rows == {}
     assert len(contest.unfinished) == 2
+
+
+def test_who_hangs_until_the_deadline_is_named_and_does_not_return(client, catalogue):
+    client.start()
+    deadline = time.monotonic() + 4.0
+    rows, contest = run(client, trials(catalogue, "good", "hangs"), deadline=deadline, limits=Limits(blame_s=1.0))
+    assert time.monotonic() - deadline < 1.0
+    assert rows["hangs"].status is Status.TIMEOUT
+    assert re.fullmatch(r"no answer to prepare within [34] s, then the budget ended", rows["hangs"].reason)
+    assert rows["hangs"].epoch
+    assert [trial.kernel for trial in contest.unfinished] == ["matmul/good"]
+
+
+def test_who_hangs_does_not_use_up_the_budget_of_the_others(client, catalogue):
+    client.start()
+    began = time.monotonic()
+    rows, contest = run(client, trials(catalogue, "hangs", "good"), deadline=began + 40.0, limits=Limits(prepare_floor_s=3.0, sample_s=3.0))
+    assert time.monotonic() - began < 40.0
+    assert {name: row.status.value for name, row in rows.items()} == {"hangs": "timeout", "good": "ok"}
+    assert contest.unfinished == []
 
 
 def test_rounds_taken_before_the_deadline_are_kept(client, catalogue):

@@ -1,14 +1,17 @@
 """The order of a contest and what it does when things go wrong, against a scripted worker: no process, no waiting."""
 
+import dataclasses
 import time
 
 import pytest
 
 from klab.harness.measure.client import WorkerDied, WorkerHung
-from klab.harness.measure.contest import Contest, Limits
+from klab.harness.measure.contest import Contest
+from klab.harness.measure.limits import Limits
+from klab.harness.measure.quarantine import Quarantine
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
-from klab.kernels.contract import NoConfig
+from klab.kernels.contract import Config, NoConfig
 from klab.kernels.matmul.problem import Matmul
 
 POLICY = Policy(min_rounds=6, max_rounds=6, target_ci=1.0)
@@ -23,6 +26,7 @@ class ScriptedWorker:
         self.kernels = {f"matmul/{n}": {"backend": "torch", "library": n in libraries} for n in ["lib", "other", "a", "b", "c", "d", "e"]}
         self.environment = {"kind": "cpu", "device": "CPU", "uuid": "", "torch": "2.13"}
         self.alive, self.starts, self.calls, self.slots, self.counts = False, 0, [], {}, {}
+        self.policies = []
 
     def start(self, *, limit_s):
         if not self.alive:
@@ -38,6 +42,7 @@ class ScriptedWorker:
         assert self.alive
         if operation == "prepare":
             self.slots[fields["slot"]] = fields["kernel"].split("/")[1]
+            self.policies.append((self.slots[fields["slot"]], fields["policy"].get("launch", "auto")))
         name = self.slots.get(fields.get("slot"), "")
         if operation not in ("open", "close", "prepare"):
             assert name, "a fresh worker knows no slots"
@@ -54,7 +59,7 @@ class ScriptedWorker:
 
     def usual(self, operation, name):
         return {
-            "open": {"threads": 2, "reference_device": "cpu"},
+            "open": {"threads": 2, "reference_device": "cpu", "sets": 9, "set_bytes": 4096, "l2_bytes": 1024},
             "prepare": {"launches": 1, "estimate_us": 10.0, "free_share": 0.9, "checks": 3, "error": 0.1, "tolerance": 0.2, "build": {}},
             "sample": {
                 "us": self.times.get(name, 10.0),
@@ -244,6 +249,7 @@ def test_only_those_that_want_energy_have_it():
 def test_a_policy_of_few_rounds_is_honoured(max_rounds):
     rows, contest = run(ScriptedWorker(), ["a"], Policy(min_rounds=1, max_rounds=max_rounds))
     assert len(rows["a"].samples_us) == max_rounds
+    assert (rows["a"].status, rows["a"].median_us, rows["a"].ci_low_us) == (Status.OK, None, None), "too few for an interval"
     assert contest.unfinished == []
 
 
@@ -252,3 +258,69 @@ def test_rows_carry_the_commit_and_the_threads():
     assert rows["a"].environment["commit"] == "c0ffee"
     assert rows["a"].environment["threads"] == 2
     assert rows["a"].device == "CPU"
+
+
+def test_a_trial_that_is_only_checked_has_no_time():
+    worker = ScriptedWorker()
+    rows, contest = run(worker, ["lib", "a"], Policy(min_rounds=0, max_rounds=0))
+    for row in rows.values():
+        assert (row.status, row.checks, row.error) == (Status.OK, 4, 0.15)
+        assert (row.samples_us, row.median_us, row.q1_us, row.ci_low_us, row.ci_high_us) == ((), None, None, None, None)
+    assert worker.names("sample") == ""
+    assert contest.unfinished == []
+
+
+def test_who_was_not_checked_before_the_deadline_did_not_pass():
+    deadline = time.monotonic() + 0.3
+
+    def late(n):
+        time.sleep(max(0.0, deadline - time.monotonic()))
+        return WorkerHung("no answer to prepare within 0 s")
+
+    rows, contest = run(ScriptedWorker({("prepare", "a"): late}), ["lib", "a"], Policy(min_rounds=0, max_rounds=0), deadline=deadline)
+    assert set(rows) <= {"lib"}
+    assert "matmul/a" in {trial.kernel for trial in contest.unfinished}
+
+
+def test_who_is_skipped_before_the_data_is_made_belongs_to_the_same_epoch():
+    known, policy = Quarantine(), dataclasses.replace(POLICY, threads=2)
+    known.failed(Trial("matmul/a", "0" * 16, Matmul(8, 8, 8), NoConfig(), "cpu", policy), Status.TIMEOUT)
+    worker = ScriptedWorker()
+    worker.environment["threads"] = 16
+    rows, _ = run(worker, ["a", "b"], policy, contest={"quarantine": known})
+    assert list(rows) == ["a", "b"]
+    assert rows["a"].status is Status.TIMEOUT
+    assert rows["a"].epoch == rows["b"].epoch
+    assert worker.names("prepare") == "b"
+
+
+def test_rows_show_why_the_cache_was_cold():
+    rows, _ = run(ScriptedWorker(), ["a"])
+    assert {name: rows["a"].build[name] for name in ("sets", "set_bytes", "l2_bytes")} == {"sets": 9, "set_bytes": 4096, "l2_bytes": 1024}
+
+
+def test_a_capture_that_took_the_worker_along_is_tried_without_a_graph_in_a_fresh_one():
+    spoiled = {"status": "unsupported", "reason": "cannot be captured", "fatal": True, "not_captured": "not permitted"}
+    worker = ScriptedWorker({("prepare", "a"): lambda n: spoiled if n == 1 else {}})
+    rows, contest = run(worker, ["lib", "a", "b"])
+    assert {row.status for row in rows.values()} == {Status.OK}
+    assert worker.starts == 2
+    assert [launch for name, launch in worker.policies if name == "a"] == ["auto", "events"]
+    assert {launch for name, launch in worker.policies if name != "a"} == {"auto"}
+    assert rows["a"].build["not_captured"] == "not permitted"
+    assert "not_captured" not in rows["b"].build
+    assert rows["a"].policy == rows["b"].policy, "the trial is the one that was asked for"
+    assert contest.unfinished == []
+
+
+def test_a_second_hang_of_a_kernel_on_one_problem_skips_its_other_configurations():
+    @dataclasses.dataclass(frozen=True)
+    class Knob(Config):
+        knob: int
+
+    trials = [Trial("matmul/a", "0" * 16, Matmul(4, 4, 4), Knob(i), "cpu", POLICY) for i in range(4)]
+    worker = ScriptedWorker({("prepare", "a"): WorkerHung("no answer to prepare within 20 s")})
+    rows = list(Contest(worker, trials, run_id="r").run())
+    assert [row.status for row in rows] == [Status.TIMEOUT] * 4
+    assert [row.reason.startswith("skipped: it hung on") for row in rows] == [False, False, True, True]
+    assert worker.names("prepare") == "aa"

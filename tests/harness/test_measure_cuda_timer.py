@@ -6,7 +6,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda, Meter
 
-from klab.harness.measure.cuda_timer import CudaTimer
+from klab.harness.measure.cuda_timer import CudaTimer, SpoiledByCapture
 from klab.harness.measure.power import Reading
 from klab.harness.measure.rotation import Rotation
 from klab.harness.plan.trial import Policy
@@ -115,6 +115,25 @@ def test_what_cannot_be_captured_is_launched_one_by_one_and_says_why():
     batch = CudaTimer(CHIP, Meter(), cuda=cuda).batch(synchronizing(cuda), rotation(3), Policy(warmup_ms=1.0))
     assert batch.shape.mode == "events"
     assert batch.shape.details["not_captured"] == "operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("ends_pools", [False, True])
+def test_a_failed_capture_leaves_nothing_for_the_next_contestant_to_trip_over(ends_pools):
+    cuda = FakeCuda(ends_pools=ends_pools)
+    timer = CudaTimer(CHIP, Meter(), cuda=cuda)
+    assert timer.batch(synchronizing(cuda), rotation(3), Policy(warmup_ms=1.0)).shape.mode == "events"
+    assert cuda.stream == "main"
+    assert not cuda.underway
+    assert cuda.released == ([] if ends_pools else [(0, 1)]), "a pool that torch has ended is torch's to release"
+    assert timer.batch(Kernel(cuda, 8.0), rotation(3), Policy(warmup_ms=1.0)).shape.mode == "graph"
+
+
+@pytest.mark.parametrize("launch", ["auto", "graph"])
+def test_a_failed_capture_that_cannot_be_undone_is_said_at_once(launch):
+    cuda = FakeCuda(mendable=False)
+    with pytest.raises(SpoiledByCapture, match=r"^operation not permitted when stream is capturing$"):
+        CudaTimer(CHIP, Meter(), cuda=cuda).batch(synchronizing(cuda), rotation(3), Policy(warmup_ms=1.0, launch=launch))
+    assert cuda.stream == "main"
 
 
 def test_a_policy_that_insists_on_a_graph_is_refused_one_line():

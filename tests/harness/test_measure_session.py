@@ -1,5 +1,6 @@
 """What a worker does, without its pipes: every way in which a contestant can fail is a status."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_open_says_how_the_data_lies(session):
     # 5 x 1 MiB of cache over 16 kB of inputs and outputs.
     assert opened["l2_state"] == "cold"
     assert opened["sets"] == math.ceil(5 * 2**20 / opened["set_bytes"]) + 1
+    assert opened["l2_bytes"] == 2**20
     assert opened["threads"] == torch.get_num_threads() == 1
     assert opened["reference_device"] == "cpu"
 
@@ -79,6 +81,7 @@ def test_two_contestants_share_the_data(session):
         ("out_of_bounds", "incorrect", "wrote outside out"),
         ("changes_inputs", "incorrect", "changed its input x"),
         ("stale", "incorrect", "seed"),
+        ("waits_for_nan", "incorrect", "off by"),
         ("keeps_weights_by_address", "incorrect", "off by"),
         ("raises", "crashed", "ValueError: no such tile"),
         ("exits", "crashed", "SystemExit: 3"),
@@ -176,6 +179,51 @@ def test_energy_over_two_passes(catalogue, monkeypatch):
     assert second["energy_j"] == pytest.approx(200.0 * 0.01 / batch.shape.launches, rel=0.01)
     assert second["energy_ci_low_j"] <= second["energy_j"] <= second["energy_ci_high_j"]
     assert (second["idle_power_w"], round(second["power_w"])) == (60.0, 200)
+
+
+def uncapturable(catalogue, monkeypatch, **how):
+    """A session in which matmul/good synchronises, on a simulated device."""
+    cuda = FakeCuda(**how)
+    timer = CudaTimer(CHIP, Meter(), cuda=cuda)
+    timer.device, timer.l2_bytes = "cpu", 1 << 16  # the tensors stay on the CPU
+    session = Session(CHIP, catalogue, timer, Meter())
+    assert session.open("matmul", PROBLEM.to_json(), POLICY.to_json())["status"] == "ok"
+
+    def build(problem, config, chip):
+        def launch(i, o):
+            cuda.enqueue(9.0, lambda: torch.matmul(i["x"], i["w"].T, out=o["out"]))
+            cuda.synchronize()
+
+        return launch
+
+    kernel = catalogue.kernels["matmul/good"]
+    monkeypatch.setitem(session.catalogue.kernels, "matmul/good", dataclasses.replace(kernel, build=build))
+    return session
+
+
+def test_a_failed_capture_that_was_undone_is_a_detail(catalogue, monkeypatch):
+    found = prepare(uncapturable(catalogue, monkeypatch), "good")
+    assert (found["status"], found["launch_mode"]) == ("ok", "events")
+    assert found["build"]["not_captured"] == "operation not permitted when stream is capturing"
+
+
+def test_a_failed_capture_that_cannot_be_undone_asks_for_a_fresh_worker_and_blames_nobody(catalogue, monkeypatch):
+    session = uncapturable(catalogue, monkeypatch, mendable=False)
+    found = prepare(session, "good")
+    assert found["fatal"]
+    assert found["not_captured"] == "operation not permitted when stream is capturing"
+    insists = prepare(session, "good", policy=Policy(**{**POLICY.to_json(), "launch": "graph"}))
+    assert insists["fatal"]
+    assert insists["status"] == "unsupported"
+    assert "not_captured" not in insists
+
+
+def test_a_device_that_cannot_free_memory_is_a_status(session, monkeypatch):
+    def breaks(device):
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr("klab.harness.measure.session.release", breaks)
+    assert prepare(session, "good")["status"] == "crashed"
 
 
 def _on(clock):

@@ -120,6 +120,17 @@ def changes_inputs(problem, config, chip):
 
 
 @contestant
+def waits_for_nan(problem, config, chip):
+    """Right wherever it finds NaN, and does nothing elsewhere."""
+
+    def launch(inputs, outputs):
+        out = outputs["out"]
+        torch.where(out.isnan(), product(inputs), out, out=out)
+
+    return launch
+
+
+@contestant
 def stale(problem, config, chip):
     """Right once; returns its first answer ever after."""
     kept = {}
