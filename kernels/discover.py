@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from klab.kernels.contract import Kernel, Problem
 from klab.kernels.errors import UsageError
+from klab.kernels.user_files import load, rejected
 
 ROOT = Path(__file__).parent
 
@@ -55,8 +53,8 @@ class Catalogue:
 def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
     """Import every operator folder beside this file, then every kernel file in the `extra` folders (searched recursively).
 
-    A file that fails to import becomes an Unavailable and stops nothing. UsageError if an extra folder does not exist or a name
-    is taken twice.
+    A file that fails to import becomes an Unavailable and stops nothing; those of the `extra` folders may also end or hang the process
+    that imports them (see user_files), or take a name that is taken. UsageError if an extra folder does not exist.
     """
     found = Catalogue()
     for folder in sorted(p.parent for p in ROOT.glob("*/problem.py")):
@@ -66,11 +64,17 @@ def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
                 found.operators[value.operator] = value
         for path in _kernel_files(folder):
             _add(found, path, f"klab.kernels.{folder.name}.{path.stem}")
+    extra_files: dict[Path, None] = {}
     for extra_folder in map(Path, extra):
         if not extra_folder.is_dir():
             raise UsageError(f"--kernels: {extra_folder} is not a folder")
-        for path in _kernel_files(extra_folder, recursive=True):
-            _add(found, path.resolve(), None)
+        extra_files |= dict.fromkeys(path.resolve() for path in _kernel_files(extra_folder, recursive=True))
+    refused = rejected(list(extra_files))
+    for path in extra_files:
+        if path in refused:
+            found.unavailable.append(Unavailable(path, refused[path]))
+        else:
+            _add(found, path, None)
     return found
 
 
@@ -82,7 +86,7 @@ def _kernel_files(folder: Path, recursive: bool = False) -> Iterator[Path]:
 
 def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
     try:
-        module = importlib.import_module(module_name) if module_name else _load(path)
+        module = importlib.import_module(module_name) if module_name else load(path)
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:  # noqa: BLE001  a user's file may raise anything, SystemExit included
@@ -96,18 +100,9 @@ def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
         found.unavailable.append(Unavailable(path, "defines no kernel (nothing decorated with @kernel)"))
     for kernel in kernels:
         taken = found.kernels.get(kernel.id)
-        if taken is not None:
+        if taken is None:
+            found.kernels[kernel.id] = kernel
+        elif module_name:
             raise UsageError(f"kernel {kernel.id} is defined twice: in {taken.path} and in {kernel.path}")
-        found.kernels[kernel.id] = kernel
-
-
-def _load(path: Path) -> ModuleType:
-    """Import a file from outside the package under a name of its own."""
-    name = "klab_user_kernels_" + "_".join(path.with_suffix("").parts[1:])
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before execution: Triton and dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+        else:
+            found.unavailable.append(Unavailable(path, f"{kernel.id} is the name of a kernel in {taken.path}: give it another"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from klab.harness.catalog.cpu_probe import CpuFacts, copy_gb_per_s, probe
+from klab.harness.catalog.cpu_probe import PROBES, CpuFacts, best_copy, copy_gb_per_s, probe
 from klab.kernels.contract import Chip
 
 # Where nothing is known: low figures, and labelled as such.
@@ -17,7 +17,9 @@ UNKNOWN_GB_PER_S = 10.0
 
 @cache
 def detect_cpu() -> Chip:
-    """This machine's CPU. Bandwidth is measured (below 0.5 s) the first time; later calls in this process return the same Chip."""
+    """This machine's CPU. Bandwidth is measured (below 0.5 s) in the first few processes and remembered; later calls in a process
+    return the same Chip.
+    """
     return chip_of(probe(Path("/")), measure=True)
 
 
@@ -30,8 +32,11 @@ def chip_of(facts: CpuFacts, *, measure: bool) -> Chip:
     bandwidth, bandwidth_source = UNKNOWN_GB_PER_S, "not measured: a low guess"
     if measure:
         try:
-            bandwidth = copy_gb_per_s(facts.cores, cache_bytes)
-            bandwidth_source = f"measured: a copy by {facts.cores} threads, reads and writes counted, best round of 0.3 s"
+            bandwidth, copies = best_copy(facts, cache_bytes, copy_gb_per_s)
+            bandwidth_source = (
+                f"measured: a copy by {facts.cores} threads, reads and writes counted, best round of 0.3 s; the best of {copies} such "
+                f"copies on this processor so far, at most {PROBES} (remembered in klab/ of the user's cache folder)"
+            )
         except (MemoryError, RuntimeError, OSError) as error:
             bandwidth_source = f"not measured ({type(error).__name__}): a low guess"
     return Chip(

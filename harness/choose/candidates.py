@@ -57,7 +57,7 @@ class Candidate:
 
 
 def why_not(result: Result, objective: str = "latency") -> str | None:
-    """Why this row may not be chosen from, or None: only checked, unthrottled measurements with an interval may."""
+    """Why this row may not be chosen from, or None: only checked, unthrottled measurements of enough rounds may."""
     if result.status is not Status.OK:
         return f"{result.status}: {result.reason}" if result.reason else str(result.status)
     if result.kind != "measured":
@@ -68,6 +68,9 @@ def why_not(result: Result, objective: str = "latency") -> str | None:
         return "throttled in most of its rounds"
     if latency(result) is None:
         return "no interval of its time"
+    rounds = len(counting_rounds(result))
+    if rounds < FLOOR_ROUNDS:
+        return f"{rounds} counting round{'' if rounds == 1 else 's'}, and {FLOOR_ROUNDS} are the least"
     if objective == "energy" and energy(result) is None:
         return f"no energy: {result.energy_reason or 'it was not measured'}"
     return None
@@ -80,7 +83,7 @@ def latency(result: Result) -> Interval | None:
     samples = counting_rounds(result)
     if len(samples) < FLOOR_ROUNDS:
         return None
-    found = spread([us for us in samples if us is not None])
+    found = spread(samples)
     return Interval(found.median, found.low, found.high)
 
 

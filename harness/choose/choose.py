@@ -11,6 +11,7 @@ from klab.harness.choose.compare import best, ratio, tie_set
 from klab.harness.choose.profile import Choice, Evidence, Open, Profile, Rival, Wanted
 from klab.harness.choose.settle import Defaults, settle
 from klab.harness.choose.steps import steps_of, with_shares
+from klab.harness.choose.wrong import Distrust, distrust
 from klab.harness.store.query import age
 from klab.harness.store.result import Result
 from klab.kernels.errors import UsageError
@@ -38,7 +39,7 @@ def choose(
     objective: "latency" (median time) or "energy" (joules per launch). previous: last time's profile, which settles ties.
     chip: needed when the results are of several. device: results of another device of that chip are set aside (default: the device of
     the newest valid result). sources: digest of each kernel's code now; a choice of older code is marked stale, or with `current_only`
-    not made. defaults: a kernel's default configuration for a row.
+    not made. defaults: a kernel's default configuration for a row. Where a wrong result stands, `wrong.distrust` says what it refuses.
     UsageError for an unknown objective, or when the chip is not given and not plain.
     """
     check_objective(objective)
@@ -56,15 +57,16 @@ def choose(
     by_problem: dict[str, list[Result]] = defaultdict(list)
     for row in rows:
         by_problem[row.problem_key].append(row)
+    doubt = distrust(rows, defaults)
     wanted = list(problems) if problems is not None else wanted_from(rows)
     choices: list[Choice] = []
     unsolved: list[Open] = []
     for one in sorted(wanted, key=_place):
         here = by_problem.get(one.problem_key, [])
-        usable = [row for row in here if _refusal(row, objective, sources, current_only) is None]
+        usable = [row for row in here if _refusal(row, objective, sources, current_only, doubt) is None]
         found = candidates(usable, sources)
         if not found:
-            unsolved.append(Open(one, _why_open(here, objective, sources, current_only)))
+            unsolved.append(Open(one, _why_open(here, objective, sources, current_only, doubt)))
             continue
         choices.append(_choose_one(one, found, objective, previous, sources, defaults))
     stale = sum(choice.stale for choice in choices)
@@ -160,17 +162,17 @@ def _rival(other: Candidate, chosen: Candidate, objective: str) -> Rival:
     )
 
 
-def _refusal(row: Result, objective: str, sources: Mapping[str, str] | None, current_only: bool) -> str | None:
-    reason = why_not(row, objective)
+def _refusal(row: Result, objective: str, sources: Mapping[str, str] | None, current_only: bool, doubt: Distrust) -> str | None:
+    reason = why_not(row, objective) or doubt(row)
     if reason is None and current_only and (sources or {}).get(row.kernel, row.source_digest) != row.source_digest:
         reason = "the kernel's code has changed since"
     return reason
 
 
-def _why_open(rows: list[Result], objective: str, sources: Mapping[str, str] | None, current_only: bool) -> str:
+def _why_open(rows: list[Result], objective: str, sources: Mapping[str, str] | None, current_only: bool, doubt: Distrust) -> str:
     if not rows:
         return "never measured on this device"
-    reasons = Counter(_refusal(row, objective, sources, current_only) or "" for row in rows)
+    reasons = Counter(_refusal(row, objective, sources, current_only, doubt) or "" for row in rows)
     most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     listed = "; ".join(f"{count} x {reason}" for reason, count in most[:3])
     return f"none of {len(rows)} results may be chosen: {listed}{'; ...' if len(most) > 3 else ''}"

@@ -141,16 +141,16 @@ def _emit(profile: Profile) -> None:
 def _table(profile: Profile) -> None:
     if not profile.choices:
         return
-    from klab.harness.report.units import time
+    from klab.harness.report.units import speed_up, sum_time, time
 
     title = f"{profile.model or 'All problems'} on {profile.device or profile.chip}, by {profile.objective}"
     table(title, _COLUMNS, [_cells(choice) for choice in profile.choices], _RIGHT)
     steps = [
         (
             f"{step.phase}, batch {step.batch}",
-            time(step.us) if step.us else "",
+            sum_time(step.us, step.open),
             time(step.library_us) if step.library_us else "",
-            "" if not step.library_us else f"{step.library_us / step.us:.3f}",
+            speed_up(step.library_us, step.us, step.open),
             step.open or "",
             "" if step.modelled_share is None else f"{step.modelled_share:.0%}",
         )

@@ -13,6 +13,7 @@ from klab.harness.cli._console import emit, out, table
 from klab.harness.cli._options import AsJson
 
 if TYPE_CHECKING:
+    from klab.harness.store.query import Numerics
     from klab.kernels.contract import Chip, Kernel, Problem
     from klab.kernels.discover import Catalogue
 
@@ -36,10 +37,10 @@ def command(app: typer.Typer) -> None:
 
         chips = [find_chip(chip)] if chip else [*load_chips(), find_chip("cpu")]
         found = discover(kernel_dirs or ())
-        verified = _verified(results)
+        shown = _numerics(results)
         typical = {c.name: _typical_problems(found, c) for c in chips}
         rows = [
-            _row(kernel, {c.name: _on_chip(kernel, c, typical[c.name], verified) for c in chips})
+            _row(kernel, {c.name: _on_chip(kernel, c, typical[c.name], shown) for c in chips})
             for operator in found.operators
             for kernel in found.of(operator)
         ]
@@ -53,13 +54,13 @@ def command(app: typer.Typer) -> None:
         _show(rows, missing, [c.name for c in chips])
 
 
-def _verified(results: Path | None) -> set[tuple[str, str, str]]:
-    """(kernel, source digest, chip) of everything recorded as right; empty where nothing is recorded yet."""
+def _numerics(results: Path | None) -> Numerics:
+    """What is recorded of the kernels' correctness; empty where nothing is recorded yet."""
     from klab.harness.store.paths import folder_to_read
-    from klab.harness.store.query import verified_kernels
+    from klab.harness.store.query import Numerics, numerics
 
     folder = folder_to_read(results)
-    return verified_kernels(folder) if folder.exists() else set()
+    return numerics(folder) if folder.exists() else Numerics()
 
 
 def _typical_problems(found: Catalogue, chip: Chip) -> dict[str, list[Problem]]:
@@ -85,22 +86,26 @@ def _typical_problems(found: Catalogue, chip: Chip) -> dict[str, list[Problem]]:
     return problems
 
 
-def _on_chip(kernel: Kernel, chip: Chip, typical: dict[str, list[Problem]], verified: set[tuple[str, str, str]]) -> dict[str, Any]:
+def _on_chip(kernel: Kernel, chip: Chip, typical: dict[str, list[Problem]], shown: Numerics) -> dict[str, Any]:
+    from klab.harness.plan.trials import safe_unfit
+
     problems = typical[kernel.problem_type.operator]
     problem = problems[0]
     try:
-        problem = next((p for p in problems if kernel.unfit(p, chip) is None), problem)
-        why = kernel.unfit(problem, chip)
+        problem = next((p for p in problems if safe_unfit(kernel, p, chip) is None), problem)
+        why = safe_unfit(kernel, problem, chip)
         counted = 0 if why else sum(1 for _ in itertools.islice(kernel.space(problem, chip), COUNT_LIMIT + 1))
     except Exception as error:  # noqa: BLE001  a user's file may raise anything, and must not hide the other kernels
-        why, counted = f"its own code failed: {type(error).__name__}: {error}", 0
+        why, counted = f"its space raised {type(error).__name__}: {error}", 0
+    code = (kernel.id, kernel.source_digest, chip.name)
     return {
         "fits": why is None,
         "why": why,
         "typical_problem": problem.label(),
         "candidates": min(counted, COUNT_LIMIT),
         "more_candidates": counted > COUNT_LIMIT,
-        "verified": (kernel.id, kernel.source_digest, chip.name) in verified,
+        "verified": code in shown.verified,
+        "wrong_trials": shown.wrong.get(code, 0),
     }
 
 
@@ -134,7 +139,8 @@ def _show(rows: list[dict[str, Any]], missing: list[dict[str, Any]], chips: list
     table("Kernels", columns, cells, right=("candidates",))
     unit = "its numerics were verified on that chip by a recorded result of this very source"
     out.print(
-        f"verified: {unit}. not yet: it fits, but no such result is here. -: it does not fit (klab kernels --chip C says why).",
+        f"verified: {unit}. wrong on N trials: recorded results of this source failed the check there. "
+        "not yet: it fits, but no such result is here. -: it does not fit (klab kernels --chip C says why).",
         soft_wrap=True,
     )
     for file in missing:
@@ -144,7 +150,8 @@ def _show(rows: list[dict[str, Any]], missing: list[dict[str, Any]], chips: list
 
 def _cell(on_chip: dict[str, Any], *, alone: bool) -> str:
     if on_chip["fits"]:
-        return "verified" if on_chip["verified"] else "not yet"
+        wrong = on_chip["wrong_trials"]
+        return f"wrong on {wrong} trial{'' if wrong == 1 else 's'}" if wrong else "verified" if on_chip["verified"] else "not yet"
     return f"does not fit: {on_chip['why']}" if alone else "-"
 
 

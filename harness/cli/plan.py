@@ -101,13 +101,14 @@ def _show(plan: Plan) -> None:
         markup=False,
         soft_wrap=True,
     )
+    understood = _understood(plan.model.covered_share)
     for total in plan.totals:
         rows = plan.step(total.phase, total.batch)
         table(_title(plan, total.phase, total.batch), _COLUMNS, [_cells(row, total.bound_us) for row in rows], right=_RIGHT)
         sent = f", {total.link_bytes / 1e6:.1f} MB to other chips" if total.link_bytes else ""
         out.print(
             f"in all {_figure(total.flops / 1e9)} GFLOP, {_figure(total.bytes_moved / 1e6)} MB{sent}, at least {_time(total.bound_us)}; "
-            f"klab measures {total.covered_flops_share:.1%} of the flops and {total.covered_time_share:.1%} of that time\n",
+            f"klab measures {total.covered_flops_share:.1%} of the flops and {total.covered_time_share:.1%} of that time{understood}\n",
             markup=False,
             soft_wrap=True,
         )
@@ -117,6 +118,14 @@ def _show(plan: Plan) -> None:
     )
     for note in plan.notes:
         out.print(f"{note.level}: {note.text}", style="yellow" if note.level == "warning" else None, markup=False, soft_wrap=True)
+
+
+def _understood(share: float | None) -> str:
+    """What the shares of a step are shares of, where a part of the model is not in the plan; None: how large a part is not known."""
+    if share == 1.0:
+        return ""
+    of = "an unknown share" if share is None else f"{share:.1%}"
+    return f", of what is understood of this model ({of} of its flops, see the warnings below)"
 
 
 def _title(plan: Plan, phase: str, batch: int) -> str:

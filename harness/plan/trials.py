@@ -54,8 +54,9 @@ def trials(
 ) -> Trials:
     """Every kernel on every problem that it fits, once each.
 
-    `candidates`: "default" (one configuration per kernel), "sample:N" (the default and up to N - 1 others, the same ones every time)
-    or "all". UsageError for anything else.
+    `candidates`: "default" (one configuration per kernel), "sample:N" (the default and up to N - 1 others, the same ones every time,
+    and among them those of any smaller N) or "all". UsageError for anything else. A kernel whose own code raises is skipped, with the
+    reason.
     """
     problems = plan_or_problems.problems() if isinstance(plan_or_problems, Plan) else list(plan_or_problems)
     policy = policy or default_policy(chip)
@@ -66,14 +67,29 @@ def trials(
         for kernel in kernels:
             if kernel.problem_type.operator != problem.operator:
                 continue
-            reason = kernel.unfit(problem, chip)
+            reason = safe_unfit(kernel, problem, chip)
             if reason is not None:
                 skipped.append(Skipped(kernel.id, problem, reason))
                 continue
-            for config in _candidates(kernel, problem, chip, limit):
-                trial = Trial.of(kernel, problem, config, chip.name, policy)
-                found.setdefault(trial.key, trial)
+            try:
+                made = [Trial.of(kernel, problem, config, chip.name, policy) for config in _candidates(kernel, problem, chip, limit)]
+                found |= {trial.key: trial for trial in made if trial.key not in found}
+            except Exception as error:  # noqa: BLE001  a user's file may raise anything, and must not stop the other kernels
+                skipped.append(Skipped(kernel.id, problem, f"its space raised {_named(error)}"))
     return Trials(list(found.values()), skipped)
+
+
+def safe_unfit(kernel: Kernel, problem: Problem, chip: Chip) -> str | None:
+    """`kernel.unfit`, where an exception of the kernel's own code is a reason like any other."""
+    try:
+        return kernel.unfit(problem, chip)
+    except Exception as error:  # noqa: BLE001  a user's file may raise anything, and must not stop the other kernels
+        return f"its fits or default raised {_named(error)}"
+
+
+def _named(error: Exception) -> str:
+    """`ZeroDivisionError: division by zero`: the first line alone."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".rstrip(": ")
 
 
 def missing(trials: Iterable[Trial], done_keys: Collection[str]) -> list[Trial]:
@@ -101,6 +117,8 @@ def _candidates(kernel: Kernel, problem: Problem, chip: Chip, limit: int | None)
     if limit is None:
         return list(space)
     default, *others = itertools.islice(space, SPACE_LIMIT)
-    # Seeded by what is tuned, so that a run that is resumed asks for the same trials.
-    chosen = random.Random(f"{kernel.id} {problem.key}").sample(range(len(others)), min(limit - 1, len(others)))
-    return [default, *(others[i] for i in sorted(chosen))]
+    # Seeded by what is tuned, so that a run that is resumed asks for the same trials; one order for every N, so that a larger sample
+    # contains a smaller one.
+    order = list(range(len(others)))
+    random.Random(f"{kernel.id} {problem.key}").shuffle(order)
+    return [default, *(others[i] for i in sorted(order[: limit - 1]))]

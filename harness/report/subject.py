@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from klab.harness.choose.candidates import counting_rounds
 from klab.harness.choose.profile import Profile
+from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.report.limits import Limits
 from klab.harness.store.query import latest
 from klab.harness.store.result import Result, Status
@@ -28,8 +30,9 @@ class Subject:
 
     @property
     def fine(self) -> list[Result]:
-        """The rows with a checked time."""
-        return [row for row in self.rows if row.status is Status.OK and row.kind == "measured" and row.median_us]
+        """The rows with a checked time, of enough rounds for an interval."""
+        ok = [row for row in self.rows if row.status is Status.OK and row.kind == "measured" and row.median_us]
+        return [row for row in ok if len(counting_rounds(row)) >= FLOOR_ROUNDS]
 
     @property
     def failed(self) -> list[Result]:

@@ -13,6 +13,18 @@ def time(us: float | None) -> str:
     return f"{number(us * 1e3)} ns"
 
 
+def sum_time(us: float, left_out: int) -> str:
+    """The time of a sum, as a lower bound (`>= 1.25 ms`) while `left_out` of its terms are not known."""
+    return f"{'>= ' if left_out else ''}{time(us)}" if us else "not measured"
+
+
+def speed_up(library_us: float | None, us: float, left_out: int) -> str:
+    """`1.25x`, or how many terms are missing for a comparison; empty where there is nothing to compare with."""
+    if left_out:
+        return f"{left_out} problem{'' if left_out == 1 else 's'} not measured"
+    return times(library_us / us) if library_us and us else ""
+
+
 def number(value: float) -> str:
     """Three significant digits, never in powers of ten where a person would not."""
     if value == 0:

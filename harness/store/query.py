@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +13,19 @@ from klab.harness.store.frame import load
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
 
-__all__ = ["Compaction", "age", "compact", "done_keys", "latest", "load", "numerics_verified", "verified_kernels"]
+__all__ = [
+    "Compaction",
+    "Numerics",
+    "age",
+    "compact",
+    "done_keys",
+    "latest",
+    "load",
+    "numerics",
+    "numerics_verified",
+    "standing_incorrect",
+    "verified_kernels",
+]
 
 _EPOCH_START = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -60,6 +74,47 @@ def numerics_verified(result: Result) -> bool:
     )
 
 
+def standing_incorrect(results: Iterable[Result]) -> list[Result]:
+    """Per trial its newest INCORRECT row, unless a newer row shows the trial to be right: no crash or time-out since takes it back.
+
+    Sorted by age.
+    """
+    newest: dict[str, Result] = {}
+    for result in results:
+        tells = result.status is Status.INCORRECT or numerics_verified(result)
+        if tells and (result.key not in newest or age(newest[result.key]) < age(result)):
+            newest[result.key] = result
+    return sorted((row for row in newest.values() if row.status is Status.INCORRECT), key=age)
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Which code is right on which chip. `verified`: (kernel id, source digest, chip) with a checked result and no wrong one that stands;
+    `wrong`: how many wrong ones stand.
+    """
+
+    verified: frozenset[tuple[str, str, str]] = frozenset()
+    wrong: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
+
+
+def numerics(paths: Path | str | Iterable[Path | str], report: ReadReport | None = None) -> Numerics:
+    """What the recorded results show of the kernels' correctness."""
+    right: set[tuple[str, str, str]] = set()
+
+    def judged() -> Iterator[Result]:
+        for row in iter_results(paths, report):
+            if numerics_verified(row):
+                right.add(_code(row))
+            yield row
+
+    wrong = Counter(map(_code, standing_incorrect(judged())))
+    return Numerics(frozenset(right - wrong.keys()), wrong)
+
+
+def _code(row: Result) -> tuple[str, str, str]:
+    return row.kernel, row.source_digest, row.chip
+
+
 def verified_kernels(paths: Path | str | Iterable[Path | str], report: ReadReport | None = None) -> set[tuple[str, str, str]]:
-    """(kernel id, source digest, chip) of every kernel that a recorded result shows to be right on a device of that kind."""
-    return {(r.kernel, r.source_digest, r.chip) for r in iter_results(paths, report) if numerics_verified(r)}
+    """(kernel id, source digest, chip) of every kernel that a recorded result shows to be right on such a device, and none wrong."""
+    return set(numerics(paths, report).verified)

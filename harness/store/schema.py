@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -65,7 +66,9 @@ def parse(row: Json, steps: Mapping[int, Step] = STEPS, current: int = SCHEMA) -
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}: not a row that klab wrote")
     values = {name: _typed(name, FIELD_TYPES[name], value) for name, value in row.items() if name in FIELD_TYPES}
-    return Result.from_json(values)
+    result = Result.from_json(values)
+    _check_sense(result)
+    return result
 
 
 def identity(result: Result) -> int:
@@ -75,6 +78,27 @@ def identity(result: Result) -> int:
     """
     r = result
     return hash((r.key, r.kind, r.status, r.run_id, r.recorded_at, r.device_uuid, r.reason, r.samples_us, r.median_us, r.energy_j))
+
+
+def _check_sense(r: Result) -> None:
+    """ValueError where the values are of the right type and cannot be: what reads the store divides by times and splits kernels' names."""
+    if r.kernel.count("/") != 1:
+        raise ValueError("kernel is not operator/name")
+    times = {
+        "samples_us": r.samples_us,
+        **{name: (getattr(r, name),) for name in ("median_us", "q1_us", "q3_us", "ci_low_us", "ci_high_us")},
+    }
+    for name, values in times.items():
+        if any(us is not None and us <= 0 for us in values):
+            raise ValueError(f"{name} is not above 0")
+    for name in ("flops", "bytes_moved"):
+        if getattr(r, name) < 0:
+            raise ValueError(f"{name} is below 0")
+    for low, middle, high in (("q1_us", "median_us", "q3_us"), ("ci_low_us", "median_us", "ci_high_us")):
+        found = [value for value in (getattr(r, low), getattr(r, middle), getattr(r, high)) if value is not None]
+        # A median by interpolation and one by averaging the middle two differ in the last bit.
+        if any(a > b * (1 + 1e-9) for a, b in itertools.pairwise(found)):
+            raise ValueError(f"{low}, {middle} and {high} are out of order")
 
 
 def _typed(name: str, kind: str, value: Json) -> Json:

@@ -12,7 +12,7 @@ from klab.harness.catalog import chips as chips_module
 from klab.harness.catalog import find_chip, load_chips
 from klab.harness.catalog.chips import chip_of_device
 from klab.harness.catalog.cpu import chip_of, detect_cpu, flops_per_cycle
-from klab.harness.catalog.cpu_probe import CpuFacts, copy_gb_per_s, probe
+from klab.harness.catalog.cpu_probe import PROBES, CpuFacts, best_copy, copy_gb_per_s, probe
 from klab.harness.catalog.models import PROFILES
 from klab.kernels.errors import CannotMeasure, UsageError
 
@@ -206,6 +206,26 @@ def test_flops_per_cycle(changes, fp32, bf16):
     assert (rates["float32"], rates.get("bfloat16"), rates.get("float16")) == (fp32, bf16, None)
 
 
+def test_the_bandwidth_is_the_best_of_the_first_few_probes_and_then_stays(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copies = iter([26.0, 55.0, *[30.0] * (PROBES - 2)])
+    found = [best_copy(FACTS, 1 << 20, lambda threads, cache: next(copies)) for _ in range(PROBES + 3)]
+    assert [gb_per_s for gb_per_s, _ in found] == [26.0] + [55.0] * (PROBES + 2)
+    assert found[-1] == (55.0, PROBES)
+    other = dataclasses.replace(FACTS, cores=FACTS.cores + 1)
+    assert best_copy(other, 1 << 20, lambda threads, cache: 7.0) == (7.0, 1)
+    for file in (tmp_path / "cache/klab").iterdir():
+        file.write_text('{"gb_per_s": "fast"}')
+    assert best_copy(FACTS, 1 << 20, lambda threads, cache: 9.0) == (9.0, 1)
+
+
+def test_a_cache_folder_that_cannot_be_written_only_forgets(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert best_copy(FACTS, 1 << 20, lambda threads, cache: 9.0) == (9.0, 1)
+    assert best_copy(FACTS, 1 << 20, lambda threads, cache: 8.0) == (8.0, 1)
+
+
 def test_this_machine():
     chip = detect_cpu()
     assert chip is find_chip("cpu")
@@ -215,7 +235,9 @@ def test_this_machine():
     assert copy_gb_per_s(1, 1 << 20, seconds=0.01) > 0.1
 
 
-def test_a_copy_that_cannot_start_is_not_fatal(monkeypatch):
+def test_a_copy_that_cannot_start_is_not_fatal(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def no_memory(*args):
         raise MemoryError
 

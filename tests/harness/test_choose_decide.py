@@ -112,6 +112,24 @@ def test_the_verb(plan: Plan, tmp_path: Path) -> None:
     assert json.loads(out.read_text())["objective"] == "latency", "what was there is kept"
 
 
+def test_a_step_with_open_problems_is_a_lower_bound_and_no_speed_up(plan: Plan, tmp_path: Path) -> None:
+    missing = plan.problems()[0].key
+    with Journal(tmp_path / "store", "run") as journal:
+        for row in rows_of(plan):
+            if row.problem_key != missing:
+                journal.append(row)
+    words = ["--model", "qwen3-0.6b", "--chip", "h200", "--results", str(tmp_path / "store"), "--out"]
+    told = CliRunner().invoke(build_app(), ["choose", *words, str(tmp_path / "p.json"), "--json"], catch_exceptions=False)
+    steps = [step for step in map(json.loads, told.stdout.splitlines()) if step["type"] == "step"]
+    assert {step["open"] for step in steps} == {0, 1} and all((step["library_us"] is None) == bool(step["open"]) for step in steps)
+    shown = CliRunner().invoke(build_app(), ["choose", *words, str(tmp_path / "p.json")], catch_exceptions=False, env={"COLUMNS": "250"})
+    lower = [line for line in shown.stdout.splitlines() if ">= " in line]
+    assert len(lower) == sum(step["open"] for step in steps) and all("1 problem not measured" in line for line in lower)
+    page = CliRunner().invoke(build_app(), ["report", *words, str(tmp_path / "r.html")], catch_exceptions=False)
+    text = (tmp_path / "r.html").read_text()
+    assert page.exit_code == 0 and "&gt;= " in text and "1 problem not measured" in text
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

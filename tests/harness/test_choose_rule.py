@@ -83,6 +83,8 @@ MAY_NOT: dict[str, dict[str, Any]] = {
     "screened": {"status": Status.SCREENED, "kind": "screened"},
     "modelled": {"kind": "modelled"},
     "reference": {"kind": "reference"},
+    "checked and timed once": {"samples_us": (1.0,), "marked": (0,), "median_us": 1.0, "ci_low_us": 1.0, "ci_high_us": 1.0},
+    "four rounds that count": {"marked": (0, 1, 1, 1, 1, 0, 0, 0), "samples_us": (1.0,) * 8},
     "no interval": {"ci_low_us": None, "samples_us": (1.0, 1.0), "marked": (0, 0)},
 }
 
@@ -93,6 +95,31 @@ def test_what_may_not_be_chosen_is_not(what: str) -> None:
     assert only([tempting, made(SHAPE, "torch")]).kernel == "matmul/torch"
     profile = choose([tempting], wanted_from([tempting]))
     assert not profile.choices and profile.open[0].reason.startswith("none of 1 results may be chosen: 1 x ")
+
+
+def test_a_kernel_that_was_wrong_with_its_default_is_not_chosen_anywhere() -> None:
+    small = Matmul(3, 5, 7)
+    fast = [made(SHAPE, "triton_a", config={"block": n}, samples=flat(1)) for n in (64, 128)]
+    library = made(SHAPE, "torch")
+
+    def wrong(block: int) -> Result:
+        return failed(small, "triton_a", Status.INCORRECT, "out is off by 0.3", config={"block": block}, error=0.3, checks=1)
+
+    def default(row: Result) -> dict[str, object] | None:
+        return {"block": 16 if row.problem_key == small.key else 64}
+
+    assert only([*fast, library]).kernel == "matmul/triton_a"
+    profile = choose([*fast, wrong(16)], wanted_from(fast), defaults=default)
+    assert profile.open[0].reason.endswith("2 x wrong on " + small.label() + ": out is off by 0.3")
+    assert [c.kernel for c in choose([*fast, library, wrong(16)], wanted_from(fast), defaults=default).choices] == ["matmul/torch"]
+    # Wrong with another configuration than the default: that configuration alone is refused.
+    for how in (default, None):
+        (choice,) = choose([*fast, library, wrong(128)], wanted_from(fast), defaults=how).choices
+        assert choice.kernel == "matmul/triton_a" and choice.config == {"block": 64}
+    repaired = dataclasses.replace(wrong(16), source_digest="of last year's code")
+    assert choose([*fast, repaired], wanted_from(fast), defaults=default).choices
+    again = dataclasses.replace(made(small, "triton_a", config={"block": 16}), recorded_at="2026-11-21T00:00:00Z")
+    assert choose([*fast, wrong(16), again], wanted_from(fast), defaults=default).choices
 
 
 def test_a_problem_without_results_is_open() -> None:

@@ -1,5 +1,6 @@
 """`klab models|chips|kernels|plan` as a user types them."""
 
+import dataclasses
 import json
 import sys
 
@@ -165,3 +166,17 @@ def test_kernels_verified_by_a_recorded_result(klab, tmp_path):
     rows = {row["kernel"]: row for row in lines(out) if row["type"] == "kernel"}
     assert rows["matmul/mine"]["chips"]["cpu"]["verified"]
     assert not rows["matmul/raising"]["chips"]["cpu"]["verified"]
+    wrong = dataclasses.replace(row, key="another", status=Status.INCORRECT, error=1.0)
+    (tmp_path / "results" / "other.jsonl").write_text(json.dumps(wrong.to_json()) + "\n")
+    words = ("kernels", "--kernels", tmp_path / "kernels", "--results", tmp_path / "results", "--chip", "cpu")
+    mine = next(r for r in lines(klab(*words, "--json")[1]) if r.get("kernel") == "matmul/mine")["chips"]["cpu"]
+    assert not mine["verified"] and mine["wrong_trials"] == 1
+    assert "wrong on 1 trial" in " ".join(klab(*words)[1].split())
+
+
+def test_the_share_that_klab_measures_is_of_what_is_understood(klab):
+    from klab.harness.cli.plan import _understood
+
+    assert _understood(1.0) == "" and "84.0%" in _understood(0.84) and "unknown share" in _understood(None)
+    _, out, _ = klab("plan", "--model", "llama-3.1-8b", "--chip", "h200", "--batch", "1")
+    assert "klab measures" in out and "understood" not in out

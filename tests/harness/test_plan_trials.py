@@ -1,5 +1,6 @@
 """From problems and kernels to trials: fitting, once each, the same every time."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import pytest
 from klab.harness.catalog import find_chip, find_model
 from klab.harness.plan import plan, scenario_for
 from klab.harness.plan.trial import Policy
-from klab.harness.plan.trials import default_policy, missing, trials
+from klab.harness.plan.trials import default_policy, missing, safe_unfit, trials
 from klab.kernels.contract import Chip, Config, kernel
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
@@ -73,6 +74,29 @@ def test_samples(count):
     assert len(found) == min(count, 16) and found[0].config == Tile()
     assert len({t.config for t in found}) == len(found)
     assert all(tiled.fits(t.problem, t.config, H200) is None for t in found)
+
+
+def test_a_larger_sample_contains_a_smaller_one():
+    sizes = [{t.config.size for t in trials([Matmul(64, 8, 8)], [tiled], H200, candidates=f"sample:{n}").trials} for n in (2, 6, 16, 30)]
+    assert [len(s) for s in sizes] == [2, 6, 16, 30]
+    assert all(smaller < larger for smaller, larger in itertools.pairwise(sizes))
+
+
+def _raises(*arguments):
+    raise ZeroDivisionError("division by zero\nand more")
+
+
+@pytest.mark.parametrize("part", ["fits", "default", "space"])
+def test_a_kernel_whose_own_code_raises_is_skipped_and_stops_no_other(part):
+    @kernel(Matmul, backend="triton", config=Tile, **{part: _raises})
+    def broken(problem, config, chip):
+        """Raises before anything is launched."""
+
+    found, skipped = trials(PROBLEMS[:1], [broken, plain], H200, candidates="all")
+    assert {t.kernel for t in found} == {"matmul/plain"}
+    assert [(s.kernel, s.reason.split(" raised ")[1]) for s in skipped] == [("matmul/broken", "ZeroDivisionError: division by zero")]
+    assert (safe_unfit(broken, PROBLEMS[0], H200) is None) == (part == "space")
+    assert safe_unfit(plain, PROBLEMS[0], H200) is None
 
 
 def test_samples_differ_between_problems():

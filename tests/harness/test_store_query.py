@@ -17,7 +17,7 @@ from klab.harness.store import load
 from klab.harness.store.compact import compact
 from klab.harness.store.journal import Journal
 from klab.harness.store.paths import checkout, folder_to_read, folder_to_write
-from klab.harness.store.query import done_keys, latest, verified_kernels
+from klab.harness.store.query import done_keys, latest, numerics, standing_incorrect, verified_kernels
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
 from klab.kernels.errors import CannotMeasure, UsageError
@@ -89,6 +89,26 @@ def test_a_kernel_is_verified_by_a_checked_result(tmp_path: Path, changes: dict[
     row = at(1, **changes)
     store(tmp_path, [row])
     assert verified_kernels(tmp_path) == ({(row.kernel, row.source_digest, "h200")} if counts else set())
+
+
+def test_a_wrong_result_stands_until_the_same_trial_is_right() -> None:
+    wrong, crash, right = at(2, status=Status.INCORRECT, error=0.3), at(3, status=Status.CRASHED), at(4)
+    assert standing_incorrect([at(1), wrong]) == [wrong]
+    assert standing_incorrect([crash, wrong]) == [wrong], "a crash says nothing of the numbers"
+    assert standing_incorrect([right, wrong, crash]) == [] == standing_incorrect([at(1)])
+    other = dataclasses.replace(right, key="another trial")
+    assert standing_incorrect([wrong, other]) == [wrong]
+    assert standing_incorrect([wrong, at(4, checks=0)]) == [wrong], "an unchecked time proves nothing"
+
+
+def test_a_kernel_that_is_wrong_somewhere_is_not_verified(tmp_path: Path) -> None:
+    wrong = dataclasses.replace(at(2, status=Status.INCORRECT, error=0.3), key="an example")
+    store(tmp_path, [wrong, at(1), dataclasses.replace(at(3), kernel="matmul/other")])
+    found = numerics(tmp_path)
+    code = (wrong.kernel, wrong.source_digest, "h200")
+    assert found.wrong == {code: 1} and found.verified == {("matmul/other", wrong.source_digest, "h200")}
+    store(tmp_path, [at(4, key="an example")], run="later")
+    assert code in verified_kernels(tmp_path) and not numerics(tmp_path).wrong
 
 
 def test_load_gives_a_frame(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ SPOILED = {
     "a count beyond 64 bits": line(1, launches_per_round=2**70),
     "deep": b"[" * 100_000 + b"\n",
     "lists for the problem": line(1, problem=[1]),
+    "a kernel without its operator": line(1, kernel="torch"),
+    "a kernel with two": line(1, kernel="matmul/deep/torch"),
+    "a time of nothing": line(1, samples_us=[3.0, 0]),
+    "a median before its start": line(1, median_us=-1.0, q1_us=None, ci_low_us=None),
+    "work below nothing": line(1, flops=-1.0),
+    "bytes below nothing": line(1, bytes_moved=-1),
+    "a median above its interval": line(1, median_us=5.0, q1_us=4.0, q3_us=6.0, ci_low_us=4.0, ci_high_us=4.5),
+    "quartiles the wrong way round": line(1, median_us=None, q1_us=6.0, q3_us=5.0),
 }
 
 
@@ -137,7 +145,7 @@ def test_every_field_of_a_result_has_a_column() -> None:
 
 
 def test_whole_numbers_become_floats(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(line(1, median_us=3, samples_us=[1, 2]))
+    (tmp_path / "a.jsonl").write_bytes(line(1, median_us=3, q1_us=3, q3_us=3, ci_low_us=2, ci_high_us=3, samples_us=[1, 2]))
     (row,) = read(tmp_path)[0]
     assert isinstance(row.median_us, float) and all(isinstance(s, float) for s in row.samples_us)
 

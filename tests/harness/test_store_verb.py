@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Path:
     with Journal(tmp_path / "store", "run") as journal:
         for row in contest():
             journal.append(row)
-        journal.append(dataclasses.replace(contest()[0], recorded_at="2026-11-19T00:00:00Z", median_us=1.0))
+        journal.append(dataclasses.replace(contest()[0], recorded_at="2026-11-19T00:00:00Z", error=0.0))
     return tmp_path / "store"
 
 

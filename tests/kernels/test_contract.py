@@ -1,6 +1,9 @@
 """The contract itself: keys, JSON, discovery, and what a broken kernel file does to the others."""
 
 import dataclasses
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -8,6 +11,7 @@ from klab.kernels.contract import Config, NoConfig, digest, sources_of
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
+from klab.kernels.user_files import KNOWN, rejected
 
 EXAMPLES = [p for cls in discover().operators.values() for p in cls.examples()]
 
@@ -82,11 +86,58 @@ def test_a_users_folder_competes_and_a_broken_file_stops_nothing(tmp_path):
     assert "no kernel" in reasons["empty.py"] and "absent.py" in reasons
 
 
-def test_a_name_taken_twice_is_refused(tmp_path):
+@pytest.fixture
+def _fresh(monkeypatch):
+    monkeypatch.setenv(KNOWN, "{}")
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_files_that_end_or_hang_the_process_stop_nothing(tmp_path):
+    (tmp_path / "a_leaves.py").write_text("import os; os._exit(0)")
+    (tmp_path / "b_mine.py").write_text(KERNEL.format(name="mine"))
+    (tmp_path / "c_crashes.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    (tmp_path / "d_other.py").write_text(KERNEL.format(name="other"))
+    found = discover([tmp_path, tmp_path])
+    assert {"matmul/mine", "matmul/other"} <= set(found.kernels)
+    assert {u.path.name: u.reason for u in found.unavailable if u.path.parent == tmp_path} == {
+        "a_leaves.py": "ended the process at import (exit status 0)",
+        "c_crashes.py": "ended the process at import (SIGSEGV)",
+    }
+    # Another process of klab's believes what this one found, and imports none of the two again.
+    code = f"from klab.kernels.discover import discover; print(len(discover([{str(tmp_path)!r}]).unavailable))"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{len(found.unavailable)}\n"
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_a_file_that_hangs_is_left_behind_and_one_that_changed_is_tried_again(tmp_path):
+    hangs, fine = tmp_path / "hangs.py", tmp_path / "fine.py"
+    hangs.write_text("while True: pass")
+    fine.write_text("x = 1")
+    assert rejected([hangs, fine], limit_s=2) == {hangs: "did not finish importing in 2 s"}
+    start = time.monotonic()
+    assert rejected([hangs, fine]) != {} and time.monotonic() - start < 1
+    hangs.write_text("x = 12")
+    assert rejected([hangs, fine]) == {}
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_what_a_file_prints_stays_out_of_standard_output(tmp_path, capfd):
+    (tmp_path / "loud.py").write_text("import os\nprint('by print')\nos.write(1, b'by descriptor')\nassert not os.read(0, 1)\ninput()\n")
+    found = discover([tmp_path])
+    assert any("EOFError" in u.reason for u in found.unavailable)
+    print("klab's own")
+    out, err = capfd.readouterr()
+    assert out == "klab's own\n" and "by print" in err and "by descriptor" in err
+
+
+def test_a_name_that_is_taken_makes_the_later_file_unavailable(tmp_path):
     (tmp_path / "a.py").write_text(KERNEL.format(name="mine"))
-    (tmp_path / "b.py").write_text(KERNEL.format(name="mine"))
-    with pytest.raises(UsageError, match="defined twice"):
-        discover([tmp_path])
+    (tmp_path / "b.py").write_text(KERNEL.format(name="mine") + KERNEL.format(name="second"))
+    found = discover([tmp_path])
+    assert found.kernels["matmul/mine"].path == tmp_path / "a.py" and "matmul/second" in found.kernels
+    (clash,) = [u for u in found.unavailable if u.path.parent == tmp_path]
+    assert clash.path.name == "b.py" and "is the name of a kernel in" in clash.reason
 
 
 def test_every_kernel_offers_its_default_first_and_only_candidates_that_fit():

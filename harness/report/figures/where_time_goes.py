@@ -8,7 +8,7 @@ from typing import Any
 
 from klab.harness.choose.profile import Profile
 from klab.harness.report.figures.style import PALETTE, Figure, axis, layout, plain
-from klab.harness.report.units import percent, time
+from klab.harness.report.units import percent, sum_time, time
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def draw(parts: list[Part], profile: Profile, identity: str) -> Figure:
     caption = "Kernel time only: the medians of the chosen kernels times their launches per step. " + _left_out(profile)
     if not parts:
         return Figure(identity, title, caption, empty="This needs a model (--model) and at least one result for its problems.")
-    totals = {f"{step.phase}, batch {step.batch}": step.us for step in profile.steps}
+    totals = {f"{step.phase}, batch {step.batch}": sum_time(step.us, step.open) for step in profile.steps}
     order = [name for name in totals if any(part.step == name for part in parts)]
-    labels = {name: plain(f"{name}: {time(totals[name])}") for name in order}
+    labels = {name: plain(f"{name}: {totals[name]}") for name in order}
     traces: list[dict[str, Any]] = []
     for n, operator in enumerate(sorted({part.operator for part in parts})):
         mine = [part for part in parts if part.operator == operator]
