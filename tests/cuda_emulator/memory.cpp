@@ -39,9 +39,16 @@ char* shared_base = nullptr;
 const char* what(const Region& region) { return region.shared ? "shared memory" : "a tensor"; }
 
 [[noreturn]] void outside(const char* verb, const char* p, std::size_t n, const void* pc) {
-    for (const Region& region : regions)
-        if (region.touches(p, n) || (p >= region.begin - 4096 && p < region.begin + region.bytes + 4096))
-            fail(pc, "%s of %zu bytes at byte %td of %s, of which %zu are allowed", verb, n, p - region.begin, what(region), region.bytes);
+    // The region meant is the nearest one: tensors of a few bytes lie close together on the heap.
+    const Region* meant = nullptr;
+    std::ptrdiff_t least = 4096;
+    for (const Region& region : regions) {
+        const std::ptrdiff_t before = region.begin - (p + n), behind = p - (region.begin + region.bytes);
+        const std::ptrdiff_t distance = region.touches(p, n) ? -1 : before > behind ? before : behind;
+        if (distance < least) least = distance, meant = &region;
+    }
+    if (meant != nullptr)
+        fail(pc, "%s of %zu bytes at byte %td of %s, of which %zu are allowed", verb, n, p - meant->begin, what(*meant), meant->bytes);
     fail(pc, "%s of %zu bytes outside shared memory and every tensor", verb, n);
 }
 
