@@ -26,6 +26,7 @@ Osl = Annotated[int | None, typer.Option("--osl", help="Output length in tokens.
 Batch = Annotated[str | None, typer.Option("--batch", help="Decode batch sizes, comma-separated: 1,8,32.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: the model's, where the chip can.")]
+Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for everything: 90s, 8m, 1.5h. Default: until done.")]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}

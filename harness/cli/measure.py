@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from klab.harness.cli._setup import Setup
     from klab.harness.tune.job import Job
 
-Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
 Phase = Annotated[str | None, typer.Option("--phase", help="Only prefill, decode or denoise.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the trials and the estimated time, and measure nothing.")]
 Again = Annotated[bool, typer.Option("--again", help="Measure also what has a result of this driver and toolchain already.")]
@@ -30,7 +29,7 @@ def command(app: typer.Typer) -> None:
         model: _options.Model,
         chip: _options.Chip = "auto",
         kernel: _options.Only = None,
-        candidates: Candidates = "default",
+        candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
         isl: _options.Isl = None,
         osl: _options.Osl = None,

@@ -10,7 +10,7 @@ import typer
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, talk
 from klab.harness.cli.choose import Objective, show_profile, tell_profile
-from klab.harness.cli.measure import Again, Candidates, DryRun, Energy, Phase, measure_setup, show_trials
+from klab.harness.cli.measure import Again, DryRun, Energy, Phase, measure_setup, show_trials
 
 if TYPE_CHECKING:
     from klab.harness.cli._setup import Setup
@@ -31,7 +31,7 @@ def command(app: typer.Typer) -> None:
         model: _options.Model,
         chip: _options.Chip = "auto",
         kernel: _options.Only = None,
-        candidates: Candidates = "default",
+        candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
         isl: _options.Isl = None,
         osl: _options.Osl = None,

@@ -13,7 +13,6 @@ from klab.harness.cli._console import emit, out, table
 if TYPE_CHECKING:
     from klab.harness.tune.screen import Screened
 
-Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Compiling processes. Default: one per core.")]
 
 
@@ -25,7 +24,7 @@ def command(app: typer.Typer) -> None:
         model: _options.Model,
         chip: _options.Chip = "h200",
         kernel: _options.Only = None,
-        candidates: Candidates = "default",
+        candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
         isl: _options.Isl = None,
         osl: _options.Osl = None,

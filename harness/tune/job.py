@@ -19,6 +19,7 @@ from klab.harness.fleet.local import run_trials
 from klab.harness.measure import environment
 from klab.harness.measure.client import WorkerClient
 from klab.harness.plan.trial import Policy, Trial
+from klab.harness.plan.trials import missing
 from klab.harness.store.journal import Journal
 from klab.harness.store.query import done_keys, latest
 from klab.harness.store.read import ReadReport, iter_results
@@ -148,9 +149,9 @@ class Job:
         skip = {trial.key for trial in known}
         outcome = self.outcome = Outcome(known=known)
         try:
-            todo = self._screen([trial for trial in trials if trial.key not in skip], kernels, outcome)
+            todo = self._screen(missing(trials, skip), kernels, outcome)
             # What hung or crashed before is tried again, but last: it must not stand in the way of the others each time.
-            calm = [trial for trial in todo if trial.key not in self._deadly]
+            calm = missing(todo, self._deadly)
             self._measure(calm, outcome)
             self._measure([trial for trial in todo if trial.key in self._deadly], outcome)
         finally:
@@ -181,7 +182,7 @@ class Job:
             )
         except KeyboardInterrupt:
             stored = {result.key for result in outcome.results}
-            outcome.left += [trial for trial in todo if trial.key not in stored]
+            outcome.left += missing(todo, stored)
             outcome.stopped = "interrupted"
             raise
         outcome.left += summary.unfinished
@@ -211,7 +212,7 @@ class Job:
                 if item.status is not Status.OK:
                     self._dropped.add(item.trial.key)
                     self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
-        return [trial for trial in trials if trial.key not in self._dropped]
+        return missing(trials, self._dropped)
 
     def _store(self, result: Result, outcome: Outcome) -> None:
         self.journal.append(result)
