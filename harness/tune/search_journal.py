@@ -1,0 +1,78 @@
+"""The journal of one search: a header that says which search it is, then one line per evaluation, each synced before the next begins."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from klab.harness.store.result import Status
+from klab.harness.tune.strategy import Evaluation
+from klab.kernels.contract import Json
+from klab.kernels.errors import CannotMeasure, UsageError
+
+SCHEMA = 1
+
+
+class SearchJournal:
+    """`header` identifies the search: space digest, strategy, seed, objective, problem, chip. A file with another header is refused."""
+
+    def __init__(self, path: Path, header: Mapping[str, Json]) -> None:
+        self.path = path
+        self._header = {"schema": SCHEMA, **header}
+        self._found = self._read()
+
+    def recorded(self) -> list[Evaluation]:
+        """The evaluations of the file, in order."""
+        return list(self._found)
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Write one line and sync it. CannotMeasure when the disk takes no more."""
+        row = {
+            "candidate": evaluation.candidate,
+            "value": evaluation.value if math.isfinite(evaluation.value) else None,
+            "status": evaluation.status.value,
+            "rounds": evaluation.rounds,
+            "spent_s": evaluation.spent_s,
+        }
+        self._write(row)
+
+    def _write(self, row: Mapping[str, Json]) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CannotMeasure(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def _read(self) -> list[Evaluation]:
+        if not self.path.exists():
+            self._write(self._header)
+            return []
+        whole = self.path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            # A line torn by a kill: its evaluation is made again.
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        lines = whole[:end].decode().splitlines()
+        if not lines:
+            self._write(self._header)
+            return []
+        try:
+            header = json.loads(lines[0])
+            rows = [json.loads(line) for line in lines[1:]]
+            found = [
+                Evaluation(r["candidate"], math.inf if r["value"] is None else r["value"], Status(r["status"]), r["rounds"], r["spent_s"])
+                for r in rows
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{self.path} is not a journal of a search ({error}); move it away") from error
+        different = [name for name, value in self._header.items() if header.get(name) != value]
+        if different:
+            raise UsageError(f"{self.path} is of another search (other {', '.join(different)}); name another file or remove it")
+        return found
