@@ -6,7 +6,7 @@ DONE   := $(VENV)/.installed
 CHIP   ?= auto
 MODEL  ?= qwen3-0.6b
 
-.PHONY: demo test lint types imports pytest gpu-test clean
+.PHONY: demo test lint types imports pytest gpu-test bench clean
 
 demo: $(DONE)
 	$(BIN)/klab run --model $(MODEL) --chip $(CHIP)
@@ -29,6 +29,10 @@ pytest: $(DONE)
 # On a machine with a GPU: every kernel against its reference on the device, in bf16 and fp16.
 gpu-test: $(DONE)
 	$(BIN)/python -m pytest -q -m gpu
+
+# What tuning costs and how good it is: search overhead, memory, candidates compiled per minute, the scoreboard.
+bench: $(DONE)
+	$(BIN)/python -m pytest -q ci/benchmarks --benchmark-enable -s
 
 $(DONE): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "klab needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
