@@ -22,7 +22,10 @@ class SearchJournal:
     def __init__(self, path: Path, header: Mapping[str, Json]) -> None:
         self.path = path
         self._header = {"schema": SCHEMA, **header}
-        self._found = self._read()
+        try:
+            self._found = self._read()
+        except OSError as error:
+            raise CannotMeasure(f"{self.path} cannot be read: {error.strerror}") from error
 
     def recorded(self) -> list[Evaluation]:
         """The evaluations of the file, in order."""
@@ -39,10 +42,10 @@ class SearchJournal:
         }
         self._write(row)
 
-    def _write(self, row: Mapping[str, Json]) -> None:
+    def _write(self, row: Mapping[str, Json], mode: str = "a") -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open(mode, encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -55,24 +58,32 @@ class SearchJournal:
             return []
         whole = self.path.read_bytes()
         end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            # A line torn by a kill: its evaluation is made again.
-            with self.path.open("r+b") as file:
-                file.truncate(end)
-        lines = whole[:end].decode().splitlines()
-        if not lines:
-            self._write(self._header)
+        if not end and json.dumps(self._header).encode().startswith(whole):
+            self._write(self._header, mode="w")  # killed while it wrote the header, or before
             return []
         try:
-            header = json.loads(lines[0])
-            rows = [json.loads(line) for line in lines[1:]]
+            if not end:
+                raise ValueError("it has no header")
+            header, *rows = [json.loads(line) for line in whole[:end].decode().split("\n")[:-1]]
             found = [
-                Evaluation(r["candidate"], math.inf if r["value"] is None else r["value"], Status(r["status"]), r["rounds"], r["spent_s"])
+                Evaluation(
+                    int(r["candidate"]),
+                    math.inf if r["value"] is None else float(r["value"]),
+                    Status(r["status"]),
+                    int(r["rounds"]),
+                    float(r["spent_s"]),
+                )
                 for r in rows
             ]
+            if not isinstance(header, dict):
+                raise TypeError("its first line is no header")
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{self.path} is not a journal of a search ({error}); move it away") from error
         different = [name for name, value in self._header.items() if header.get(name) != value]
         if different:
             raise UsageError(f"{self.path} is of another search (other {', '.join(different)}); name another file or remove it")
+        if end < len(whole):
+            # A line torn by a kill: its evaluation is made again. Cut only now: a file that is refused is left as it was.
+            with self.path.open("r+b") as file:
+                file.truncate(end)
         return found
