@@ -268,7 +268,7 @@ class Kernel:
 
 
 # Kernels import these too, but they shape no launch: a change in them retires no result. (A Problem's identity is its own key.)
-_NOT_CODE = {"contract", "errors", "discover", "dtypes", "artifact", "problem"}
+_NOT_CODE = {"contract", "errors", "discover", "dtypes", "artifact", "problem", "disk_cache"}
 
 
 def sources_of(path: Path) -> list[Path]:

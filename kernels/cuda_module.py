@@ -3,15 +3,19 @@
 A kernel file keeps its source as a string on the primitives of `device.cuh`, and its build function returns a launch that calls
 `CudaKernel.launch`. CuPy's own RawKernel always compiles for `sm_90` and never for `sm_90a`, which wgmma and tcgen05 need, so NVRTC is
 called directly. cupy is imported inside functions: this module is also read where it is absent.
+
+Cubins are kept on disk, so that what one process compiled (while screening, say) no other compiles again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import struct
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,8 +23,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klab.kernels import disk_cache  # how a binary is kept shapes no launch: it is no part of a kernel's identity
 from klab.kernels.artifact import Artifact, recording
-from klab.kernels.contract import Chip
+from klab.kernels.contract import Chip, digest
 from klab.kernels.errors import KlabError
 
 if TYPE_CHECKING:
@@ -82,14 +87,61 @@ def compile_cubin(source: str, name: str, arch: str, defines: Mapping[str, str |
 
 @lru_cache(maxsize=4096)
 def _compile(source: str, name: str, arch: str, defines: tuple[tuple[str, str], ...]) -> bytes:
+    key, kept = cubin_key(source, name, arch, defines), cubins()
+    cubin = kept.get(key)
+    if cubin is None:
+        options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-I{folder}" for folder in include_dirs())]
+        cubin = run_nvrtc(source, name, arch, [*options, *(f"-D{key}={value}" for key, value in defines)])
+        kept.put(key, cubin)
+    return cubin
+
+
+def cubins() -> disk_cache.DiskCache:
+    """The binaries kept on disk: 20 to 100 KB each, so that the whole stays below about 1 GB."""
+    return disk_cache.DiskCache(disk_cache.cache_root() / "cubin", most_per_folder=64)
+
+
+def cubin_key(source: str, name: str, arch: str, defines: Iterable[tuple[str, str]]) -> str:
+    """Identity of a binary: the source with klab's headers, name, architecture, defines, NVRTC's version and the toolkit's headers."""
     from cupy.cuda import nvrtc
 
-    options = [f"-arch={arch}", "-std=c++17", "-default-device", *(f"-I{folder}" for folder in include_dirs())]
-    options += [f"-D{key}={value}" for key, value in defines]
+    parts = [source, name, arch, list(nvrtc.getVersion()), [list(pair) for pair in defines], _own_headers(source), _toolkit_headers()]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _own_headers(source: str) -> list[str]:
+    """The text of every header beside this file that the source includes, directly or not."""
+    texts: dict[str, str] = {}
+    todo = [source]
+    while todo:
+        for header in re.findall(r"[\w.]+\.cuh", todo.pop()):
+            path = HEADERS / header
+            if header not in texts and path.is_file():
+                texts[header] = path.read_text()
+                todo.append(texts[header])
+    return [texts[header] for header in sorted(texts)]
+
+
+@lru_cache(maxsize=1)
+def _toolkit_headers() -> list[tuple[str, int, int]]:
+    """Folder, size and time of the header that every toolkit brings, for each include folder outside klab that has it."""
+    found = []
+    for folder in include_dirs()[1:]:
+        header = Path(folder) / "cuda_bf16.h"
+        if header.is_file():
+            status = header.stat()
+            found.append((str(header.resolve()), status.st_size, status.st_mtime_ns))
+    return found
+
+
+def run_nvrtc(source: str, name: str, arch: str, options: Sequence[str]) -> bytes:
+    """Compile, whatever is kept on disk."""
+    from cupy.cuda import nvrtc
+
     program = nvrtc.createProgram(source, f"{name}.cu", [], [])
     try:
         try:
-            nvrtc.compileProgram(program, options)
+            nvrtc.compileProgram(program, tuple(options))
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise CompileError(f"{name} does not compile for {arch}: {first_error(log) if log.strip() else error}") from None
@@ -124,6 +176,10 @@ class CudaKernel:
         """The binary for the chip's architecture; CompileError if there is none."""
         return compile_cubin(self.source, self.name, self.chip.arch, self.defines)
 
+    def cubin_key(self) -> str:
+        """Where the binary is kept among `cubins()`."""
+        return cubin_key(self.source, self.name, self.chip.arch, sorted((key, str(value)) for key, value in self.defines.items()))
+
     def launch(self, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
         """Enqueue on torch's current stream (also into a CUDA graph under capture) and return at once.
 
@@ -132,7 +188,20 @@ class CudaKernel:
         """
         artifacts, run = recording(), _backend.get()
         if artifacts is not None:
-            artifacts.append(Artifact(self.name, self.cubin(), dynamic_smem_bytes=self.dynamic_smem_bytes, threads=block_threads))
+            artifacts.append(
+                Artifact(
+                    self.name,
+                    self.cubin(),
+                    dynamic_smem_bytes=self.dynamic_smem_bytes,
+                    threads=block_threads,
+                    metadata={
+                        # Two launches of one binary are duplicates only when their grid and their scalars agree too.
+                        "launch": digest({"grid": list(grid), "scalars": [repr(a) for a in args if isinstance(a, int | float)]}),
+                        "grid": ",".join(map(str, grid)),
+                        "kept": f"cubin:{self.cubin_key()}",
+                    },
+                )
+            )
         elif run is not None:
             run(self, grid, block_threads, args)
         else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from klab.harness.tune.sass import code_of, opcodes
 from klab.kernels.artifact import Artifact
 from klab.kernels.contract import Json
 from klab.kernels.errors import CannotMeasure
@@ -25,7 +26,10 @@ TENSOR_CORE = {"wgmma": r"[HQIBD]GMMA", "tcgen05": r"UTC[A-Z]*MMA", "mma.sync": 
 
 @dataclass(frozen=True)
 class Resources:
-    """One device function. `spill_instructions` counts local loads and stores in the SASS (unrolled, not executed counts)."""
+    """One device function. `spill_instructions` counts local loads and stores in the SASS (unrolled, not executed counts).
+
+    `sass_hash` is of the machine code; `launch` of grid and run-time scalars; `grid` is empty where the launch did not tell.
+    """
 
     name: str
     registers: int
@@ -39,6 +43,7 @@ class Resources:
     warp_specialised: bool
     sass_hash: str
     launch: str
+    grid: tuple[int, ...]
 
     @property
     def smem_bytes(self) -> int:
@@ -65,55 +70,61 @@ class Resources:
             "warp_specialised": self.warp_specialised,
             "sass_hash": self.sass_hash,
             "launch": self.launch,
+            "grid": list(self.grid),
         }
 
 
 @cache
 def tool(name: str) -> str:
     """Path of `cuobjdump` or `nvdisasm`: the ones in Triton's package, else on PATH. CannotMeasure when there is none."""
-    try:
-        import triton
-
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
         if bundled.is_file():
             return str(bundled)
-    except ModuleNotFoundError:
-        pass
     found = shutil.which(name)
     if found is None:
         raise CannotMeasure(f"{name} is not here: install triton (it carries one) or the CUDA toolkit")
     return found
 
 
+@cache
+def identity(name: str) -> str:
+    """Path, size and time of one of the tools: another version is another file."""
+    status = Path(tool(name)).stat()
+    return f"{tool(name)} {status.st_size} {status.st_mtime_ns}"
+
+
 def inspect_artifact(artifact: Artifact) -> Resources:
-    """Read one cubin. Raises CannotMeasure if the disassemblers are missing, RuntimeError if they reject the binary."""
+    """Read one cubin. Raises CannotMeasure if the disassemblers are missing, RuntimeError or ValueError if they reject the binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         # CuPy 14.2's nvrtc.getCUBIN drops the last byte; the ELF readers want it, and one byte more harms none.
         file.write(artifact.cubin + b"\0")
         file.flush()
         usage = _run(tool("cuobjdump"), "-res-usage", file.name)
-        sass = _run(tool("nvdisasm"), "-c", "-ndf", file.name)
+        found_opcodes = opcodes(
+            artifact.cubin + b"\0", lambda: _run(tool("nvdisasm"), "-c", "-ndf", "-hex", file.name), disassembler=identity("nvdisasm")
+        )
     found = re.search(rf"Function {re.escape(artifact.name)}:\s*\n\s*(.*)", usage) or re.search(r"Function \S+:\s*\n\s*(.*)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump lists no function in {artifact.name}")
     numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", found.group(1))}
-    opcodes = _opcodes(sass)
-    instructions = {
-        kind: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op.split(".")[0])) for kind, pattern in TENSOR_CORE.items()
-    }
+    instructions = {kind: sum(n for op, n in found_opcodes.items() if re.fullmatch(pattern, op)) for kind, pattern in TENSOR_CORE.items()}
+    grid = artifact.metadata.get("grid", "")
     return Resources(
         name=artifact.name,
         registers=numbers.get("REG", 0),
         stack_bytes=numbers.get("STACK", 0),
-        spill_instructions=sum(n for op, n in opcodes.items() if op.split(".")[0] in ("STL", "LDL")),
+        spill_instructions=found_opcodes["STL"] + found_opcodes["LDL"],
         static_smem_bytes=max(0, numbers.get("SHARED", 0) - RESERVED_SMEM_BYTES),
         dynamic_smem_bytes=artifact.dynamic_smem_bytes,
         threads=artifact.threads,
         tmem_columns=int(artifact.metadata.get("tmem_columns", "0")),
         instructions=instructions,
-        warp_specialised=any(op.startswith("USETMAXREG") for op in opcodes) or _more_warps(artifact),
-        sass_hash=hashlib.sha256("\n".join(_instructions(sass)).encode()).hexdigest()[:16],
+        warp_specialised=found_opcodes["USETMAXREG"] > 0 or _more_warps(artifact),
+        sass_hash=hashlib.sha256(code_of(artifact.cubin + b"\0")).hexdigest()[:16],
         launch=artifact.metadata.get("launch", ""),
+        grid=tuple(int(n) for n in grid.split(",")) if grid else (),
     )
 
 
@@ -128,21 +139,3 @@ def _run(*command: str) -> str:
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[0])
     return done.stdout
-
-
-def _instructions(sass: str) -> list[str]:
-    """The instructions alone: no addresses, labels or comments, which differ between equal functions."""
-    found = []
-    for line in sass.splitlines():
-        text = re.sub(r"/\*.*?\*/", "", line).split("//")[0].strip()
-        if text.endswith(";"):
-            found.append(re.sub(r"\s+", " ", text))
-    return found
-
-
-def _opcodes(sass: str) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for text in _instructions(sass):
-        words = text.split()
-        counts[words[1] if words[0].startswith("@") else words[0].rstrip(";")] += 1
-    return counts

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from klab.kernels.artifact import Artifact, compile_only, recording
@@ -82,7 +83,8 @@ def _offline_triton(chip: Chip) -> Iterator[None]:
                     metadata={
                         "tmem_columns": str(getattr(metadata, "tmem_size", None) or 0),
                         "requested_threads": str(kwargs.get("num_warps", 4) * 32),
-                        "launch": _launch_digest(self, args, kwargs, grid),
+                        **_launch_facts(self, args, kwargs, grid, metadata),
+                        "kept": f"triton:{_folder(compiled)}",
                     },
                 )
             )
@@ -99,12 +101,22 @@ def _offline_triton(chip: Chip) -> Iterator[None]:
         driver._active = previous
 
 
-def _launch_digest(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> str:
-    """Grid and run-time scalars: two launches of one binary are duplicates only when these agree too."""
+def _folder(compiled: Any) -> str:
+    """Name of the folder in Triton's cache that holds the binary; empty where it is kept nowhere."""
+    return next((Path(path).parent.name for path in compiled.metadata_group.values()), "")
+
+
+# What the launch is told beside the grid, and the machine code need not show.
+_ATTRIBUTES = ("launch_pdl", "launch_cooperative_grid", "num_ctas", "cluster_dims")
+
+
+def _launch_facts(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any, metadata: Any) -> dict[str, str]:
+    """Grid, and a digest of what a launch is told: two launches of one binary are duplicates only when this agrees too."""
     names = set(inspect.signature(function.fn).parameters)
     bound = inspect.signature(function.fn).bind_partial(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
-    size = grid(dict(bound)) if callable(grid) else grid
+    size = list(grid(dict(bound)) if callable(grid) else grid)
     # A constexpr that changed nothing in the machine code changes nothing at all, so it does not count.
     run_time = {param.name for param in function.params if not param.is_constexpr}
-    scalars = {name: value for name, value in bound.items() if name in run_time and isinstance(value, int | float)}
-    return digest({"grid": list(size), "scalars": {k: repr(v) for k, v in scalars.items()}})
+    scalars = {name: repr(value) for name, value in bound.items() if name in run_time and isinstance(value, int | float)}
+    attributes = {name: repr(getattr(metadata, name, None)) for name in _ATTRIBUTES}
+    return {"launch": digest({"grid": size, "scalars": scalars, "attributes": attributes}), "grid": ",".join(map(str, size))}
