@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from klab.harness.choose.candidates import Candidate, candidates, check_objective, energy, latency, value, why_not
+from klab.harness.choose.candidates import Candidate, value
 from klab.harness.choose.compare import best, ratio, tie_set
 from klab.harness.choose.profile import Choice, Evidence, Open, Profile, Rival, Wanted
+from klab.harness.choose.select import Selection
 from klab.harness.choose.settle import Defaults, settle
 from klab.harness.choose.steps import steps_of, with_shares
-from klab.harness.choose.wrong import Distrust, distrust
-from klab.harness.store.query import age
 from klab.harness.store.result import Result
-from klab.kernels.errors import UsageError
+from klab.harness.tune.objective import LATENCY, Objective, as_objective, energy, latency
 
 # A tuned space may leave a hundred configurations tied: the file names the nearest few and counts the rest.
 TIED_LISTED = 5
@@ -25,7 +23,7 @@ VERSIONS = ("torch", "triton", "cupy", "cuda", "driver", "python", "klab", "comm
 def choose(
     results: Iterable[Result],
     problems: Sequence[Wanted] | None,
-    objective: str = "latency",
+    objective: Objective | str = LATENCY,
     previous: Profile | None = None,
     *,
     chip: str | None = None,
@@ -36,39 +34,26 @@ def choose(
 ) -> Profile:
     """Choose for each of `problems` (None: each that has a result) among the results of one chip. The order of results does not matter.
 
-    objective: "latency" (median time) or "energy" (joules per launch). previous: last time's profile, which settles ties.
+    objective: what is minimised, or its name. previous: last time's profile, which settles ties.
     chip: needed when the results are of several. device: results of another device of that chip are set aside (default: the device of
     the newest valid result). sources: digest of each kernel's code now; a choice of older code is marked stale, or with `current_only`
     not made. defaults: a kernel's default configuration for a row. Where a wrong result stands, `wrong.distrust` says what it refuses.
     UsageError for an unknown objective, or when the chip is not given and not plain.
     """
-    check_objective(objective)
-    rows = sorted(results, key=age)
-    chip = chip or _only_chip(rows)
-    rows = [row for row in rows if row.chip == chip]
-    notes: list[str] = []
-    device = device or _newest_device(rows, objective)
-    # A row without a device never reached one: what failed in screening fails on all.
-    elsewhere = [row for row in rows if row.device not in (device, "")]
-    if device and elsewhere:
-        others = ", ".join(sorted({row.device for row in elsewhere}))
-        notes.append(f"{len(elsewhere)} results of other devices of this chip are set aside: {others}")
-        rows = [row for row in rows if row.device in (device, "")]
-    by_problem: dict[str, list[Result]] = defaultdict(list)
-    for row in rows:
-        by_problem[row.problem_key].append(row)
-    doubt = distrust(rows, defaults)
-    wanted = list(problems) if problems is not None else wanted_from(rows)
+    goal = as_objective(objective)
+    selected = Selection(results, goal, chip=chip, device=device, sources=sources, defaults=defaults, current_only=current_only)
+    notes = selected.notes
+    if goal.name == "cost":
+        notes.append(f"by {goal}")
+    wanted = list(problems) if problems is not None else wanted_from(selected.rows)
     choices: list[Choice] = []
     unsolved: list[Open] = []
-    for one in sorted(wanted, key=_place):
-        here = by_problem.get(one.problem_key, [])
-        usable = [row for row in here if _refusal(row, objective, sources, current_only, doubt) is None]
-        found = candidates(usable, sources)
-        if not found:
-            unsolved.append(Open(one, _why_open(here, objective, sources, current_only, doubt)))
-            continue
-        choices.append(_choose_one(one, found, objective, previous, sources, defaults))
+    for one in sorted(wanted, key=place):
+        found = selected.candidates(one.problem_key)
+        if found:
+            choices.append(_choose_one(one, found, goal, previous, sources, defaults))
+        else:
+            unsolved.append(Open(one, selected.why_open(one.problem_key)))
     stale = sum(choice.stale for choice in choices)
     if stale:
         notes.append(f"{stale} choices rest on code that has changed since it was measured (stale): measure again")
@@ -78,9 +63,9 @@ def choose(
     if len(epochs := {choice.evidence.epoch for choice in choices}) > 1:
         notes.append(f"the choices rest on {len(epochs)} epochs (driver or toolchain changed in between)")
     return Profile(
-        chip,
-        objective,
-        device=device,
+        selected.chip,
+        goal.name,
+        device=selected.device,
         steps=steps_of(choices, unsolved),
         choices=with_shares(choices),
         open=tuple(unsolved),
@@ -91,11 +76,11 @@ def choose(
 def wanted_from(results: Iterable[Result]) -> list[Wanted]:
     """Every problem that has a result, with no word on where it occurs."""
     found = {row.problem_key: Wanted(row.problem_key, row.operator, row.problem_label, dict(row.problem)) for row in results}
-    return sorted(found.values(), key=_place)
+    return sorted(found.values(), key=place)
 
 
-def _place(wanted: Wanted) -> tuple[str, list[tuple[int, str]], str]:
-    """Operators by name, labels with their numbers as numbers (8x1024 before 128x1024)."""
+def place(wanted: Wanted) -> tuple[str, list[tuple[int, str]], str]:
+    """What problems are ordered by: operators by name, labels with their numbers as numbers (8x1024 before 128x1024)."""
     parts = re.findall(r"\d+|\D+", wanted.label)
     return wanted.operator, [(int(part), "") if part.isdigit() else (-1, part) for part in parts], wanted.problem_key
 
@@ -103,7 +88,7 @@ def _place(wanted: Wanted) -> tuple[str, list[tuple[int, str]], str]:
 def _choose_one(
     wanted: Wanted,
     found: list[Candidate],
-    objective: str,
+    objective: Objective,
     previous: Profile | None,
     sources: Mapping[str, str] | None,
     defaults: Defaults | None,
@@ -153,38 +138,10 @@ def _choose_one(
     return Choice(wanted, row.kernel, row.backend, row.library, dict(row.config), row.source_digest, stale, evidence)
 
 
-def _rival(other: Candidate, chosen: Candidate, objective: str) -> Rival:
+def _rival(other: Candidate, chosen: Candidate, objective: Objective) -> Rival:
     found = ratio(other, chosen, objective)
     time = latency(other.row)
     assert time is not None
     return Rival(
         other.kernel, dict(other.row.config), time.median, found.ratio, (found.low, found.high), found.how, other.metered_row.energy_j
     )
-
-
-def _refusal(row: Result, objective: str, sources: Mapping[str, str] | None, current_only: bool, doubt: Distrust) -> str | None:
-    reason = why_not(row, objective) or doubt(row)
-    if reason is None and current_only and (sources or {}).get(row.kernel, row.source_digest) != row.source_digest:
-        reason = "the kernel's code has changed since"
-    return reason
-
-
-def _why_open(rows: list[Result], objective: str, sources: Mapping[str, str] | None, current_only: bool, doubt: Distrust) -> str:
-    if not rows:
-        return "never measured on this device"
-    reasons = Counter(_refusal(row, objective, sources, current_only, doubt) or "" for row in rows)
-    most = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    listed = "; ".join(f"{count} x {reason}" for reason, count in most[:3])
-    return f"none of {len(rows)} results may be chosen: {listed}{'; ...' if len(most) > 3 else ''}"
-
-
-def _only_chip(rows: list[Result]) -> str:
-    chips = sorted({row.chip for row in rows})
-    if len(chips) > 1:
-        raise UsageError(f"the results are of several chips ({', '.join(chips)}): name one with --chip")
-    return chips[0] if chips else ""
-
-
-def _newest_device(rows: list[Result], objective: str) -> str:
-    """The device of the newest row that may be chosen (rows are sorted by age), or "" when there is none."""
-    return next((row.device for row in reversed(rows) if why_not(row, objective) is None), "")

@@ -10,6 +10,7 @@ from klab.harness.choose.candidates import Candidate, value
 from klab.harness.measure.stats import FLOOR_ROUNDS, paired_ratio
 from klab.harness.store.query import age
 from klab.harness.store.result import Result
+from klab.harness.tune.objective import LATENCY, Objective
 from klab.kernels.contract import canonical_json
 
 # Candidates whose intervals lie apart by this much are not bootstrapped round by round: no common drift turns 10% around, and a
@@ -36,9 +37,9 @@ class Ratio:
         return self.low <= 1.0 <= self.high
 
 
-def ratio(a: Candidate, b: Candidate, objective: str = "latency") -> Ratio:
+def ratio(a: Candidate, b: Candidate, objective: Objective = LATENCY) -> Ratio:
     """a over b, in the best way that the newest rows which allow it do."""
-    if objective == "latency":
+    if not objective.needs_energy:
         found = _same_rounds(a, b) or _same_baseline(a, b)
         if found is not None:
             return found
@@ -58,17 +59,28 @@ def _contest(row: Result) -> dict[str, object]:
 
 
 def _same_rounds(a: Candidate, b: Candidate) -> Ratio | None:
-    """From the newest rows of the two that share their laps. One may have ended earlier: the rounds up to there are common."""
+    """From the newest rows of the two that share their laps, and with them the other blocks of the same final.
+
+    One may have ended earlier: the rounds up to there are common.
+    """
     there = {_laps(row): row for row in b.rows}
+    pairs: list[tuple[float, float]] = []
+    series: Hashable = None
     for row in reversed(a.rows):
         other = there.get(_laps(row))
-        if other is None:
+        if other is None or (pairs and _series(row) != series):
             continue
         rounds = zip(row.samples_us, other.samples_us, _marks(row), _marks(other), strict=False)
-        pairs = [(x, y) for x, y, mark_x, mark_y in rounds if not (mark_x or mark_y)]
-        if len(pairs) >= FLOOR_ROUNDS:
-            return Ratio(*_bootstrap(tuple(x for x, _ in pairs), tuple(y for _, y in pairs)), "same rounds")
-    return None
+        found = [(x, y) for x, y, mark_x, mark_y in rounds if not (mark_x or mark_y)]
+        if len(found) >= FLOOR_ROUNDS:
+            pairs += found
+            series = _series(row)
+    return Ratio(*_bootstrap(tuple(x for x, _ in pairs), tuple(y for _, y in pairs)), "same rounds") if pairs else None
+
+
+def _series(row: Result) -> Hashable:
+    """A final measures block after block, each with other data: one run, and one policy but for the seed of the data."""
+    return row.run_id, row.device_uuid, canonical_json({name: value for name, value in row.policy.items() if name != "seed"})
 
 
 def _marks(row: Result) -> tuple[int, ...]:
@@ -102,7 +114,7 @@ def _anchored(row: Result) -> tuple[Hashable, tuple[float, float, float]] | None
     return (row.run_id, row.device_uuid, baseline), numbers  # type: ignore[return-value]
 
 
-def best(found: list[Candidate], objective: str) -> Candidate:
+def best(found: list[Candidate], objective: Objective) -> Candidate:
     """The lowest median, unless another candidate beats it round by round; then that one, and so on."""
     current = min(found, key=lambda c: (value(c.row, objective).median, c.name))
     seen = {current.name}
@@ -116,13 +128,13 @@ def best(found: list[Candidate], objective: str) -> Candidate:
         seen.add(current.name)
 
 
-def tie_set(found: list[Candidate], winner: Candidate, objective: str) -> list[Candidate]:
+def tie_set(found: list[Candidate], winner: Candidate, objective: Objective) -> list[Candidate]:
     """The winner and every candidate that cannot be told apart from it, the lowest median first."""
     ties = [c for c in found if c.name == winner.name or ((r := _close_ratio(c, winner, objective)) is not None and r.tied)]
     return sorted(ties, key=lambda c: (value(c.row, objective).median, age(c.row), c.name))
 
 
-def _close_ratio(a: Candidate, b: Candidate, objective: str) -> Ratio | None:
+def _close_ratio(a: Candidate, b: Candidate, objective: Objective) -> Ratio | None:
     """`ratio`, or None where the stored intervals lie plainly apart."""
     top, bottom = value(a.row, objective), value(b.row, objective)
     if not top.overlaps(bottom) and top.median / bottom.median > PLAINLY_APART:

@@ -11,6 +11,7 @@ from klab.harness.choose.profile import Profile, Use, Wanted
 from klab.harness.choose.settle import Defaults
 from klab.harness.plan.rows import Plan
 from klab.harness.store.result import Result
+from klab.harness.tune.objective import LATENCY, Objective
 from klab.kernels.contract import Chip, canonical_json
 from klab.kernels.discover import Catalogue
 
@@ -19,7 +20,7 @@ def decide(
     results: Iterable[Result],
     plan: Plan | None,
     chip: str,
-    objective: str = "latency",
+    objective: Objective | str = LATENCY,
     *,
     catalogue: Catalogue | None = None,
     previous: Profile | None = None,

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from klab.harness.choose.candidates import Candidate, Interval, energy, latency
+from klab.harness.choose.candidates import Candidate
 from klab.harness.store.result import Result
+from klab.harness.tune.objective import Interval, Objective, energy, latency
 from klab.kernels.contract import canonical_json
 
 Defaults = Callable[[Result], dict[str, object] | None]
 """The configuration that the kernel of a row takes by default for the row's problem (all fields), or None where that is unknown."""
 
 
-def settle(tied: list[Candidate], objective: str, previous: tuple[str, str] | None, defaults: Defaults | None) -> tuple[Candidate, str]:
+def settle(
+    tied: list[Candidate], objective: Objective, previous: tuple[str, str] | None, defaults: Defaults | None
+) -> tuple[Candidate, str]:
     """(the chosen candidate, what settled it): "alone", "energy" or "latency", "previous choice" or "simplicity".
 
     `tied` holds at least one candidate; `previous` is last time's (kernel, canonical JSON of its configuration).
     """
     if len(tied) == 1:
         return tied[0], "alone"
-    if objective == "latency":
+    if not objective.needs_energy:
         by, left = "energy", _not_beaten(tied, [energy(c.metered_row) for c in tied])
     else:
         by, left = "latency", _not_beaten(tied, [latency(c.row) for c in tied])

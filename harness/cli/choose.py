@@ -22,8 +22,22 @@ Where = Annotated[
     list[Path] | None,
     typer.Option("--results", help="Folder or file to read. Repeatable. Default: $KLAB_RESULTS, or results/ of the checkout."),
 ]
-Objective = Annotated[str, typer.Option("--objective", help="latency (median time) or energy (joules per launch).")]
+Objective = Annotated[
+    str, typer.Option("--objective", help="latency (median time), energy (joules per launch), energy-delay (their product) or cost.")
+]
+UsdPerHour = Annotated[float | None, typer.Option("--usd-per-hour", help="For --objective cost: what an hour of the device costs.")]
+UsdPerKwh = Annotated[float | None, typer.Option("--usd-per-kwh", help="For --objective cost: what a kWh costs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
+ForBucket = Annotated[
+    str | None,
+    typer.Option(
+        "--bucket", help="One configuration for all shapes that differ in one size: by geomean or worst regret. Writes no profile."
+    ),
+]
+HowMany = Annotated[int, typer.Option("--buckets", help="With --bucket: so many configurations at most, each for neighbouring shapes.")]
+Along = Annotated[
+    str | None, typer.Option("--bucket-by", help="With --bucket: the size that differs, such as m or kv_lens. Default: the first.")
+]
 Current = Annotated[bool, typer.Option("--current-only", help="Leave out results of kernels whose code has changed since.")]
 
 OPEN_SHOWN = 8
@@ -39,6 +53,8 @@ def command(app: typer.Typer) -> None:
         model: Model = None,
         chip: _options.Chip = "auto",
         objective: Objective = "latency",
+        usd_per_hour: UsdPerHour = None,
+        usd_per_kwh: UsdPerKwh = None,
         isl: _options.Isl = None,
         osl: _options.Osl = None,
         batch: _options.Batch = None,
@@ -48,21 +64,24 @@ def command(app: typer.Typer) -> None:
         kernels: KernelDirs = None,
         out: Out = None,
         current_only: Current = False,
+        bucket: ForBucket = None,
+        buckets: HowMany = 1,
+        bucket_by: Along = None,
         as_json: AsJson = False,
     ) -> None:
         """Choose per problem, with intervals; what cannot be told apart is a tie, settled by energy, last time's choice, simplicity."""
         from klab.harness.catalog import find_chip, find_model
-        from klab.harness.choose.candidates import check_objective
         from klab.harness.choose.decide import decide, same_choice
         from klab.harness.choose.profile import profile_path, read_profile, write_text
         from klab.harness.plan import plan as make_plan
         from klab.harness.plan import scenario_for
         from klab.harness.store.paths import folders_to_read
         from klab.harness.store.read import ReadReport, iter_results
+        from klab.harness.tune import objective as goals
         from klab.kernels.discover import discover
         from klab.kernels.errors import CannotMeasure, UsageError
 
-        check_objective(objective)
+        goal = goals.Objective.parse(objective, usd_per_hour, usd_per_kwh)
         folders = folders_to_read(results)
         found_chip = find_chip(chip)
         plan = None
@@ -73,7 +92,17 @@ def command(app: typer.Typer) -> None:
             batches = _options.integers(batch, "--batch")
             scenario = scenario_for(found_model, found_chip, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
             plan = make_plan(found_model, found_chip, scenario)
-        path = out or (profile_path(found_chip.name, plan.model.name, objective) if plan else None)
+        if bucket is None and (buckets != 1 or bucket_by is not None):
+            raise UsageError("--buckets and --bucket-by go with --bucket geomean or --bucket worst")
+        if bucket is not None:
+            if out is not None:
+                raise UsageError("--bucket prints and writes no profile: leave out --out, and redirect --json")
+            from klab.harness.cli._buckets import Asked, show_buckets
+
+            asked = Asked(goal, bucket, buckets, bucket_by, current_only=current_only, as_json=as_json)
+            show_buckets(folders, plan, found_chip, discover(kernels or ()), asked)
+            return
+        path = out or (profile_path(found_chip.name, plan.model.name, goal.name) if plan else None)
         previous = read_profile(path) if path else None
         report = ReadReport()
         rows = iter_results([folder for folder in folders if folder.exists()], report)
@@ -81,7 +110,7 @@ def command(app: typer.Typer) -> None:
             rows,
             plan,
             found_chip.name,
-            objective,
+            goal,
             catalogue=discover(kernels or ()),
             previous=previous,
             current_only=current_only,

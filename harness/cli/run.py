@@ -9,12 +9,13 @@ import typer
 
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, talk
-from klab.harness.cli.choose import Objective, show_profile, tell_profile
+from klab.harness.cli.choose import Objective, UsdPerHour, UsdPerKwh, show_profile, tell_profile
 from klab.harness.cli.measure import Again, DryRun, Energy, Phase, measure_setup, show_trials
 
 if TYPE_CHECKING:
     from klab.harness.cli._setup import Setup
     from klab.harness.tune.job import Job
+    from klab.harness.tune.objective import Objective as Goal
 
 Page = Annotated[Path | None, typer.Option("--report", help="The page. Default: report.html in the results folder.")]
 Pack = Annotated[Path | None, typer.Option("--out", help="Where the profile goes. Default: profiles/tuned/CHIP/MODEL.json.")]
@@ -40,6 +41,8 @@ def command(app: typer.Typer) -> None:
         dtype: _options.Dtype = None,
         phase: Phase = None,
         objective: Objective = "latency",
+        usd_per_hour: UsdPerHour = None,
+        usd_per_kwh: UsdPerKwh = None,
         budget: _options.Budget = None,
         results: _options.Results = None,
         again: Again = False,
@@ -50,10 +53,10 @@ def command(app: typer.Typer) -> None:
         as_json: _options.AsJson = False,
     ) -> None:
         """From a model to measured kernels, a chosen pack and a report. Known results are used, not measured twice; Ctrl-C keeps all."""
-        from klab.harness.choose.candidates import check_objective
         from klab.harness.cli._setup import deadline_of, look_up
+        from klab.harness.tune import objective as goals
 
-        check_objective(objective)
+        goal = goals.Objective.parse(objective, usd_per_hour, usd_per_kwh)
         deadline = deadline_of(_options.seconds(budget), reserve_s=WRAP_UP_S)
         setup = look_up(
             model,
@@ -74,17 +77,17 @@ def command(app: typer.Typer) -> None:
             show_trials(setup, as_json=as_json)
             return
         job = measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
-        _choose(setup, job, objective, out, as_json=as_json)
+        _choose(setup, job, goal, out, as_json=as_json)
         _report(setup, job, report or job.folder / "report.html", as_json=as_json)
 
 
-def _choose(setup: Setup, job: Job, objective: str, out: Path | None, *, as_json: bool) -> None:
+def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, *, as_json: bool) -> None:
     from klab.harness.choose.decide import decide, same_choice
     from klab.harness.choose.profile import profile_path, read_profile, write_text
 
-    path = out or profile_path(setup.chip.name, setup.plan.model.name, objective)
+    path = out or profile_path(setup.chip.name, setup.plan.model.name, goal.name)
     previous = read_profile(path)
-    profile = decide(job.stored(), setup.plan, setup.chip.name, objective, catalogue=setup.catalogue, previous=previous, limits=setup.chip)
+    profile = decide(job.stored(), setup.plan, setup.chip.name, goal, catalogue=setup.catalogue, previous=previous, limits=setup.chip)
     if profile.choices:
         write_text(path, profile.to_text())
     show_profile(profile, as_json=as_json)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +87,27 @@ def block_ratio(
     picks = np.random.default_rng(seed).integers(0, blocks, size=(resamples, blocks))
     low, high = _tails(top[picks].sum(axis=1) / bottom[picks].sum(axis=1))
     return float(top.sum() / bottom.sum()), low, high
+
+
+def mean_interval(values: Sequence[float], *, alpha: float) -> tuple[float, float, float]:
+    """(mean, low, high) by Student's t: either end errs with probability `alpha`. Infinite ends for fewer than three values.
+
+    For few independent replicates, where a percentile bootstrap is too narrow (of 5 normal values its 95% interval covers 83%).
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < 3:
+        return mean, -math.inf, math.inf
+    reach = _student(count - 1, alpha) * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return mean, mean - reach, mean + reach
+
+
+@cache
+def _student(freedom: int, alpha: float) -> float:
+    """What Student's t exceeds with probability `alpha`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1.0 - alpha))
 
 
 def _tails(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ class Policy(Record):
 
     l2: "cold" rotates through copies of the inputs that together exceed the last-level cache five times; "warm" repeats one set.
     launch: "graph" (CUDA graph), "events", or "auto": graph for kernels below 100 us.
+    sm_clock_mhz, power_limit_w: what the device was set to for this trial (tune/clock_control.py sets it); 0: as its owner has it.
     """
 
     l2: str = "cold"
@@ -28,6 +29,13 @@ class Policy(Record):
     energy_s: float = 6.0
     threads: int = 0
     seed: int = 0
+    sm_clock_mhz: int = 0
+    power_limit_w: float = 0.0
+
+    @property
+    def setting(self) -> dict[str, float]:
+        """The clock and the limit that were set, by name; empty where the device was left as it is."""
+        return {name: value for name in ("sm_clock_mhz", "power_limit_w") if (value := getattr(self, name))}
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from klab.harness.choose.candidates import counting_rounds
 from klab.harness.choose.profile import Profile
 from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.report.limits import Limits
 from klab.harness.store.query import latest
 from klab.harness.store.result import Result, Status
+from klab.harness.tune.objective import counting_rounds
 
 
 @dataclass(frozen=True)

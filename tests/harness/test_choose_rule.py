@@ -283,6 +283,26 @@ def test_one_contest_shares_its_laps_up_to_where_the_first_ended() -> None:
     assert apart.runner_up is not None and apart.runner_up.how == "separate", "equally many rounds of another contest are not shared"
 
 
+def test_the_blocks_of_one_final_count_together() -> None:
+    """Each block leaves 1% open, all of them together do not; rounds of the search before them (another policy) are not mixed in."""
+
+    def block(kernel: str, level: float, n: int, **policy: Any) -> Result:
+        samples = (
+            [level * (1 + 0.02 * (((7 * i + 3 * n) % 5) - 2) * (-1) ** i) for i in range(16)] if kernel == "triton_b" else [level] * 16
+        )
+        row = made(SHAPE, kernel, samples=samples, seed=n, policy={"max_rounds": 16} | policy)
+        return in_contest(dataclasses.replace(row, key=f"{row.key}{n}"), f"c{n}")
+
+    blocks = [block(kernel, level, n, seed=n) for n in range(1, 9) for kernel, level in (("triton_a", 100.0), ("triton_b", 101.2))]
+    search = [block(kernel, level, 0, max_rounds=40) for kernel, level in (("triton_a", 150.0), ("triton_b", 100.0))]
+    evidence = only([*search, *blocks]).evidence
+    assert evidence.tied_count == 0 and evidence.runner_up is not None and evidence.runner_up.how == "same rounds"
+    together = evidence.runner_up.ratio_interval
+    alone = only([*search, *blocks[-2:]]).evidence
+    rival = alone.runner_up or alone.tied[0]
+    assert together[1] - together[0] < 0.6 * (rival.ratio_interval[1] - rival.ratio_interval[0])
+
+
 def test_groups_are_compared_through_their_baseline() -> None:
     """The second group ran while the device was 5% slower: the intervals would name the wrong one, the baseline does not."""
     baseline = {"baseline": "matmul/torch", "baseline_config": {}}
