@@ -46,11 +46,15 @@ class Bars:
         self._progress.stop()
 
     def phase(self, name: str, total: int) -> None:
-        """A new bar."""
-        self._task = self._progress.add_task(name, total=total, now="")
+        """A new bar; more of the same phase lengthens it. A total of 0 is one that nobody knows."""
+        if name == self._name and self._task is not None:
+            self._total += total
+            self._progress.update(self._task, total=self._total or None)
+            return
+        self._task = self._progress.add_task(name, total=total or None, now="")
         self._name, self._total, self._done = name, total, 0
         if not talk.is_terminal:
-            talk.print(f"{name} {total} trials")
+            talk.print(f"{name} {total} trials" if total else name)
 
     def screened(self, found: Screened) -> None:
         """One more candidate compiled."""
@@ -60,7 +64,7 @@ class Bars:
         """One more row; failures are told at once, in one line each."""
         if self._as_json:
             emit(summary_row(result))
-        if self._name == "measuring":
+        if self._name != "screening":
             self._step(f"{result.kernel} {result.problem_label}")
         if result.status not in _QUIET:
             line = f"{result.status.value}: {result.kernel} on {result.problem_label}: {result.reason}"
@@ -71,8 +75,8 @@ class Bars:
         if self._task is not None:
             self._progress.update(self._task, advance=1, now=now[:60])
         # On a pipe: ten lines a phase, so that a log of a night stays readable.
-        if not talk.is_terminal and (self._done == self._total or self._done % max(1, self._total // 10) == 0):
-            talk.print(f"{self._name} {self._done}/{self._total}")
+        if not talk.is_terminal and (self._done == self._total or self._done % (self._total // 10 or 20) == 0):
+            talk.print(f"{self._name} {self._done}{f'/{self._total}' if self._total else ''}")
 
 
 def summary_row(result: Result) -> dict[str, object]:

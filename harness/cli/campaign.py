@@ -63,6 +63,8 @@ def command(app: typer.Typer) -> None:
             talk.print(f"not here: {absent.path.stem}: {absent.reason}", markup=False)
         for line in job.report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
+        for line in made.notes:
+            talk.print(line, markup=False, soft_wrap=True)
         talk.print(f"rows in {packed}" if packed else "no rows", markup=False, soft_wrap=True)
         show(made, as_json=as_json)
         if interrupted:

@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
 
 from klab.harness.fleet.devices import Device, devices
 from klab.harness.measure import environment
@@ -69,6 +70,9 @@ def run_trials(
     deadline: float | None = None,
     stop: threading.Event | None = None,
     limits: Limits | None = None,
+    fleet: Fleet | None = None,
+    guests: Mapping[str, Trial] | None = None,
+    keep_data: bool = False,
 ) -> Summary:
     """Measure all trials on every device here that is this chip; `on_result` is called in this thread, once per trial that ended.
 
@@ -76,27 +80,144 @@ def run_trials(
     Ctrl-C sets `stop` and is raised as KeyboardInterrupt when all has been handed over; a second one kills the workers. (A caller
     with a handler of its own for SIGINT keeps it, and sets `stop` itself.) A device that another run has locked is left out, with a
     note. CannotMeasure when the chip is not here or all its devices are locked; what `on_result` raises ends the run.
+
+    With a `fleet` its workers are used and stay; otherwise they live for this call. `guests` maps a problem's key to the baseline that
+    runs along in its contests for comparison, and gives no Result. `keep_data` as for a Contest.
     """
-    began = time.monotonic()
-    chosen = devices(chip, only_devices)
-    stop = stop or threading.Event()
-    fleet = _Fleet(trials, chip, run_id, kernel_dirs, deadline, stop, limits)
-    summary = Summary(notes=fleet.notes)
+    if fleet is not None:
+        return fleet.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data)
+    with Fleet(chip, run_id, only_devices=only_devices, kernel_dirs=kernel_dirs, limits=limits) as made:
+        return made.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data)
 
-    def tell(result: Result) -> None:
-        summary.by_status[result.status] += 1
-        on_result(result)
 
-    try:
-        with _gentle_interrupt(stop):
-            fleet.start(chosen)
-            fleet.hand_over(tell)
-    finally:
-        fleet.end()
-        summary.unfinished = fleet.unfinished
-        summary.seconds = time.monotonic() - began
-        summary.stopped = "" if not summary.unfinished else "interrupted" if fleet.stop.is_set() else "deadline"
-    return summary
+class Fleet:
+    """The devices of this machine that are a chip, each locked and with a worker of its own from the first run until `close`.
+
+    For many short runs in a row: a worker takes seconds to start. One run at a time.
+    """
+
+    def __init__(
+        self,
+        chip: Chip,
+        run_id: str,
+        *,
+        only_devices: Sequence[str] | None = None,
+        kernel_dirs: Sequence[Path | str] = (),
+        limits: Limits | None = None,
+    ) -> None:
+        """CannotMeasure when the chip is not here."""
+        self.chip, self.run_id, self.limits = chip, run_id, limits
+        self.kernel_dirs = list(kernel_dirs)
+        self.notes: list[str] = []
+        self.busy_s = 0.0
+        """Seconds that the devices were held by contests, added up over the devices."""
+        self._chosen = devices(chip, only_devices)
+        self._seats: list[Seat] | None = None
+        self._locks = ExitStack()
+        self._checkout: dict[str, Json] = {}
+        self._quarantine = Quarantine()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Devices that measure at the same time; before the first run, those that are here."""
+        return len(self._chosen if self._seats is None else self._seats)
+
+    def run(
+        self,
+        trials: Sequence[Trial],
+        on_result: Callable[[Result], None],
+        *,
+        deadline: float | None = None,
+        stop: threading.Event | None = None,
+        guests: Mapping[str, Trial] | None = None,
+        keep_data: bool = False,
+    ) -> Summary:
+        """As `run_trials`, with the workers that are there."""
+        began = time.monotonic()
+        stop = stop or threading.Event()
+        summary = Summary(notes=self.notes)
+
+        def tell(result: Result) -> None:
+            summary.by_status[result.status] += 1
+            on_result(result)
+
+        def contest(seat: Seat, group: Sequence[Trial]) -> Contest:
+            return self._contest(seat, group, (guests or {}).get(group[0].problem.key), keep_data)
+
+        run = _Run(trials, deadline, stop, contest)
+        try:
+            with _gentle_interrupt(stop):
+                run.start(self._ready())
+                run.hand_over(tell)
+        finally:
+            run.end()
+            self.busy_s += run.busy_s
+            summary.unfinished = run.unfinished
+            summary.seconds = time.monotonic() - began
+            summary.stopped = "" if not summary.unfinished else "interrupted" if stop.is_set() else "deadline"
+        return summary
+
+    def environment(self) -> Mapping[str, Json]:
+        """What the first worker says of where it runs; started where it is not."""
+        client = self._ready()[0].client
+        client.start()
+        return client.environment
+
+    def _ready(self) -> list[Seat]:
+        """Lock what is free, once; CannotMeasure when another run has locked everything."""
+        if self._seats is None:
+            self._checkout = environment.checkout()
+            seats = []
+            for device in self._chosen:
+                try:
+                    self._locks.enter_context(exclusive(device.id))
+                except CannotMeasure as error:
+                    self.notes.append(str(error))
+                    continue
+                seats.append(Seat(device, self._worker(device)))
+            if not seats:
+                raise CannotMeasure("; ".join(self.notes))
+            self._seats = seats
+        for seat in self._seats:
+            if seat.client.aborted:
+                seat.client = self._worker(seat.device)
+        return self._seats
+
+    def _worker(self, device: Device) -> WorkerClient:
+        return WorkerClient(self.chip, cuda_device=device.cuda_visible, kernel_dirs=self.kernel_dirs)
+
+    def _contest(self, seat: Seat, group: Sequence[Trial], guest: Trial | None, keep_data: bool) -> Contest:
+        return Contest(
+            seat.client,
+            group,
+            run_id=self.run_id,
+            checkout=self._checkout,
+            limits=self.limits,
+            quarantine=self._quarantine,
+            guest=guest,
+            keep_data=keep_data,
+        )
+
+    def close(self) -> None:
+        """End the workers and unlock the devices; calling it twice is fine."""
+        for seat in self._seats or []:
+            seat.client.kill()
+        self._seats = None
+        self._locks.close()
+
+
+@dataclass
+class Seat:
+    """A locked device and its worker."""
+
+    device: Device
+    client: WorkerClient
 
 
 @contextmanager
@@ -123,26 +244,19 @@ def _gentle_interrupt(stop: threading.Event) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-class _Busy(Exception):
-    """Another run holds this device."""
-
-
-class _Fleet:
-    """The threads, one per device, and the queue from which the caller's thread takes results."""
+class _Run:
+    """One run of a fleet: a thread per device, and the queue from which the caller's thread takes results."""
 
     def __init__(
         self,
         trials: Sequence[Trial],
-        chip: Chip,
-        run_id: str,
-        kernel_dirs: Sequence[Path | str],
         deadline: float | None,
         stop: threading.Event,
-        limits: Limits | None,
+        contest: Callable[[Seat, Sequence[Trial]], Contest],
     ) -> None:
         self.stop = stop
-        self.notes: list[str] = []
-        self._chip, self._run_id, self._kernel_dirs, self._limits = chip, run_id, kernel_dirs, limits
+        self.busy_s = 0.0
+        self._contest = contest
         self._deadline = None if deadline is None else deadline - RESERVE_S
         self._trials = list(trials)
         self._jobs: queue.SimpleQueue[list[Trial]] = queue.SimpleQueue()
@@ -151,43 +265,42 @@ class _Fleet:
         # None: a device has no more to do. An exception: it cannot go on.
         self._told: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
         self._keys: set[str] = set()
-        self._clients: list[WorkerClient] = []
+        self._seats: list[Seat] = []
         self._threads: list[threading.Thread] = []
-        self._checkout: dict[str, Json] = {}
-        self._quarantine = Quarantine()
+        self._lock = threading.Lock()
 
     @property
     def unfinished(self) -> list[Trial]:
         """Trials that no Result was handed over for."""
         return [trial for trial in self._trials if trial.key not in self._keys]
 
-    def start(self, chosen: Sequence[Device]) -> None:
+    def start(self, seats: Sequence[Seat]) -> None:
         """One thread per device, no more than there are contests."""
-        self._checkout = environment.checkout()
-        for device in chosen[: max(1, self._jobs.qsize())]:
-            client = WorkerClient(self._chip, cuda_device=device.cuda_visible, kernel_dirs=self._kernel_dirs)
-            self._clients.append(client)
-            self._threads.append(threading.Thread(target=self._measure, args=(device, client), daemon=True))
+        self._seats = list(seats[: max(1, self._jobs.qsize())])
+        self._threads = [threading.Thread(target=self._measure, args=(seat,), daemon=True) for seat in self._seats]
         for thread in self._threads:
             thread.start()
 
-    def _measure(self, device: Device, client: WorkerClient) -> None:
+    def _measure(self, seat: Seat) -> None:
+        busy_s = 0.0
         try:
-            with _locked(device):
-                while not self._over():
-                    try:
-                        group = self._jobs.get_nowait()
-                    except queue.Empty:
-                        break
-                    contest = Contest(
-                        client, group, run_id=self._run_id, checkout=self._checkout, limits=self._limits, quarantine=self._quarantine
-                    )
-                    for result in contest.run(deadline=self._deadline, stop=self.stop):
+            while not self._over():
+                try:
+                    group = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+                began = time.monotonic()
+                try:
+                    for result in self._contest(seat, group).run(deadline=self._deadline, stop=self.stop):
                         self._told.put(result)
+                finally:
+                    busy_s += time.monotonic() - began
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            seat.client.kill()
             self._told.put(error)
         finally:
-            client.kill()
+            with self._lock:
+                self.busy_s += busy_s
             self._told.put(None)
 
     def _over(self) -> bool:
@@ -204,8 +317,6 @@ class _Fleet:
                 continue
             if item is None:
                 running -= 1
-            elif isinstance(item, _Busy):
-                self.notes.append(str(item))
             elif isinstance(item, BaseException):
                 broken = broken or item
                 self.stop.set()
@@ -214,24 +325,12 @@ class _Fleet:
                 self._keys.add(item.key)
         if broken is not None:
             raise broken
-        if len(self.notes) == len(self._threads):
-            raise CannotMeasure("; ".join(self.notes))
 
     def end(self) -> None:
         """End what still runs: nothing does, unless the caller's thread was torn out of its loop."""
         if any(thread.is_alive() for thread in self._threads):
             self.stop.set()
-            for client in self._clients:
-                client.abort()
+            for seat in self._seats:
+                seat.client.abort()
             for thread in self._threads:
                 thread.join(timeout=5.0)
-
-
-@contextmanager
-def _locked(device: Device) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive(device.id))
-        except CannotMeasure as error:
-            raise _Busy(str(error)) from error
-        yield

@@ -69,6 +69,11 @@ class WorkerClient:
         """True while there is a worker to ask."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def aborted(self) -> bool:
+        """True when no worker starts here any more."""
+        return self._aborted
+
     def start(self, *, limit_s: float = START_LIMIT_S) -> None:
         """Start a worker where none runs. CannotMeasure when it does not come up; WorkerHung when it takes longer than `limit_s`."""
         if self._aborted:

@@ -48,7 +48,11 @@ class Contest:
         checkout: Mapping[str, Json] | None = None,
         limits: Limits | None = None,
         quarantine: Quarantine | None = None,
+        guest: Trial | None = None,
+        keep_data: bool = False,
     ) -> None:
+        """guest: a baseline measured before, which runs along in every group and gives no Result. keep_data: leave the problem's data in
+        the worker for the next contest of the problem, and use what the last one left; making it takes up to seconds."""
         if len({contest_key(trial) for trial in trials}) != 1:
             raise UsageError("a contest is about one problem under one policy")
         self.client = client
@@ -64,7 +68,8 @@ class Contest:
         self._is_open = False
         self._data: Answer = {}
         self._open_failures = 0
-        self._baseline: Trial | None = None
+        self._baseline = guest
+        self._keep_data = keep_data
         self._groups = 0
         self._told: set[int] = set()
 
@@ -96,7 +101,7 @@ class Contest:
             for entry in self._entries:
                 if entry.slot not in self._told:
                     yield self._row(entry, error.status, error.reason, {})
-        if self.client.alive and self._remaining() > 0:
+        if self.client.alive and self._remaining() > 0 and not self._keep_data:
             self._quietly("close")
 
     def _remaining(self) -> float:
@@ -222,6 +227,8 @@ class Contest:
                 "problem": self._problem.to_json(),
                 "policy": self._policy.to_json(),
             }
+            if self._keep_data:
+                fields["reuse"] = True
             answer = self._ask(None, "open", self.limits.open_s, **fields)
             if answer["status"] != Status.OK.value:
                 raise NoContest(Status(answer["status"]), f"while the data of the problem was made: {answer.get('reason', '')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,21 +14,24 @@ from pathlib import Path
 
 from klab.harness.catalog import find_model
 from klab.harness.plan import plan, scenario_for
+from klab.harness.plan.roofline import Roofline
 from klab.harness.plan.trial import Trial
 from klab.harness.plan.trials import default_policy, safe_unfit, trials
 from klab.harness.store.query import age, latest
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
+from klab.harness.tune.allowance import Allowance
 from klab.harness.tune.job import CHECK_ONLY, Job, Outcome
 from klab.harness.tune.pick import energy_trials
+from klab.harness.tune.tuner import Options, Target, Tuned, Tuner
 from klab.kernels.contract import Chip, Kernel, Problem
 from klab.kernels.discover import Catalogue
 from klab.kernels.errors import UsageError
 
 # In order of value: a dense model on one GPU, a mixture of experts, a large dense one and the largest over the GPUs of a server.
 MODELS = {"cuda": ("llama-3.1-8b", "qwen3-30b-a3b", "llama-3.1-70b@4", "deepseek-v3@8"), "cpu": ("qwen3-0.6b",)}
-# Candidates per kernel and problem in the rounds of tuning; each round contains the last.
-TUNING_ROUNDS = (6, 16, 48)
+# Left for packing the rows after the tuning.
+WRAP_UP_S = 1.0
 ENERGY_PROBLEMS = 4
 COMPACT_FILE = "results.jsonl.gz"
 
@@ -75,9 +79,11 @@ class Campaign:
         self.models = tuple(models) or MODELS[job.chip.kind]
         self.shares = shares(self.models, job.chip)
         self.outcomes: dict[str, Outcome] = {}
+        self.tuned: Tuned | None = None
+        self.notes: list[str] = []
 
     def stages(self) -> Iterator[Stage]:
-        """Correctness, comparison, energy of the heaviest, then tuning in rounds. Later stages look at what earlier ones found."""
+        """Correctness, comparison, energy of the heaviest. Later stages look at what earlier ones found."""
         chip, policy = self.job.chip, default_policy(self.job.chip)
         kernels = sorted(self.catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
         yield Stage("correctness", correctness_trials(kernels, chip))
@@ -87,21 +93,46 @@ class Campaign:
         if chip.kind == "cuda":
             first = [t for t in compared if t.problem.key in heavy[:ENERGY_PROBLEMS]]
             yield Stage("energy", energy_trials(first, self.job.stored()))
-        own = [k for k in kernels if not k.library]
-        for count in TUNING_ROUNDS:
-            tuned = trials([s.problem for s in self.shares], own, chip, policy, f"sample:{count}").trials
-            # A library beside each group keeps the comparison interleaved; measured before, it runs along as a guest.
-            order = {key: rank for rank, key in enumerate(heavy)}
-            yield Stage(f"tuning {count}", sorted(tuned, key=lambda t: order[t.problem.key]))
 
     def run(self) -> Iterator[tuple[Stage, Outcome]]:
-        """Run the stages one after another until the deadline or a stop. KeyboardInterrupt passes through; what was finished is stored."""
+        """Run the stages, then tune, until the deadline or a stop. KeyboardInterrupt passes through; what was finished is stored."""
         for stage in self.stages():
             outcome = self.job.run(stage.trials, self.catalogue.kernels)
             self.outcomes[stage.name] = outcome
             yield stage, outcome
             if outcome.stopped or (self.job.deadline is not None and time.monotonic() >= self.job.deadline):
                 return
+        yield Stage("tuning", []), self._tune()
+
+    def _tune(self) -> Outcome:
+        """Search where it should save most of the models' time, until the deadline.
+
+        The journals of the searches are not kept, for a campaign leaves one file: a later campaign begins new searches, whose prior knows
+        all rows of this one and to which its results cost nothing.
+        """
+        job = self.job
+        deadline = None if job.deadline is None else job.deadline - WRAP_UP_S
+        bounds = [bound_us(s.problem, job.chip) for s in self.shares]
+        # A microsecond of a launch counts as often as the models launch it.
+        targets = [Target(s.problem, s.bound_us / bound, bound) for s, bound in zip(self.shares, bounds, strict=True)]
+        began = time.monotonic()
+        outcome = job.outcome = Outcome()
+        with tempfile.TemporaryDirectory(prefix="klab-campaign-") as journals:
+            options = Options(allowance=Allowance(deadline=deadline))
+            tuner = Tuner(job, list(self.catalogue.kernels.values()), targets, options, journals=Path(journals))
+            try:
+                self.tuned = tuner.run()
+            except UsageError as error:  # too little time is left, or nothing has a space: what was measured stands
+                self.notes.append(f"no tuning: {error}")
+            finally:
+                outcome.seconds = time.monotonic() - began
+                outcome.stopped = tuner.tuned.stopped if tuner.tuned.stopped in ("time", "interrupted") else ""
+        return outcome
+
+
+def bound_us(problem: Problem, chip: Chip) -> float:
+    """The roofline's time of one launch."""
+    return Roofline(chip, problem.dtype).bound(problem.flops(), problem.bytes_moved())[0]
 
 
 def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:

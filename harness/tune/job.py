@@ -7,7 +7,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Protocol
 
 from klab.harness.fleet.devices import devices
 from klab.harness.fleet.estimate import estimate_s
-from klab.harness.fleet.local import run_trials
+from klab.harness.fleet.local import Fleet, Summary, run_trials
 from klab.harness.measure import environment
 from klab.harness.measure.client import WorkerClient
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.plan.trials import missing
 from klab.harness.store.journal import Journal
-from klab.harness.store.query import done_keys, latest
+from klab.harness.store.query import age, latest
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
 from klab.harness.tune.screen import NOT_SCREENED, Screened, screen
@@ -109,35 +110,95 @@ class Job:
         self._jobs = jobs
         self._read_from = list(read_from)
         self._environment: dict[str, object] | None = None
+        self._fleet: Fleet | None = None
+        # The newest ok row of each key and epoch on this chip: read when first asked for, kept up to date from then on.
+        self._fine: dict[str, dict[str, Result]] | None = None
         self.outcome = Outcome()
         self._screened: set[str] = set()
         self._dropped: set[str] = set()
         self._deadly: set[str] = set()
 
+    @contextmanager
+    def session(self) -> Iterator[Fleet]:
+        """Within the block the devices stay locked and their workers alive from one run to the next."""
+        with Fleet(self.chip, self.run_id, kernel_dirs=self.kernel_dirs) as fleet:
+            self._fleet = fleet
+            try:
+                yield fleet
+            finally:
+                self._fleet = None
+
     def known(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those of the trials that have an ok Result of this epoch: same driver, toolchain, device and threads."""
-        wanted = {trial.key for trial in trials}
-        found = [row for row in iter_results(self.sources(), self.report) if row.key in wanted]
-        self._deadly |= {row.key for row in found if row.status in DEADLY}
-        rows = [row for row in found if row.status is Status.OK]
-        if not rows:
-            return []
-        done = {threads: done_keys(rows, self._epoch(threads)) for threads in {t.policy.threads for t in trials}}
-        return [trial for trial in trials if trial.key in done[trial.policy.threads]]
+        return [trial for trial in trials if self.standing(trial) is not None]
 
-    def _epoch(self, threads: int) -> str:
+    def standing(self, trial: Trial) -> Result | None:
+        """The newest ok Result of this trial in this epoch, from this run or an earlier one; None when it is to be measured."""
+        fine = self._rows()
+        # The epoch costs the start of a worker: it is asked for only where there is something to compare.
+        return fine[trial.key].get(self.epoch(trial.policy.threads)) if trial.key in fine else None
+
+    def _rows(self) -> dict[str, dict[str, Result]]:
+        if self._fine is None:
+            self._fine = {}
+            for row in iter_results(self.sources(), self.report):
+                if row.chip == self.chip.name:
+                    self._note(row)
+        return self._fine
+
+    def _note(self, row: Result) -> None:
+        if row.status in DEADLY:
+            self._deadly.add(row.key)
+        if row.status is Status.OK and self._fine is not None:
+            rows = self._fine.setdefault(row.key, {})
+            if row.epoch not in rows or age(rows[row.epoch]) <= age(row):
+                rows[row.epoch] = row
+
+    def epoch(self, threads: int = 0) -> str:
         """The epoch of a result measured now. Asked of a worker, so that this process makes no CUDA context."""
         if self._environment is None:
-            client = WorkerClient(self.chip, cuda_device=devices(self.chip)[0].cuda_visible, kernel_dirs=self.kernel_dirs)
-            try:
-                client.start()
-                self._environment = dict(client.environment)
-            finally:
-                client.kill()
+            if self._fleet is not None:
+                self._environment = dict(self._fleet.environment())
+            else:
+                # Unlocked: where all is known, nothing will be measured.
+                client = WorkerClient(self.chip, cuda_device=devices(self.chip)[0].cuda_visible, kernel_dirs=self.kernel_dirs)
+                try:
+                    client.start()
+                    self._environment = dict(client.environment)
+                finally:
+                    client.kill()
         facts = dict(self._environment)
         if self.chip.kind == "cpu":
             facts["threads"] = threads or facts.get("cores")
         return environment.epoch(facts)
+
+    def measure(
+        self,
+        trials: Sequence[Trial],
+        on_result: Callable[[Result], None],
+        *,
+        deadline: float | None = None,
+        guests: Mapping[str, Trial] | None = None,
+        keep_data: bool = False,
+    ) -> Summary:
+        """Measure these trials, known or not, unscreened: each row is stored and then handed to `on_result`. See `run_trials`."""
+
+        def store(result: Result) -> None:
+            self._store(result, self.outcome)
+            on_result(result)
+
+        return run_trials(
+            trials,
+            chip=self.chip,
+            run_id=self.run_id,
+            on_result=store,
+            kernel_dirs=self.kernel_dirs,
+            deadline=self.deadline if deadline is None else deadline,
+            stop=self.stop,
+            fleet=self._fleet,
+            guests=guests,
+            keep_data=keep_data,
+        )
 
     def run(self, trials: Sequence[Trial], kernels: dict[str, Kernel]) -> Outcome:
         """Measure `trials` in their order as far as the budget goes; every end that a trial came to is a row in the store.
@@ -179,6 +240,7 @@ class Job:
                 kernel_dirs=self.kernel_dirs,
                 deadline=self.deadline,
                 stop=self.stop,
+                fleet=self._fleet,
             )
         except KeyboardInterrupt:
             stored = {result.key for result in outcome.results}
@@ -187,6 +249,14 @@ class Job:
             raise
         outcome.left += summary.unfinished
         outcome.stopped = summary.stopped or outcome.stopped
+
+    def dropped(self, row: Result) -> Result:
+        """Store the row of a candidate that never reached the device, once per job, and return it."""
+        if row.key not in self._dropped:
+            self._dropped.add(row.key)
+            self._screened.add(row.key)
+            self._store(row, self.outcome)
+        return row
 
     def _over(self) -> bool:
         return self.stop.is_set() or (self.deadline is not None and time.monotonic() >= self.deadline)
@@ -216,6 +286,7 @@ class Job:
 
     def _store(self, result: Result, outcome: Outcome) -> None:
         self.journal.append(result)
+        self._note(result)
         outcome.results.append(result)
         self.listener.result(result)
 

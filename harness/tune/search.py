@@ -77,41 +77,83 @@ class Trace:
         return curve
 
 
-def search(strategy: Strategy, evaluate: Evaluator, budget: Budget, journal: SearchJournal | None = None) -> Trace:
-    """Run until the budget is used up, the strategy has no more to ask, or the evaluator ends early.
+class Search:
+    """A search in steps, for a caller who runs several at once: take what is open, answer, and again until nothing is open.
 
     What the journal holds is told to the strategy again instead of being evaluated, so a search that was killed goes on exactly where it
-    was: the strategy asks the same, and only what has no answer yet is evaluated. UsageError when the journal is of another search.
+    was: the strategy asks the same, and only what has no answer yet is open.
     """
-    trace = Trace()
-    known = journal.recorded() if journal else []
-    turn = 0
-    while not trace.ended:
-        ask = _within(strategy.ask(), budget, trace)
-        if not ask.candidates:
-            trace.ended = trace.ended or _spent(budget, trace) or "exhausted"
-            break
-        answers: dict[int, Evaluation] = {}
-        while turn < len(known) and known[turn].candidate in ask.candidates and known[turn].candidate not in answers:
-            answers[known[turn].candidate] = known[turn]
-            turn += 1
-        if turn < len(known) and len(answers) < len(ask.candidates):
-            raise UsageError(f"{journal.path if journal else 'the journal'} records another search; remove it, or start one elsewhere")
-        for evaluation in answers.values():
-            trace.add(evaluation)
-        open_ask = Ask(tuple(c for c in ask.candidates if c not in answers), ask.rounds)
-        if open_ask.candidates:
-            for evaluation in evaluate(open_ask):
-                if journal:
-                    journal.append(evaluation)
-                answers[evaluation.candidate] = evaluation
-                trace.add(evaluation)
-        strategy.tell([answers[c] for c in ask.candidates if c in answers])
-        if len(answers) < len(ask.candidates):
-            trace.ended = "stopped"
-        else:
-            trace.ended = _spent(budget, trace)
-    return trace
+
+    def __init__(self, strategy: Strategy, budget: Budget | None = None, journal: SearchJournal | None = None) -> None:
+        self.trace = Trace()
+        self._strategy, self._budget, self._journal = strategy, budget or Budget(), journal
+        self._known = journal.recorded() if journal else []
+        self._turn = 0
+        self._ask: Ask | None = None
+        self._answers: dict[int, Evaluation] = {}
+
+    def open(self) -> Ask | None:
+        """What has no answer yet of the last ask, in its order; None when the search has ended (`trace.ended` says why).
+
+        UsageError when the journal is of another search.
+        """
+        while not self.trace.ended:
+            if self._ask is None:
+                ask = _within(self._strategy.ask(), self._budget, self.trace)
+                if not ask.candidates:
+                    self.trace.ended = _spent(self._budget, self.trace) or "exhausted"
+                    break
+                self._ask, self._answers = ask, {}
+                self._replay(ask)
+            left = tuple(c for c in self._ask.candidates if c not in self._answers)
+            if left:
+                return Ask(left, self._ask.rounds)
+            self._tell()
+        return None
+
+    def _replay(self, ask: Ask) -> None:
+        known, asked = self._known, set(ask.candidates)
+        while self._turn < len(known) and known[self._turn].candidate in asked and known[self._turn].candidate not in self._answers:
+            self._answers[known[self._turn].candidate] = known[self._turn]
+            self.trace.add(known[self._turn])
+            self._turn += 1
+        if self._turn < len(known) and len(self._answers) < len(asked):
+            where = self._journal.path if self._journal else "the journal"
+            raise UsageError(f"{where} records another search; remove it, or start one elsewhere")
+
+    def answer(self, evaluation: Evaluation) -> None:
+        """The outcome of one open candidate: journalled at once, told to the strategy when the ask is complete."""
+        if self._journal:
+            self._journal.append(evaluation)
+        self._answers[evaluation.candidate] = evaluation
+        self.trace.add(evaluation)
+
+    def _tell(self) -> None:
+        assert self._ask is not None
+        told = [self._answers[c] for c in self._ask.candidates if c in self._answers]
+        complete = len(told) == len(self._ask.candidates)
+        self._ask = None
+        self._strategy.tell(told)
+        self.trace.ended = _spent(self._budget, self.trace) if complete else "stopped"
+
+    def stop(self) -> None:
+        """End it where it is: what the last ask has answers for is told."""
+        if self._ask is not None:
+            self._tell()
+        self.trace.ended = self.trace.ended or "stopped"
+
+
+def search(strategy: Strategy, evaluate: Evaluator, budget: Budget, journal: SearchJournal | None = None) -> Trace:
+    """Run a Search until the budget is used up, the strategy has no more to ask, or the evaluator ends early."""
+    made = Search(strategy, budget, journal)
+    while (ask := made.open()) is not None:
+        answered = 0
+        for evaluation in evaluate(ask):
+            made.answer(evaluation)
+            answered += 1
+        if answered < len(ask.candidates):
+            made.stop()
+    return made.trace
 
 
 def _within(ask: Ask, budget: Budget, trace: Trace) -> Ask:

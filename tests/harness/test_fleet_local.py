@@ -12,7 +12,7 @@ import pytest
 from klab.harness.fleet import devices as here
 from klab.harness.fleet.devices import Device, devices, matches
 from klab.harness.fleet.estimate import estimate_s, trial_estimate_s
-from klab.harness.fleet.local import contests, run_trials
+from klab.harness.fleet.local import Fleet, contests, run_trials
 from klab.harness.measure.limits import Limits
 from klab.harness.measure.lock import exclusive
 from klab.harness.plan.trial import Policy, Trial
@@ -212,6 +212,35 @@ def test_estimates_grow_with_what_is_asked(catalogue):
     assert trial_estimate_s(wants, H200) > trial_estimate_s(one[0], H200) + 6.0
     assert trial_estimate_s(wants, CHIP) == trial_estimate_s(one[0], CHIP), "a CPU has no sensor"
     assert trial_estimate_s(one[0].with_policy(limit_s=0.01), CHIP) < trial_estimate_s(one[0], CHIP)
+
+
+def test_a_fleet_keeps_its_worker_and_a_problems_data_from_run_to_run(catalogue):
+    problem = trials(catalogue, ["good"], [4])[0].problem
+    first, second, guest = (trials(catalogue, [name], [4])[0] for name in ("good", "half_speed", "good"))
+    other = trials(catalogue, ["good"], [8])
+    told = []
+    with Fleet(CHIP, "r", kernel_dirs=[CONTESTANTS]) as fleet:
+        fleet.run([first], told.append, keep_data=True)
+        worker = fleet._seats[0].client.pid
+        fleet.run([second], told.append, keep_data=True, guests={problem.key: guest})
+        fleet.run([first.with_policy(seed=5)], told.append, keep_data=True)
+        fleet.run(other, told.append, keep_data=True)
+        fleet.run([second], told.append)
+        assert fleet._seats[0].client.pid == worker and fleet.size == 1
+        with pytest.raises(CannotMeasure, match="being measured"), exclusive("cpu"):
+            pass
+        assert fleet.busy_s > 0
+    with exclusive("cpu"):
+        pass
+    assert [row.status for row in told] == [Status.OK] * 5 and [row.key for row in told] == [
+        t.key for t in (first, second, first.with_policy(seed=5), *other, second)
+    ]
+    seeds = [row.build["data_seed"] for row in told]
+    assert seeds[0] == seeds[1] and len(set(seeds)) == 4, (
+        "the data of the same problem serves again, but for another seed or without asking"
+    )
+    beside = told[1].build["contest"]
+    assert beside["contestants"] == 2 and told[0].build["contest"]["contestants"] == 1, "the guest ran along and has no row"
 
 
 def test_several_devices_share_the_contests_and_a_locked_one_is_left_out(catalogue, monkeypatch):

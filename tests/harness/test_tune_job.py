@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 from contest import CPU, HOPPER
+from fake_fleet import FakeFleet
 
+from klab.harness.fleet import local
 from klab.harness.plan.trials import default_policy, trials
 from klab.harness.store.result import Result, Status
 from klab.harness.tune import job as jobs
-from klab.harness.tune.campaign import correctness_trials, pack
+from klab.harness.tune.campaign import Campaign, correctness_trials, pack
 from klab.harness.tune.job import Job
 from klab.kernels.contract import NoConfig
 from klab.kernels.discover import discover
@@ -87,3 +91,25 @@ def test_packing_keeps_every_row_in_one_file(tmp_path):
     assert len(list(jobs.iter_results(tmp_path))) == 3
     assert pack(tmp_path).read_bytes() == again
     assert pack(tmp_path / "nothing_here") is None
+
+
+def test_a_campaign_ends_in_searches_and_leaves_its_rows_alone(tmp_path, monkeypatch):
+    fleet = FakeFleet(lambda trial: 50.0 + int(trial.config.key[:2], 16))
+    monkeypatch.setattr(jobs, "Fleet", fleet)
+    monkeypatch.setattr(local, "Fleet", fleet)
+    worker = SimpleNamespace(start=lambda: None, kill=lambda: None, environment=fleet.environment())
+    monkeypatch.setattr(jobs, "WorkerClient", lambda *_, **__: worker)
+    job = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 9.0)
+    made = Campaign(job, discover(), ["qwen3-0.6b"])
+    stages = {stage.name: outcome for stage, outcome in made.run()}
+    assert list(stages) == ["correctness", "comparison", "tuning"]
+    assert made.tuned is not None and sum(c.evaluations for c in made.tuned.courses) > 8
+    assert stages["tuning"].results and not made.notes
+    assert {p.suffix for p in (tmp_path / "rows").iterdir()} == {".jsonl"}, "no journals: a campaign leaves one file"
+    tried = {t.key for t in fleet.measured}
+    later = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 6.0)
+    again = Campaign(later, discover(), ["qwen3-0.6b"])
+    before = len(fleet.asked)
+    assert [stage.name for stage, _ in again.run()] == ["correctness", "comparison", "tuning"]
+    full = [t for run in fleet.asked[before:] for t in run if t.policy == default_policy(CPU)]
+    assert not {t.key for t in full} & tried, "nothing is measured twice"

@@ -1,0 +1,63 @@
+"""What a tuning run may spend, over all its problems together: evaluations, seconds of the device, time on the clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from klab.harness.tune.search import Budget
+
+# Of a budget in time, so much is kept for the finals; no more than so many seconds for each that there will be.
+FINALS_SHARE, FINAL_S = 0.25, 20.0
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """None is no limit. `deadline` is a second of time.monotonic() for everything, `began` when the run began.
+
+    evaluations: distinct candidates that searches may have an outcome for, those of an interrupted run included. device_s: seconds of the
+    device, likewise. UsageError for one that is too small for anything.
+    """
+
+    evaluations: int | None = None
+    device_s: float | None = None
+    deadline: float | None = None
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        Budget(self.evaluations, self.device_s)
+
+    def left_s(self) -> float:
+        """Seconds until everything must end."""
+        return math.inf if self.deadline is None else self.deadline - time.monotonic()
+
+    def search_ends(self, finals: int = 1) -> float | None:
+        """The second at which searching ends, so that so many finals have their share of the time."""
+        if self.deadline is None:
+            return None
+        return self.deadline - min(FINALS_SHARE * max(self.deadline - self.began, 0.0), FINAL_S * max(finals, 1))
+
+    def search_over(self, evaluations: int, device_s: float, finals: int = 1) -> str:
+        """Why searching must end after so much, or "" while it may go on."""
+        ends = self.search_ends(finals)
+        if ends is not None and time.monotonic() >= ends:
+            return "time"
+        if self.evaluations is not None and evaluations >= self.evaluations:
+            return "evaluations"
+        if self.device_s is not None and device_s >= (1.0 - FINALS_SHARE) * self.device_s:
+            return "device seconds"
+        return ""
+
+    def evaluations_left(self, evaluations: int) -> int | None:
+        """How many more distinct candidates."""
+        return None if self.evaluations is None else max(self.evaluations - evaluations, 0)
+
+    def final_s(self, share: float) -> float:
+        """Seconds of a final that has this share of what is left for finals; FINAL_S where no time was given."""
+        limits = []
+        if self.deadline is not None:
+            limits.append(share * max(self.left_s(), 0.0))
+        if self.device_s is not None:
+            limits.append(share * FINALS_SHARE * self.device_s)
+        return min(limits, default=FINAL_S)
