@@ -17,7 +17,7 @@ from klab.harness.store.result import Status
 from klab.harness.tune.space import Space
 from klab.kernels.errors import UsageError
 
-DEFAULT = "auto"
+DEFAULT = "gaussian"
 
 
 @dataclass(frozen=True)
