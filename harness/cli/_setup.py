@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from klab.harness.plan.trial import Trial
     from klab.harness.plan.trials import Skipped
     from klab.harness.tune.job import Outcome
-    from klab.kernels.contract import Chip
+    from klab.kernels.contract import Chip, Problem
     from klab.kernels.discover import Catalogue
 
 
@@ -75,6 +75,17 @@ def look_up(
         why = "; ".join(dict.fromkeys(f"{s.kernel}: {s.reason}" for s in made.skipped)) or "no kernel for any operator of the plan"
         raise UsageError(f"nothing to measure for {found_model.name} on {found_chip.name}: {why}")
     return Setup(found_model, found_chip, plan, catalogue, made.trials, made.skipped, dirs)
+
+
+def matching(problems: Mapping[str, Problem], wanted: Sequence[str] | None) -> dict[str, Problem]:
+    """Those of `problems` (by key) whose key or label has one of the texts in it; all without any. UsageError where a text finds none."""
+    from klab.kernels.errors import UsageError
+
+    names = {key: f"{key} {p.label()}" for key, p in problems.items()}
+    for text in wanted or ():
+        if not any(text in name for name in names.values()):
+            raise UsageError(f"--problem {text}: none matches; there are {'; '.join(p.label() for p in problems.values())}")
+    return {key: p for key, p in problems.items() if not wanted or any(text in names[key] for text in wanted)}
 
 
 def deadline_of(budget_s: float | None, *, reserve_s: float = 0.0) -> float | None:

@@ -10,11 +10,16 @@ import typer
 
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, out, table, talk
+from klab.harness.cli.measure import Phase
+from klab.harness.cli.tune import Problem
 
 if TYPE_CHECKING:
+    from klab.harness.cli._setup import Setup
+    from klab.harness.plan.trial import Trial
     from klab.harness.tune.screen import Screened
 
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="Compiling processes. Default: one per core, as far as memory goes.")]
+Timeout = Annotated[str | None, typer.Option("--timeout", help="Time to compile one candidate: 30s, 5m. Default: 120 s.")]
 Hopeless = Annotated[
     float | None,
     typer.Option("--hopeless", help="Drop what the analytic model expects to take more than so many times the best's time. Default: off."),
@@ -28,32 +33,46 @@ def command(app: typer.Typer) -> None:
     def screen(
         model: _options.Model,
         chip: _options.Chip = "h200",
+        problem: Problem = None,
         kernel: _options.Only = None,
         candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
+        phase: Phase = None,
         isl: _options.Isl = None,
         osl: _options.Osl = None,
         batch: _options.Batch = None,
         tp: _options.Tp = 1,
         dtype: _options.Dtype = None,
         jobs: Jobs = None,
+        timeout: Timeout = None,
         hopeless: Hopeless = None,
         as_json: _options.AsJson = False,
     ) -> None:
-        """Compile a model's candidates for CHIP with no GPU: registers, spills, shared memory, instructions, duplicates, modelled time."""
+        """Compile a model's candidates for CHIP with no GPU: registers, spills, shared memory, instructions, duplicates, modelled time.
+
+        With --json there is a row of type "candidate" as soon as each is judged by itself. Which are duplicates, and which are hopeless
+        beside the best, is known at the end: then come rows of type "duplicate" (key, twin, reason) and "hopeless" (key, expected_us,
+        reason), which overrule the candidate's own row, and last the "tally".
+        """
+        from klab.harness.cli import _screening
         from klab.harness.cli._progress import Bars
-        from klab.harness.cli._setup import look_up
+        from klab.harness.cli._setup import look_up, matching
         from klab.harness.tune.screen import Limits, tally
         from klab.harness.tune.screen import screen as run_screen
+        from klab.harness.tune.screen_rules import DUPLICATE, HOPELESS, drop_hopeless
         from klab.kernels.errors import CannotMeasure, UsageError
 
         if hopeless is not None and not hopeless > 1:
             raise UsageError(f"--hopeless {hopeless:g}: how many times the best's expected time is too much, for instance 4; more than 1")
+        timeout_s = _options.seconds(timeout, "--timeout")
+        limits = Limits(hopeless=hopeless) if timeout_s is None else Limits(hopeless=hopeless, timeout_s=timeout_s)
         given: list[Path] | None = kernels
         setup = look_up(
-            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=given, only=kernel, candidates=candidates
-        )
-        compiled = [t for t in setup.trials if setup.catalogue.kernels[t.kernel].backend in ("triton", "cuda")]
+            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=given, only=kernel, candidates=candidates,
+            phase=phase,
+        )  # fmt: skip
+        wanted = matching({t.problem.key: t.problem for t in setup.trials}, problem)
+        compiled = [t for t in setup.trials if t.problem.key in wanted and _needs_compiler(setup, t)]
         if not compiled:
             raise UsageError(f"no kernel for {setup.chip.name} is compiled ahead; name a GPU with --chip, for instance h200 or b200")
         reached: list[Screened] = []
@@ -64,6 +83,9 @@ def command(app: typer.Typer) -> None:
             def done(item: Screened) -> None:
                 reached.append(item)
                 bars.screened(item)
+                if as_json:
+                    (ranked,) = drop_hopeless([item], setup.catalogue.kernels, setup.chip, None)
+                    emit({"type": "candidate", **ranked.to_json()})
 
             try:
                 found = run_screen(
@@ -71,7 +93,7 @@ def command(app: typer.Typer) -> None:
                     setup.chip,
                     kernel_dirs=setup.kernel_dirs,
                     jobs=jobs,
-                    limits=Limits(hopeless=hopeless),
+                    limits=limits,
                     on_done=done,
                     kernels=setup.catalogue.kernels,
                 )
@@ -83,10 +105,15 @@ def command(app: typer.Typer) -> None:
         counts = tally(found)
         if as_json:
             for item in found:
-                emit({"type": "candidate", **item.to_json()})
+                row = item.to_json()
+                if item.rule == DUPLICATE:
+                    emit({"type": item.rule} | {name: row[name] for name in ("key", "twin", "reason")})
+                elif item.rule == HOPELESS:
+                    emit({"type": item.rule} | {name: row[name] for name in ("key", "expected_us", "reason")})
             emit({"type": "tally", "chip": setup.chip.name, **counts, **_effort(found, seconds)})
         else:
-            table(f"Compiled for {setup.chip.title}", _COLUMNS, [_cells(item) for item in found], right=_RIGHT)
+            table(f"Compiled for {setup.chip.title}", _screening.COLUMNS, _screening.rows(found, setup), right=_screening.RIGHT)
+            out.print(_screening.legend(found), markup=False)
             table(
                 f"{len(found)} candidates by rule",
                 ("rule", "candidates", "share"),
@@ -100,6 +127,10 @@ def command(app: typer.Typer) -> None:
                 f"none of the {len(found)} candidates can be measured on {setup.chip.name}; the first, {first.trial.kernel} "
                 f"{first.trial.config.label()}: {first.rule}: {first.reason}"
             )
+
+
+def _needs_compiler(setup: Setup, trial: Trial) -> bool:
+    return setup.catalogue.kernels[trial.kernel].backend in ("triton", "cuda")
 
 
 def _effort(found: list[Screened], seconds: float) -> dict[str, float]:
@@ -120,41 +151,3 @@ def _told(effort: dict[str, float]) -> str:
         f"{effort['compiled']:.0f} compiled{rate}, {effort['cached']:.0f} known from before, in {effort['seconds']:.1f} s. "
         "Expected times are modelled, not measured."
     )
-
-
-_COLUMNS = (
-    "kernel",
-    "problem",
-    "config",
-    "verdict",
-    "registers",
-    "stack B",
-    "smem KB",
-    "threads",
-    "unit",
-    "TMA",
-    "warp spec.",
-    "expected us",
-    "why",
-)
-_RIGHT = ("registers", "stack B", "smem KB", "threads", "expected us")
-
-
-def _cells(item: Screened) -> tuple[object, ...]:
-    """The function with the most registers stands for the launch; a merge kernel beside it is small."""
-    trial = item.trial
-    main = max(item.functions, key=lambda f: f["registers"] * f["threads"], default=None)
-    shown: tuple[object, ...] = ("",) * 7
-    if main is not None:
-        shown = (
-            main["registers"],
-            max(f["stack_bytes"] for f in item.functions),
-            f"{main['smem_bytes'] / 1024:.0f}",
-            main["threads"],
-            main["matrix_unit"],
-            "yes" if main["tma"] else "",
-            "yes" if main["warp_specialised"] else "",
-        )
-    verdict = item.rule or "kept"
-    expected = "" if item.expected_us is None else f"{item.expected_us:.1f}"
-    return (trial.kernel, trial.problem.label(), trial.config.label(), verdict, *shown, expected, item.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,9 +28,22 @@ def _private_stdout() -> TextIO:
     return pipe
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300]
+def _told(error: BaseException) -> str:
+    """Type and telling line of an error, at most 300 characters: usually the first line.
+
+    A Triton CompilationError begins with where ("at 2:26:") and the source up to there, and only then says what; one that passed
+    through a call says nothing itself, and its cause does.
+    """
+    while hasattr(error, "error_message") and not error.error_message and error.__cause__ is not None:
+        error = error.__cause__
+    said = getattr(error, "error_message", None) or str(error)
+    lines = [line.strip() for line in str(said).splitlines() if line.strip()]
+    if lines and re.fullmatch(r"at \d+:\d+:", lines[0]):
+        # The same as text alone, from whoever caught and raised it again: what follows the caret, else the line that the caret is under.
+        carets = [at for at, line in enumerate(lines) if line == "^"]
+        after = lines[carets[-1] + 1 :] if carets else lines[1:]
+        lines = after or [f"{lines[0]} {lines[-2]}"]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
 def answer(trial: dict[str, Json], catalogue: Catalogue, chip: Chip) -> dict[str, Json]:
@@ -43,7 +57,7 @@ def answer(trial: dict[str, Json], catalogue: Catalogue, chip: Chip) -> dict[str
     try:
         unfit = kernel.fits(problem, config, chip)
     except Exception as error:  # noqa: BLE001  whatever a kernel's author did wrong is that candidate's row
-        unfit = f"its fits raised {_first_line(error)}"
+        unfit = f"its fits raised {_told(error)}"
     if unfit is not None:
         return {"status": Status.UNSUPPORTED.value, "reason": unfit, **about}
     if kernel.backend not in ("triton", "cuda"):
@@ -52,9 +66,9 @@ def answer(trial: dict[str, Json], catalogue: Catalogue, chip: Chip) -> dict[str
         artifacts, seconds = compile_launch(kernel, problem, config, chip)
         functions = [inspect_artifact(a).to_json() for a in artifacts]
     except MemoryError as error:
-        return {"status": Status.OUT_OF_MEMORY.value, "reason": f"compiling ran out of memory ({_first_line(error)})", **about}
+        return {"status": Status.OUT_OF_MEMORY.value, "reason": f"compiling ran out of memory ({_told(error)})", **about}
     except Exception as error:  # noqa: BLE001  whatever a kernel's author did wrong is that candidate's row
-        return {"status": Status.COMPILE_ERROR.value, "reason": _first_line(error), **about}
+        return {"status": Status.COMPILE_ERROR.value, "reason": _told(error), **about}
     kept = sorted({a.metadata["kept"] for a in artifacts if a.metadata.get("kept")})
     return {"status": Status.OK.value, "functions": functions, "compile_s": round(seconds, 4), "kept": kept, **about}
 

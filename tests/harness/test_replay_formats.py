@@ -430,6 +430,15 @@ def test_t4_in_other_units_and_torn(tmp_path: Path) -> None:
     assert len(torn.space) == 6 and "6 results are whole" in torn.notes[-1]
 
 
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_t4_file_that_lacks_its_last_brackets_says_so(tmp_path: Path, lost: int) -> None:
+    whole = "".join(FORMATS["t4"](recorded_space())).rstrip()
+    found = read(tmp_path, whole[:-lost])
+    assert len(found.space) == len(recorded_space().space)
+    assert found.notes[-1] == "the file was not closed by its writer; all its entries are whole"
+    assert found.notes[:-1] == read(tmp_path, whole).notes
+
+
 def test_what_contradicts_itself_is_refused() -> None:
     made = recorded_space()
     parts = {f: getattr(made, f) for f in made.__dataclass_fields__}

@@ -135,6 +135,41 @@ def test_the_page_says_where_the_default_wins_and_where_it_loses(tmp_path: Path,
     assert "`last` is behind it at 20 and 50." in "\n".join(verdict(found, found.standings()))
 
 
+def nothing() -> list[Run]:
+    """Runs that evaluated nothing."""
+    return [Run(seed, (), 0, 0.0, (), "failed: ValueError: Can't sample more than the size") for seed in range(4)]
+
+
+def test_a_strategy_that_could_not_run_is_no_bad_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy, "DEFAULT", "ours")
+    found = board(tmp_path)
+    found.contestants = [Contestant("ours", "klab", "1"), *(Contestant(n, "elsewhere 1.0", "1") for n in ("partly", "never", "worse"))]
+    made = {"ours": (1.2, 1.2), "partly": (None, 1.1), "never": (None, None), "worse": (1.5, 1.5)}
+    for contestant in found.contestants:
+        for space, ratio in enumerate(made[contestant.name]):
+            for run in nothing() if ratio is None else always(space, ratio):
+                found.store.append(SPACES[space], contestant, run)
+    ranked = found.standings()
+    assert [s.name for s in ranked] == ["ours", "worse", "partly", "never"]
+    partly, never = ranked[2:]
+    assert partly.mean == pytest.approx(1.1, rel=1e-3) and partly.evaluations == 50
+    why = "ValueError: Can't sample more than the size"
+    assert partly.could_not_run == {"first": why} and list(never.could_not_run) == ["first", "second"]
+    duel = comparison(found, ranked)[0]
+    assert (duel["other"], duel["spaces"]) == ("partly", 1) and duel["ratio"][0] == pytest.approx(1.2 / 1.1)
+    assert [(r["space"], r["other"]) for r in comparison(found, ranked) if r["type"] == "loss"] == [("second", "partly")] * 2
+    page = markdown(found, command="")
+    assert f"| never | elsewhere 1.0 | 4 | could not run: {why} |" in page
+    assert "| partly (could not run on 1 of 2 spaces) | elsewhere 1.0 |" in page
+    assert "| 20 | partly (on 1 of 2 spaces) | 1.09" in page
+    assert f"- `partly` on first could not run: {why}." in page
+    assert "against the best of 2 strategies" in page and "nan" not in page
+    assert "NaN" not in json.dumps([s.to_json() for s in ranked])
+    assert "no comparison" in verdict(found, [ranked[0], never])[0]
+    widths = {line.count("|") for line in page.splitlines() if line.startswith(("| ours", "| never", "| partly"))}
+    assert len(widths) == 1
+
+
 def test_without_the_peers_klabs_own_remain_and_the_reason_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in (peers.KERNEL_TUNER, "optuna") else real(name, *a))

@@ -125,6 +125,28 @@ def test_every_rule_drops_its_own_and_the_rest_is_kept(screened):
     assert tally(found) == {"kept": 3, "unsupported": 1} | dict.fromkeys((rule for _, _, rule in WANTED if rule), 1)
 
 
+def test_a_triton_error_is_told_by_its_cause(folder):
+    """Of where it is, the source and the cause, the cause; also where a call between has nothing to say, and where only text is left."""
+    import ast
+
+    from triton.compiler.errors import CompilationError, UnsupportedLanguageConstruct
+
+    source = "def tile(x):\n    x = y\n"
+    node = ast.parse(source).body[0].body[0].value
+    inner = CompilationError(source, node, "NameError('y is not defined')")
+    assert str(inner).splitlines()[0] == "at 2:8:"
+    outer = CompilationError(source, node)
+    outer.__cause__ = inner
+    for error in (inner, outer):
+        assert screen_worker._told(error) == "CompilationError: NameError('y is not defined')"
+    assert screen_worker._told(RuntimeError(str(inner))) == "RuntimeError: NameError('y is not defined')"
+    assert screen_worker._told(CompilationError(source, node)) == "CompilationError: at 2:8: x = y"
+    unknown = UnsupportedLanguageConstruct(None, node, "a set is unknown\nhere")
+    assert screen_worker._told(unknown) == "UnsupportedLanguageConstruct: a set is unknown"
+    assert screen_worker._told(ValueError()) == "ValueError: "
+    assert len(screen_worker._told(ValueError("x" * 400))) == 300
+
+
 def test_reads_what_was_built_for_hopper(screened):
     check(screened[1][3], "wgmma")
 

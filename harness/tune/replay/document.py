@@ -114,7 +114,7 @@ class _Reader:
             document.dropped_bytes += len(self._body[whole_until:].encode())
             return
         if not closed:
-            if document.container == "cache" and not document.dropped_bytes:
+            if document.container and not document.dropped_bytes:
                 document.notes.append("the file was not closed by its writer; all its entries are whole")
             return
         rest = self._body[self._at :].strip()

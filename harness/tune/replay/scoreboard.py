@@ -91,7 +91,7 @@ class Scoreboard:
             for space, yardstick in zip(self.spaces, self.yardsticks, strict=True):
                 runs = [run for seed, run in sorted(self.store.runs(space, contestant).items()) if seed < self.repeats]
                 limit_s = self.store.evaluations * float(candidate_s(space).mean())
-                found.append(Group(runs, yardstick, limit_s))
+                found.append(Group(runs, yardstick, limit_s, space.name))
             if all(g.runs for g in found):
                 groups[contestant.name, contestant.origin] = found
         return standings(groups, self.marks)

@@ -26,6 +26,8 @@ How to read it:
   (Kernel Tuner's simulated annealing and hybrid_vndx) might do better at 20 or 50 when told 20 or 50.
 - The others propose points outside the space and points they know already; neither costs them an evaluation or a second, which is
   generous to them. Their own computing time is not charged, nor is klab's.
+- A strategy that evaluated nothing at all on a space could not run there: that space is left out of its figures, it is no rival there,
+  and it stands below those that ran everywhere. Against the default it counts on the spaces that it did run on.
 - The best other is chosen after the fact, per budget, from the same runs: the best of many is partly the luckiest, which works against
   klab; the second interval lets every resample choose again. klab's default was chosen among klab's own strategies on spaces like these,
   which works for klab: spaces that nobody looked at are the fair test."""
@@ -55,12 +57,17 @@ def verdict(board: Scoreboard, found: Sequence[Standing]) -> list[str]:
     if not rivals:
         return ["No other tuner's strategy took part, so there is no comparison with others."]
     fought = duels(one, rivals)
+    if not fought:
+        return ["No other tuner's strategy could run on a space on which klab's default ran, so there is no comparison with others."]
     return [
-        f"## klab's default, `{one.name}`, against the best of {len(rivals)} strategies of others",
+        f"## klab's default, `{one.name}`, against the best of {sum(bool(s.ran) for s in rivals)} strategies of others",
         "",
         "| evaluations | best other | ratio of geometric means | 95% interval | interval against whichever is best in each resample |",
         "|---:|---|---:|---|---|",
-        *(f"| {d.mark} | {d.other} | {d.ratio.value:.4f} | {_span(d.ratio)} | {_span(d.against_any)} |" for d in fought),
+        *(
+            f"| {d.mark} | {d.other}{_of_spaces(d, one)} | {d.ratio.value:.4f} | {_span(d.ratio)} | {_span(d.against_any)} |"
+            for d in fought
+        ),
         "",
         _sentence(one, fought),
         "",
@@ -77,7 +84,7 @@ def comparison(board: Scoreboard, found: Sequence[Standing]) -> list[dict[str, J
     rows: list[dict[str, Json]] = []
     for d in duels(one, rivals):
         intervals = {"ratio": _numbers(d.ratio), "ratio_against_any": _numbers(d.against_any)}
-        rows.append({"type": "duel", "strategy": one.name, "other": d.other, "evaluations": d.mark, **intervals})
+        rows.append({"type": "duel", "strategy": one.name, "other": d.other, "evaluations": d.mark, "spaces": d.spaces, **intervals})
     for x in losses(one, rivals):
         space = board.spaces[x.space].name
         row = {"strategy": one.name, "other": x.other, "space": space, "evaluations": x.mark, "ratio": _numbers(x.ratio)}
@@ -98,6 +105,10 @@ def _sentence(one: Standing, fought: Sequence[Duel]) -> str:
     if lost:
         said.append(f"behind it at {_list(lost)}")
     return f"Over all spaces `{one.name}` is {'; '.join(said)}."
+
+
+def _of_spaces(duel: Duel, one: Standing) -> str:
+    return "" if duel.spaces == len(one.groups) else f" (on {duel.spaces} of {len(one.groups)} spaces)"
 
 
 def _where(board: Scoreboard, lost: Sequence[Loss], marks: int) -> Iterator[str]:
@@ -132,8 +143,15 @@ def columns(board: Scoreboard) -> list[str]:
 def cells(standing: Standing) -> list[str]:
     """One row of the table."""
     reaches = [standing.reach(share) for share in WITHIN]
+    name = standing.name + (" (default)" if standing.origin == KLAB and standing.name == strategy.DEFAULT else "")
+    if not standing.ran:
+        # The first figure's place has the reason; the rest is empty.
+        rest = 2 * len(standing.marks) + 2 * len(WITHIN)
+        return [name, standing.origin, str(standing.repeats), f"could not run: {_reasons(standing)}", *[""] * rest, ""]
+    if standing.could_not_run:
+        name += f" (could not run on {len(standing.could_not_run)} of {len(standing.groups)} spaces)"
     return [
-        standing.name + (" (default)" if standing.origin == KLAB and standing.name == strategy.DEFAULT else ""),
+        name,
         standing.origin,
         str(standing.repeats),
         f"{standing.evaluations:.0f}",
@@ -142,6 +160,11 @@ def cells(standing: Standing) -> list[str]:
         *(cell for r in reaches for cell in (f"{r.restricted_mean_s:.0f}", f"{r.reached:.0%}")),
         f"{standing.score.value:.3f} {_span(standing.score)}",
     ]
+
+
+def _reasons(standing: Standing) -> str:
+    """Without what would break a cell of a table."""
+    return "; ".join(dict.fromkeys(standing.could_not_run.values())).replace("|", "/").replace("\n", " ")
 
 
 def _table(found: Sequence[Standing], board: Scoreboard) -> str:
@@ -163,7 +186,8 @@ def _spaces(board: Scoreboard, found: Sequence[Standing]) -> str:
         near = int((space.time_us <= 1.05 * yard.optimum_us).sum())
         bad = len(space.space) - int((space.time_us < float("inf")).sum())
         mine = " ".join(f"{v:.3f}" for v in one.ratios[i].mean(axis=0)) if one else ""
-        best = " ".join(f"{min(r.ratios[i].mean(axis=0)[m] for r in rivals):.3f}" for m in range(len(board.marks))) if rivals else ""
+        here = [r for r in rivals if i in r.ran]
+        best = " ".join(f"{min(r.ratios[i].mean(axis=0)[m] for r in here):.3f}" for m in range(len(board.marks))) if here else ""
         limit_s = (one or found[0]).groups[i].limit_s if found else float("nan")
         lines.append(
             f"| {space.name} | {space.device} | {len(space.space)} | {bad} | {near} | {yard.optimum_us / 1e3:.4g} | {limit_s:.0f} "
@@ -184,6 +208,7 @@ def _made(board: Scoreboard, found: Sequence[Standing], command: str, licences: 
         f"- Others: {', '.join(origins) or 'none'}; each strategy with its own default options.",
         *(f"- Not here: {name}: {why}." for name, why in board.absent.items()),
         *([f"- Fewer runs than that on some space: {fewer}."] if fewer else []),
+        *(f"- `{s.name}` on {space} could not run: {why}." for s in found for space, why in s.could_not_run.items()),
         *(f"- `{s.name}`: {n} runs {why}." for s in found for why, n in s.failures.items()),
         *(f"- {text}" for text in licences),
         *(f"- Space {space.name}: digest {space.digest}, kernel {space.kernel}." for space in board.spaces),
