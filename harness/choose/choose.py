@@ -13,9 +13,13 @@ from klab.harness.choose.settle import Defaults, settle
 from klab.harness.choose.steps import steps_of, with_shares
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY, Objective, as_objective, energy, latency
+from klab.kernels.contract import Json, canonical_json
 
 # A tuned space may leave a hundred configurations tied: the file names the nearest few and counts the rest.
 TIED_LISTED = 5
+
+Finals = Mapping[str, tuple[str, Mapping[str, Json], str]]
+"""problem_key -> the kernel and the configuration (all fields) that won a final of the problem, and what the final said."""
 
 VERSIONS = ("torch", "triton", "cupy", "cuda", "driver", "python", "klab", "commit")
 
@@ -31,13 +35,15 @@ def choose(
     sources: Mapping[str, str] | None = None,
     defaults: Defaults | None = None,
     current_only: bool = False,
+    finals: Finals | None = None,
 ) -> Profile:
     """Choose for each of `problems` (None: each that has a result) among the results of one chip. The order of results does not matter.
 
     objective: what is minimised, or its name. previous: last time's profile, which settles ties.
     chip: needed when the results are of several. device: results of another device of that chip are set aside (default: the device of
     the newest valid result). sources: digest of each kernel's code now; a choice of older code is marked stale, or with `current_only`
-    not made. defaults: a kernel's default configuration for a row. Where a wrong result stands, `wrong.distrust` says what it refuses.
+    not made. defaults: a kernel's default configuration for a row. finals: who won a final, which is the choice where it may be
+    chosen. Where a wrong result stands, `wrong.distrust` says what it refuses.
     UsageError for an unknown objective, or when the chip is not given and not plain.
     """
     goal = as_objective(objective)
@@ -50,8 +56,11 @@ def choose(
     unsolved: list[Open] = []
     for one in sorted(wanted, key=place):
         found = selected.candidates(one.problem_key)
+        final = finals.get(one.problem_key) if finals else None
+        if final and not _winner(found, final):
+            notes.append(f"{one.label}: the winner of its final, {final[0]}, may not be chosen, so the results in the store decide")
         if found:
-            choices.append(_choose_one(one, found, goal, previous, sources, defaults))
+            choices.append(_choose_one(one, found, goal, previous, sources, defaults, final))
         else:
             unsolved.append(Open(one, selected.why_open(one.problem_key)))
     stale = sum(choice.stale for choice in choices)
@@ -92,10 +101,15 @@ def _choose_one(
     previous: Profile | None,
     sources: Mapping[str, str] | None,
     defaults: Defaults | None,
+    final: tuple[str, Mapping[str, Json], str] | None,
 ) -> Choice:
     fastest = best(found, objective)
     tied = tie_set(found, fastest, objective)
-    chosen, settled_by = settle(tied, objective, previous.chosen(wanted.problem_key) if previous else None, defaults)
+    winner = _winner(found, final) if final else None
+    if winner is not None:
+        chosen, settled_by = winner, "final"
+    else:
+        chosen, settled_by = settle(tied, objective, previous.chosen(wanted.problem_key) if previous else None, defaults)
     row = chosen.row
 
     def order(c: Candidate) -> tuple[float, tuple[str, str, str]]:
@@ -133,9 +147,16 @@ def _choose_one(
         run_ids=tuple(sorted({c.row.run_id for c in (chosen, *rivals, *others[:1], *libraries[:1])})),
         recorded_at=row.recorded_at,
         versions={name: row.environment[name] for name in VERSIONS if row.environment.get(name)},
+        final_reason=final[2] if final and winner is not None else "",
     )
     stale = (sources or {}).get(row.kernel, row.source_digest) != row.source_digest
     return Choice(wanted, row.kernel, row.backend, row.library, dict(row.config), row.source_digest, stale, evidence)
+
+
+def _winner(found: Sequence[Candidate], final: tuple[str, Mapping[str, Json], str]) -> Candidate | None:
+    """The winner of a final among those that may be chosen."""
+    name = (final[0], canonical_json(final[1]))
+    return next((c for c in found if (c.kernel, c.config) == name), None)
 
 
 def _rival(other: Candidate, chosen: Candidate, objective: Objective) -> Rival:

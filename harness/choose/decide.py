@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from klab.harness.catalog.cpu_probe import probe
-from klab.harness.choose.choose import choose
+from klab.harness.choose.choose import Finals, choose
 from klab.harness.choose.profile import Profile, Use, Wanted
 from klab.harness.choose.settle import Defaults
 from klab.harness.plan.rows import Plan
@@ -26,11 +26,12 @@ def decide(
     previous: Profile | None = None,
     current_only: bool = False,
     limits: Chip | None = None,
+    finals: Finals | None = None,
 ) -> Profile:
     """The profile of a plan (None: of every problem that has a result on the chip), not yet written.
 
     catalogue: the kernels as they are now; with it stale choices are marked and default configurations known. limits: the chip, for the
-    defaults (default: the plan's).
+    defaults (default: the plan's). finals: who won the finals of this run; where such a winner may be chosen, it is the choice.
     """
     rows = [row for row in results if row.chip == chip]
     limits = limits or (plan.chip if plan else None)
@@ -44,6 +45,7 @@ def decide(
         sources=sources_of(catalogue) if catalogue else None,
         defaults=defaults_of(catalogue, limits) if catalogue and limits else None,
         current_only=current_only,
+        finals=finals,
     )
     return for_plan(found, plan) if plan else found
 

@@ -61,7 +61,8 @@ class Rival:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Why a choice stands. Intervals are 95%. `settled_by`: "alone", "energy", "latency", "previous choice" or "simplicity".
+    """Why a choice stands. Intervals are 95%. `settled_by`: "alone", "energy", "latency", "previous choice", "simplicity"
+    or "final" (a final of `klab tune` decided; `final_reason` is what it said).
 
     `tied` are the others that could not be told apart (`tied_count` of them, the nearest listed). `library` is the best library
     kernel; `library_reason` says why there is none to compare with.
@@ -91,6 +92,7 @@ class Evidence:
     run_ids: tuple[str, ...]
     recorded_at: str
     versions: Mapping[str, Json] = field(default_factory=dict)
+    final_reason: str = ""
 
 
 @dataclass(frozen=True)

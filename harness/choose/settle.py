@@ -1,10 +1,11 @@
-"""The stable rule for a tie: what else is known to be lower, then last time's choice, then the simpler."""
+"""The stable rule for a tie: what else is known to be lower, then last time's choice, then the simpler; nothing slower than a default."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from klab.harness.choose.candidates import Candidate
+from klab.harness.choose.candidates import Candidate, value
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import Interval, Objective, energy, latency
 from klab.kernels.contract import canonical_json
@@ -28,6 +29,7 @@ def settle(
         by, left = "latency", _not_beaten(tied, [latency(c.row) for c in tied])
     if len(left) == 1:
         return left[0], by
+    left = _not_slower(left, objective, defaults)
     simplest = min(left, key=lambda c: _complexity(c, defaults))
     again = [c for c in left if (c.kernel, c.config) == previous]
     # Named only where it made the difference, so that choosing twice from the same results writes the same profile.
@@ -40,6 +42,15 @@ def _not_beaten(tied: list[Candidate], values: list[Interval | None]) -> list[Ca
     """Those that no other is known to beat: both were measured, and the intervals lie apart. The unmeasured stay in."""
     lowest_high = min((v.high for v in values if v is not None), default=0.0)
     return [c for c, v in zip(tied, values, strict=True) if v is None or v.low <= lowest_high]
+
+
+def _not_slower(left: list[Candidate], objective: Objective, defaults: Defaults | None) -> list[Candidate]:
+    """Those whose median is no higher than that of the best default configuration of a kernel of one's own among them: neither simplicity
+    nor habit puts what is slower, by its own evidence, in the place of a default.
+    """
+    own = [c for c in left if defaults and not c.row.library and defaults(c.row) is not None and not _complexity(c, defaults)[1]]
+    most = min((value(c.row, objective).median for c in own), default=math.inf)
+    return [c for c in left if value(c.row, objective).median <= most]
 
 
 def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, bool, int, tuple[str, str, str]]:

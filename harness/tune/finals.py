@@ -8,16 +8,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
+from klab.harness.fleet.estimate import trial_estimate_s
 from klab.harness.fleet.local import Fleet
 from klab.harness.measure.contest import GROUP_SLOTS, contest_key
+from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
-from klab.harness.tune.finals_energy import by_value, energy_trials_of
-from klab.harness.tune.finals_evidence import Block, Rounds
-from klab.harness.tune.finals_rule import TARGET, Race
+from klab.harness.tune.finals_energy import LEAST_WINDOWS, TIMES_SHARE, WINDOWS, by_value, near_leader, window_trials
+from klab.harness.tune.finals_evidence import LEAST_BLOCKS, Block, Rounds
+from klab.harness.tune.finals_rule import EMPTY_BLOCKS, TARGET, Race
 from klab.harness.tune.finals_told import Final, told_by_time, told_by_value, untold
 from klab.harness.tune.job import Job
-from klab.harness.tune.objective import LATENCY, Objective, energy
+from klab.harness.tune.objective import LATENCY, Objective, counting_rounds, energy
 from klab.kernels.contract import Kernel, canonical_json, digest
 from klab.kernels.errors import UsageError
 
@@ -47,7 +49,8 @@ def finals(
     contenders: the search's best, best first; so many as fit beside the default and the libraries in one group of GROUP_SLOTS take part.
     All run in blocks of ROUNDS laps with data of their own until each is clearly slower than the leader or the 95% interval of its ratio
     to it is narrower than `target`, or until `deadline` (a second of time.monotonic(); the job's own holds too). By another objective
-    than latency the energy of those near the leader is measured then, and decides.
+    than latency the energy of those near the leader is measured then, in WINDOWS windows apart; with fewer than LEAST_WINDOWS the default
+    stands.
 
     fleet: workers that are there already (its devices stay locked); without it one is made for this final. known: earlier rows, from
     which a tie is settled by energy. UsageError when the trials are not of one problem. KeyboardInterrupt passes through; what was
@@ -63,30 +66,65 @@ def finals(
     left_out = [trial for trial in _unique(contenders) if _name(trial) not in names]
     with ExitStack() as stack:
         used = fleet or stack.enter_context(Fleet(job.chip, job.run_id, kernel_dirs=job.kernel_dirs))
-        for rows in _blocks(job, used, race, names, until):
+        for rows in _blocks(job, used, race, names, _times_end(until) if objective.needs_energy else until):
             told += rows
         verdict = race.verdict()
         if verdict.winner is None and not race.failed:
             return untold(field, contenders[0] if contenders else default, told, left_out)
         if not objective.needs_energy or verdict.winner is None:
             return told_by_time(verdict, names, _name(default), told, left_out, _unsure(race))
-        wanted = energy_trials_of(verdict, names, _name(default), _seed(job, default, 0), ROUNDS)
-        rows = _measure(job, used, wanted, until)
+        near, windows, short = _windows(job, used, race, names, _name(default), until, told)
+    choice = by_value(race, objective, _name(default), windows, len(near) - 1)
+    reasons = [row.energy_reason for row in told if row.status is Status.OK and row.policy.get("energy") and row.energy_j is None]
+    return told_by_value(choice, race.verdict(), names, _name(default), objective, told, left_out, reasons, short)
+
+
+def _windows(
+    job: Job, fleet: Fleet, race: Race, names: Mapping[str, Trial], default: str, until: float | None, told: list[Result]
+) -> tuple[list[str], list[dict[str, Result]], str]:
+    """(whose energy was measured, per window the rows that have one, why there are fewer windows than wanted or "").
+
+    As many contenders as there is time for; the first window says how long one takes.
+    """
+    verdict, seed, began = race.verdict(), _seed(job, names[default], 0), time.monotonic()
+    near = near_leader(verdict, default)
+    if until is not None:
+        each_s = trial_estimate_s(window_trials(near[:1], names, seed, 0, ROUNDS)[0], job.chip) if near else 0.0
+        near = near_leader(verdict, default, min(max(2, int((until - began) / (each_s * LEAST_WINDOWS + 1e-9))), GROUP_SLOTS))
+    windows: list[dict[str, Result]] = []
+    for number in range(WINDOWS):
+        before = time.monotonic()
+        running = [name for name in near if name not in race.failed]
+        rows = _measure(job, fleet, window_trials(running, names, seed, number, ROUNDS), until)
         told += rows
-    for row in rows:
-        if row.status not in (Status.OK, Status.THROTTLED):
-            race.fail(_name_of(row), f"{row.status.value}: {row.reason}")
-    values = {_name_of(row): value for row in rows if row.status is Status.OK and (value := objective.interval(row)) is not None}
-    reasons = {_name_of(row): row.energy_reason for row in rows if row.status is Status.OK}
-    choice = by_value({name: value for name, value in values.items() if name not in race.failed}, _name(default), race.pick)
-    return told_by_value(choice, race.verdict(), names, _name(default), objective, told, left_out, reasons)
+        if not rows:
+            return near, windows, "the time was up"
+        for row in rows:
+            if row.status not in (Status.OK, Status.THROTTLED):
+                race.fail(_name_of(row), f"{row.status.value}: {row.reason}")
+        windows.append({_name_of(row): row for row in rows if row.status is Status.OK and row.energy_j is not None})
+        if number == 0 and not windows[-1] and all(row.status is Status.OK for row in rows):
+            return near, windows, ""  # where nobody's energy can be measured, no other window will show it
+        if number + 1 < WINDOWS and _over(job, until, LEAST_SHARE * (time.monotonic() - before)):
+            return near, windows, "the time was up"
+    return near, windows, ""
 
 
 def _unsure(race: Race) -> str:
     """Why the intervals are wider than was wanted, or "" where they are not."""
+    if race.gave_out:
+        return f"the last {EMPTY_BLOCKS} blocks gave nothing"
+    if race.blocks < LEAST_BLOCKS:
+        return f"tie, not confirmed: {race.blocks} block{'s' if race.blocks > 1 else ''} in the time, {LEAST_BLOCKS} are the least"
     if race.open_blocks:
         return "the time was up before the intervals were narrow"
     return "" if race.done or len(race.running) < 2 else f"the intervals are still wide after {race.looks[-1]} blocks"
+
+
+def _times_end(until: float | None) -> float | None:
+    """Where energy is to be measured as well, the blocks have a part of the time."""
+    now = time.monotonic()
+    return until if until is None or until <= now else now + TIMES_SHARE * (until - now)
 
 
 def _name(trial: Trial) -> str:
@@ -186,7 +224,9 @@ def _note(rows: Sequence[Result], race: Race) -> None:
     blocks: dict[object, dict[str, dict[str, Rounds]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         here = blocks[row.policy.get("seed")]  # a block in which nobody came through is one as well, or it would go on for ever
-        if row.status is Status.OK and row.samples_us:
+        if row.status is Status.OK:
+            if len(counting_rounds(row)) < FLOOR_ROUNDS:
+                continue
             contest = row.build.get("contest")
             laps = str(contest.get("id", "")) if isinstance(contest, dict) else ""
             here[laps][_name_of(row)] = Rounds(row.samples_us, row.clocks_mhz, row.marked)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from klab.harness.measure.stats import CONFIDENCE, FLOOR_ROUNDS, mean_interval
+from klab.harness.measure.stats import CONFIDENCE, FLOOR_ROUNDS
 
-# So many blocks make their medians the replicates; of fewer, each is cut into pieces of two or three laps (one each way through the field).
-LEAST_BLOCKS = 4
-PIECE = 2
-# Fewer blocks do not show how much a kernel's time differs from block to block (data, addresses, clocks): 0.3% is common, so an interval
-# from them is wider by this over the root of their number at either end.
-UNSEEN = 0.005
+# From fewer blocks nothing is claimed: they do not show how much a kernel's time differs from block to block (data, addresses, clocks).
+LEAST_BLOCKS = 5
+# A lag-1 autocorrelation of n independent values errs by about 1 / sqrt(n): so much of that is added before it is believed to be small.
+CAUTION = 0.5
+MOST_PERSISTENT = 0.95
+# Five blocks at their most persistent: with fewer, 10% of difference would not show in them.
+LEAST_WORTH = 2.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ Block = Mapping[str, Rounds]
 class Compared:
     """One contender's time over another's. `low` and `high` bound the ratio at the level that was asked for, `width` is that of the plain
     95% interval relative to the ratio; both infinite where there is too little. `cycles` is the ratio of time x SM clock, None without a
-    clock. `replicates` independent values stand behind it, from `rounds` pairs.
+    clock. `replicates` blocks stand behind it, from `rounds` pairs.
     """
 
     ratio: float
@@ -51,9 +53,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class _Pair:
-    """What one block says of two contenders: the logarithms of the ratios lap by lap, and of the ratio in cycles where it is known."""
+    """What one block says of two contenders: the median of log(ratio) over its `laps`, and of the ratio in cycles where it is known."""
 
-    logs: NDArray[np.float64]
+    laps: int
     median: float
     cycles: float | None
 
@@ -81,19 +83,14 @@ class Evidence:
         """a over b with an interval that errs on either side with probability `alpha` at most; None when they share no laps.
 
         The replicates are the medians of the blocks, each with data, memory and warm-up of its own, and not the rounds: what differs from
-        block to block would otherwise pass for a difference of the kernels.
+        block to block would otherwise pass for a difference of the kernels. Below LEAST_BLOCKS of them the interval is infinite.
         """
         pairs = self._of(a, b)
         if not pairs:
             return None
-        if len(pairs) >= LEAST_BLOCKS:
-            values = [pair.median for pair in pairs]
-        else:
-            values = [statistics.median(piece.tolist()) for pair in pairs for piece in _pieces(pair.logs)]
-        mean, low, high = mean_interval(values, alpha=alpha)
-        if len(pairs) < LEAST_BLOCKS:
-            low, high = low - UNSEEN / len(pairs) ** 0.5, high + UNSEEN / len(pairs) ** 0.5
-        _, plain_low, plain_high = mean_interval(values, alpha=(1.0 - CONFIDENCE) / 2)
+        values = [pair.median for pair in pairs]
+        mean, low, high = persistent_interval(values, alpha=alpha)
+        _, plain_low, plain_high = persistent_interval(values, alpha=(1.0 - CONFIDENCE) / 2)
         cycles = [pair.cycles for pair in pairs if pair.cycles is not None]
         return Compared(
             math.exp(mean),
@@ -102,7 +99,7 @@ class Evidence:
             _exp(plain_high - mean) - _exp(plain_low - mean),
             math.exp(sum(cycles) / len(cycles)) if cycles else None,
             len(values),
-            sum(len(pair.logs) for pair in pairs),
+            sum(pair.laps for pair in pairs),
         )
 
     def _of(self, a: str, b: str) -> list[_Pair]:
@@ -135,8 +132,45 @@ def _pair(block: Block, a: str, b: str) -> _Pair | None:
         clocked = kept & (clocks > 0).all(axis=0)
         if clocked.sum() >= FLOOR_ROUNDS:
             cycles = statistics.median((logs[clocked] + np.log(clocks[0, clocked] / clocks[1, clocked])).tolist())
-    return _Pair(logs[kept], statistics.median(logs[kept].tolist()), cycles)
+    return _Pair(int(kept.sum()), statistics.median(logs[kept].tolist()), cycles)
 
 
-def _pieces(logs: NDArray[np.float64]) -> list[NDArray[np.float64]]:
-    return list(np.array_split(logs, max(1, len(logs) // PIECE)))
+def persistent_interval(values: Sequence[float], *, alpha: float) -> tuple[float, float, float]:
+    """(mean, low, high) of values in the order they were taken, each of which may resemble the one before (an AR(1) series).
+
+    Student's t with the freedom of as many independent values as they are worth; either end errs with probability `alpha`. Infinite ends
+    for fewer than LEAST_BLOCKS values.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count < LEAST_BLOCKS:
+        return mean, -math.inf, math.inf
+    off = np.asarray(values, dtype=np.float64) - mean
+    squares = float(off @ off)
+    worth = _worth(off, squares)
+    # Values that go together also differ less than they would apart: squares / (count - count / worth) is free of that.
+    variance = squares / (count - count / worth) / worth
+    reach = _student(round(worth - 1.0, 2), alpha) * math.sqrt(variance)
+    return mean, mean - reach, mean + reach
+
+
+def _worth(off: NDArray[np.float64], squares: float) -> float:
+    """How many independent values `off` (deviations from their mean, in order) are worth: between LEAST_WORTH and their number.
+
+    By their lag-1 autocorrelation, freed of the bias that few values have (Kendall 1954: -(1 + 4 r) / n), with CAUTION, never below 0.
+    """
+    count = len(off)
+    if squares <= 0.0:
+        return float(count)
+    found = float(off[1:] @ off[:-1]) / squares
+    persistence = (count * found + 1.0) / (count - 4.0) + CAUTION / math.sqrt(count)
+    persistence = min(max(persistence, 0.0), MOST_PERSISTENT)
+    return max(LEAST_WORTH, count * (1.0 - persistence) / (1.0 + persistence))
+
+
+@cache
+def _student(freedom: float, alpha: float) -> float:
+    """What Student's t exceeds with probability `alpha`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1.0 - alpha))

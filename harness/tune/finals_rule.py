@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from klab.harness.tune.finals_evidence import Block, Compared, Evidence
+from klab.harness.tune.finals_evidence import LEAST_BLOCKS, Block, Compared, Evidence
 
 # Blocks after which the evidence is looked at, each about 1.4 times the last: looking more often costs certainty.
 LOOKS = (5, 7, 10, 14, 20, 28, 40)
@@ -102,16 +102,26 @@ class Race:
             self.evidence.add(part)
         self._blocks += 1
         self._empty = 0 if parts else self._empty + 1
-        self.done = self.done or self._empty >= EMPTY_BLOCKS
+        self.done = self.done or self.gave_out
         if self._looked < len(self.looks) and self._blocks >= self.looks[self._looked]:
             self._look()
+
+    @property
+    def gave_out(self) -> bool:
+        """The last EMPTY_BLOCKS blocks gave nothing."""
+        return self._empty >= EMPTY_BLOCKS
+
+    @property
+    def blocks(self) -> int:
+        """How many have been run."""
+        return self._blocks
 
     def fail(self, name: str, reason: str) -> None:
         """A contender crashed or was wrong: it is out, and nobody stays dropped on its account."""
         self.failed.setdefault(name, reason)
 
     def _look(self) -> None:
-        alpha = self._share * 0.5 ** (self._looked + 2)
+        alpha = self.share * 0.5 ** (self._looked + 2)
         self._looked += 1
         leader = self._leader()
         if leader is None:
@@ -129,18 +139,18 @@ class Race:
         others = [name for name in self.running if name != self.default]
         if self.default in self.running and others and all(self._beaten(self.default, name, alpha) for name in others):
             self.dropped[self.default] = leader
-        self.done = not open_questions
+        self.done = self.done or not open_questions
 
     @property
-    def _share(self) -> float:
+    def share(self) -> float:
         """The error that all claims for one challenger together may have."""
         return ALPHA / max(1, len(self.contenders) - 1)
 
     @property
-    def _last_alpha(self) -> float:
+    def last_alpha(self) -> float:
         """What the looks before the present evidence have left: a quarter of the share went at the first, then half as much at each."""
         earlier = sum(blocks < self._blocks for blocks in self.looks[: self._looked])
-        return self._share * (0.5 + 0.5 ** (earlier + 1))
+        return self.share * (0.5 + 0.5 ** (earlier + 1))
 
     def _leader(self) -> str | None:
         """The lowest mean of the ratios to the default (or, where that failed, to whoever is first), over the blocks that have both."""
@@ -155,7 +165,7 @@ class Race:
         """Who has won, with all the evidence there is."""
         if self._blocks == 0 or (leader := self._leader()) is None:
             return Verdict(None, None, (), "nobody", "not needed", tuple(self._standing(n, "", None, (), 0.0) for n in self.contenders))
-        alpha = self._last_alpha
+        alpha = self.last_alpha
         alive = self.running
         default = self.default if self.default not in self.failed and self.default and self.evidence.rounds(self.default) else None
         tied = [n for n in alive if n == leader or not self._beaten(n, leader, alpha)]
@@ -169,7 +179,9 @@ class Race:
 
     def _decide(self, leader: str, tied: list[str], default: str | None, alpha: float) -> tuple[str, str]:
         if default is None:
-            return "no default", self.pick(tied)
+            # Too few blocks leave everybody in a tie, however slow: then the lowest, and not the simplest.
+            told = len(self.evidence.logs(leader, leader)) >= LEAST_BLOCKS
+            return "no default", self.pick(tied) if told else leader
         if default == leader:
             return "tie", default
         if default in tied:

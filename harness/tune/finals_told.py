@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.plan.trial import Trial
-from klab.harness.store.result import Result
-from klab.harness.tune.finals_energy import ByValue
+from klab.harness.store.result import Result, Status
+from klab.harness.tune.finals_energy import LEAST_WINDOWS, ByValue
 from klab.harness.tune.finals_evidence import Compared
 from klab.harness.tune.finals_rule import Standing, Verdict
 from klab.harness.tune.objective import LATENCY, Interval, Objective
-from klab.kernels.contract import Json
+from klab.kernels.contract import Json, canonical_json
 
 NO_CLOCK = "not confirmed in cycles: no clock"
 
@@ -108,9 +110,7 @@ def untold(field: Sequence[Trial], first: Trial, told: Sequence[Result], left_ou
     if len(field) == 1:
         reason = "nobody else came to the final"
     elif told:
-        reason = (
-            f"the final gave nothing to compare ({told[0].status.value}: {told[0].reason}): the ranking of the search stands, not confirmed"
-        )
+        reason = f"{_nothing(told, len(field))}: the ranking of the search stands, not confirmed"
     else:
         reason = "no time for a final: the ranking of the search stands, not confirmed"
     return Final(
@@ -125,6 +125,20 @@ def untold(field: Sequence[Trial], first: Trial, told: Sequence[Result], left_ou
     )
 
 
+def _nothing(told: Sequence[Result], field: int) -> str:
+    """What happened in a final without one block that counts."""
+    bad = [row for row in told if row.status is not Status.OK]
+    if not bad:
+        came = len({(row.kernel, canonical_json(row.config)) for row in told})
+        return (
+            f"the final ended without a block that counts: {came} of {field} contenders were timed, none in {FLOOR_ROUNDS} unmarked rounds"
+        )
+    counted = Counter(row.status.value for row in bad)
+    said = ", ".join(f"{count} x {status}" for status, count in counted.most_common())
+    why = next((row.reason for row in bad if row.reason), "")
+    return f"no block of the final came through ({said} of {len(told)} results{f': {why}' if why else ''})"
+
+
 def told_by_time(
     verdict: Verdict, names: Mapping[str, Trial], default: str, told: Sequence[Result], left_out: Sequence[Trial], unsure: str
 ) -> Final:
@@ -132,6 +146,9 @@ def told_by_time(
     reason = _why(verdict, names, default)
     if unsure and verdict.winner is not None and len(verdict.ties) > 1:
         reason += f"; {unsure}"
+    apart = [label(names[s.name]) for s in verdict.standings if s.state == "not compared"]
+    if apart and verdict.winner is not None:
+        reason += f"; not compared, as no block has both it and the best: {', '.join(apart)}"
     winner = names[verdict.winner] if verdict.winner else None
     return Final(
         winner,
@@ -181,27 +198,37 @@ def told_by_value(
     objective: Objective,
     told: Sequence[Result],
     left_out: Sequence[Trial],
-    reasons: Mapping[str, str],
+    reasons: Sequence[str],
+    short: str,
 ) -> Final:
-    """A final by another objective. `reasons` say per contender what its row says of its energy."""
+    """A final by another objective. `reasons`: of rows without an energy; `short`: why there were fewer windows than wanted, or ""."""
     fastest = names[verdict.winner] if verdict.winner else None
-    unit, values = objective.unit, choice.values
-    if choice.winner is None:
-        why = next((reason for reason in reasons.values() if reason), "the time was up before the energy was measured")
+    unit, values, winner = objective.unit, choice.values, choice.winner
+    if winner is None and short:
+        # That it can be measured at all was not seen, and nothing was shown to be better than the default.
+        winner = default if default not in {s.name for s in verdict.standings if s.state == "out"} else None
+    if winner is None:
+        why = next((reason for reason in reasons if reason), short or "it was not measured")
         reason = f"nobody has a value by {objective.name}: {why}"
         if fastest is not None:
             reason += f"; by time {label(fastest)} wins"
+    elif choice.why in ("nobody", "not confirmed"):
+        why = short or next((reason for reason in reasons if reason), "the others' was not measured")
+        windows = f"{choice.windows} window{'' if choice.windows == 1 else 's'}"
+        reason = f"the default: tie, energy not confirmed: {windows} of {LEAST_WINDOWS} at least ({why})"
     else:
-        own = values[choice.winner]
-        reason = f"{label(names[choice.winner])}: {own.median:.4g} [{own.low:.4g}, {own.high:.4g}] {unit}"
+        own = values.get(winner)
+        reason = label(names[winner]) + (f": {own.median:.4g} {unit}" if own else "")
         if choice.why == "faster":
-            reason += f", the default {values[default].median:.4g} [{values[default].low:.4g}, {values[default].high:.4g}]"
+            found = choice.to_default[winner]
+            over = f"{found.ratio:.4f} [{found.low:.4f}, {found.high:.4f}] of the default's"
+            reason += f", {over} {values[default].median:.4g} {unit} ({choice.windows} windows)"
         elif choice.why == "tie":
-            reason = "the default: nothing is clearly lower; " + reason
+            reason = f"the default: nothing is clearly lower ({choice.windows} windows); " + reason
         else:
-            reason = "the default has no value; " + reason
+            reason = "the default is out; " + reason
     return Final(
-        names[choice.winner] if choice.winner else None,
+        names[winner] if winner else None,
         tuple(names[name] for name in choice.ties),
         reason,
         objective,

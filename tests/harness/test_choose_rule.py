@@ -322,3 +322,47 @@ def test_rows_that_never_reached_a_device_are_of_none() -> None:
     dropped = failed(SHAPE, "triton_x", Status.UNSUPPORTED, "spills", kind="screened", device="")
     profile = choose([made(SHAPE), dropped], None)
     assert profile.notes == () and profile.choices[0].kernel == "matmul/torch"
+
+
+def nearly_equal() -> list[Result]:
+    """A default, another configuration and a library that nothing tells apart; the medians go up by 0.5%."""
+    runs = [("triton_a", {"block": 64}, 100.0), ("triton_a", {"block": 128}, 99.5), ("torch", {}, 100.5)]
+    return [
+        dataclasses.replace(made(SHAPE, name, config=config, samples=flat(level, 0.1)), run_id=f"run-{n}")
+        for n, (name, config, level) in enumerate(runs)
+    ]
+
+
+def test_simplicity_does_not_choose_what_is_slower_than_the_default() -> None:
+    rows = nearly_equal()
+
+    def default(row: Result) -> dict[str, object] | None:
+        return {} if row.library else {"block": 64}
+
+    choice = only(rows, defaults=default)
+    assert (choice.config, choice.evidence.settled_by, choice.evidence.tied_count) == ({"block": 64}, "simplicity", 2)
+    assert only(rows).kernel == "matmul/torch", "where no default is known, a library is the simpler"
+    assert only(rows, defaults=default, previous=choose([rows[2]], None)).config == {"block": 64}, "nor does habit"
+    faster = dataclasses.replace(rows[2], median_us=99.0)
+    assert only([*rows[:2], faster], defaults=default).kernel == "matmul/torch"
+
+
+def test_the_winner_of_a_final_is_the_choice() -> None:
+    rows = nearly_equal()
+    final = {SHAPE.key: ("matmul/triton_a", {"block": 64}, "the default: nothing is clearly faster")}
+    choice = only(rows, finals=final)
+    assert (choice.kernel, choice.config) == ("matmul/triton_a", {"block": 64})
+    evidence = choice.evidence
+    assert (evidence.settled_by, evidence.final_reason, evidence.tied_count) == ("final", "the default: nothing is clearly faster", 2)
+    assert evidence.runner_up is not None and evidence.runner_up.config == {"block": 128}
+    again = Profile.from_text(choose(rows, None, finals=final).to_text(), "here")
+    assert again.choices[0].evidence.final_reason == evidence.final_reason
+
+
+def test_a_winner_that_may_not_be_chosen_is_noted_and_not_chosen() -> None:
+    rows = nearly_equal()
+    wrong = made(SHAPE, "triton_b", samples=flat(50), status=Status.INCORRECT)
+    for winner in (("matmul/triton_b", {}, "won"), ("matmul/triton_a", {"block": 32}, "won")):
+        profile = choose([*rows, wrong], None, finals={SHAPE.key: winner})
+        assert profile.choices[0].evidence.settled_by == "simplicity" and not profile.choices[0].evidence.final_reason
+        assert any("the winner of its final" in note and winner[0] in note for note in profile.notes)

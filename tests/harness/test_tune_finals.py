@@ -56,10 +56,10 @@ def of(kernels, name, place=0, problem=PROBLEM):
 class Paper:
     """Instead of devices: `levels` give a contender's time in microseconds, `joules` its energy, `fates` what becomes of it."""
 
-    def __init__(self, levels, *, noise=0.003, joules=None, fates=None, clocks=None, block_s=0.0, size=1):
+    def __init__(self, levels, *, noise=0.003, joules=None, fates=None, clocks=None, block_s=0.0, size=1, window_noise=0.0, marked=False):
         self.levels, self.noise, self.joules, self.fates = levels, noise, joules or {}, fates or {}
         self.clocks, self.block_s, self.size = clocks or {}, block_s, size
-        self.now = 0.0
+        self.now, self.window_noise, self.marked = 0.0, window_noise, marked
         self.asked, self.rng = [], np.random.default_rng(0)
 
     def run(self, trials, store, *, deadline=None, stop=None):
@@ -88,9 +88,12 @@ class Paper:
         if trial.policy.energy:
             joules = self.joules.get(name)
             if joules is not None:
+                joules *= float(np.exp(self.window_noise * self.rng.normal()))
                 changes |= {"energy_j": joules, "energy_ci_low_j": joules * 0.99, "energy_ci_high_j": joules * 1.01}
             changes["energy_reason"] = "no energy counter" if joules is None else "cross-checked"
         samples = self.levels[name] * np.exp(self.noise * self.rng.normal(size=ROUNDS)) * drift
+        if self.marked:
+            changes["marked"] = (1,) * ROUNDS
         if name in self.clocks:
             changes["clocks_mhz"] = (self.clocks[name],) * ROUNDS
         return made(PROBLEM, trial.kernel.partition("/")[2], samples=samples.tolist(), **facts, **changes)
@@ -199,7 +202,16 @@ def test_time_that_is_up_in_the_midst_is_said(job, kernels, field, monkeypatch):
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: paper.now, time_ns=time.time_ns))
     told = finals(job, [field[c] for c in "abc"], default=field["default"], libraries=[], kernels=kernels, fleet=paper, deadline=7.0)
     assert told.winner == field["default"] and len(paper.asked) == 3, "a fourth block of 2 s would not end by then"
-    assert told.reason.endswith("the time was up before the intervals were narrow")
+    assert told.reason.endswith("tie, not confirmed: 3 blocks in the time, 5 are the least")
+
+
+def test_too_few_blocks_confirm_nothing(job, kernels, field, monkeypatch):
+    """However plain it looks: the same after five blocks is a win."""
+    for deadline, winner in ((7.0, "default"), (11.0, "a")):
+        paper = Paper({who(field["default"]): 100.0, who(field["a"]): 90.0}, block_s=2.0)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda now=paper: now.now, time_ns=time.time_ns))
+        told = finals(job, [field["a"]], default=field["default"], libraries=[], kernels=kernels, fleet=paper, deadline=deadline)
+        assert told.winner == field[winner] and ("not confirmed: 3 blocks" in told.reason) == (winner == "default")
 
 
 def test_noise_that_stays_is_said(job, kernels, field):
@@ -224,13 +236,42 @@ def test_by_energy_the_near_ones_are_metered_and_the_value_decides(job, kernels,
     metered = [t for trials in paper.asked for t in trials if t.policy.energy]
     assert {who(t) for t in metered} == {who(field[n]) for n in ("default", "a", "b", "library")}, "40% slower is not worth 6 s"
     told, _ = play(job, kernels, field, levels, objective=Objective("cost", 1000.0, 0.0), paper={"joules": joules})
-    assert told.winner == field["a"] and told.reason.endswith("USD, the default " + told.reason.partition("the default ")[2])
+    assert told.winner == field["a"] and told.reason.endswith(" USD (5 windows)") and "of the default's" in told.reason
     equal = dict.fromkeys(joules, 0.05)
     told, _ = play(job, kernels, field, levels, objective=Objective("energy"), paper={"joules": equal})
     assert told.winner == field["default"] and "nothing is clearly lower" in told.reason
     told, _ = play(job, kernels, field, levels, objective=Objective("energy-delay"))
     assert told.winner is None and told.fastest == field["a"]
     assert told.reason.startswith("nobody has a value by energy-delay: no energy counter; by time cpu_blocked ")
+
+
+def test_energy_is_measured_in_windows_apart_in_alternating_order(job, kernels, field):
+    levels = {"default": 100.0, "a": 95.0, "b": 99.0, "c": 140.0, "library": 104.0}
+    joules = {who(field[name]): 0.04 if name == "b" else 0.05 for name in levels}
+    told, paper = play(job, kernels, field, levels, objective=Objective("energy"), paper={"joules": joules, "window_noise": 0.003})
+    windows = [trials for trials in paper.asked if trials[0].policy.energy]
+    assert told.winner == field["b"] and len(windows) == 5
+    assert len({t.policy.seed for trials in windows for t in trials}) == 5, "data of its own in each"
+    assert list(map(who, windows[0])) == list(map(who, windows[1]))[::-1] == list(map(who, windows[2]))
+
+
+def test_fewer_windows_than_four_leave_the_default(job, kernels, field, monkeypatch):
+    """20% less energy, in so many windows as there is time for: 5 blocks take 5 s, windows 1 s each as well."""
+    levels = {"default": 100.0, "a": 80.0}
+    joules = {who(field["default"]): 0.05, who(field["a"]): 0.04}
+    for deadline, winner, said in ((7.0, "default", "energy not confirmed: 2 windows of 4"), (15.0, "a", "5 windows")):
+        paper = Paper({who(field[name]): level for name, level in levels.items()}, joules=joules, block_s=1.0)
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda now=paper: now.now, time_ns=time.time_ns))
+        monkeypatch.setattr(module, "TIMES_SHARE", 1.0)
+        by = {"objective": Objective("energy"), "deadline": deadline}
+        found = finals(job, [field["a"]], default=field["default"], libraries=[], kernels=kernels, fleet=paper, **by)
+        assert found.winner == field[winner] and said in found.reason
+
+
+def test_a_final_without_a_block_that_counts_says_what_happened(job, kernels, field):
+    told, paper = play(job, kernels, field, dict.fromkeys(field, 100.0), paper={"marked": True})
+    assert told.winner == field["a"] and not told.confirmed and len(paper.asked) == 5
+    assert told.reason.startswith("the final ended without a block that counts: 5 of 5 contenders were timed, none in 5 unmarked rounds")
 
 
 def test_the_field_is_one_group_of_one_problem(job, kernels, field):
