@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from klab.harness.cli._console import emit, table
 
 if TYPE_CHECKING:
+    from klab.harness.choose.profile import Profile
     from klab.harness.plan.trial import Trial
     from klab.harness.store.result import Result
     from klab.harness.tune.job import Job
     from klab.harness.tune.objective import Objective
     from klab.harness.tune.tuner import Tuned
+    from klab.kernels.contract import Kernel
 
 # Of a budget in time, so much is for this; problems whose winner is swept, the heaviest first (a setting takes some 10 s each).
 SHARE, PROBLEMS = 0.3, 3
@@ -32,15 +34,14 @@ def check(job: Job) -> None:
         control.axes()
 
 
-def run(job: Job, tuned: Tuned, goal: Objective, deadline: float | None, *, as_json: bool) -> None:
-    """Sweep and show. Everything that was set is put back, however it ends."""
+def run(job: Job, chosen: Sequence[Trial], goal: Objective, deadline: float | None, *, as_json: bool) -> None:
+    """Sweep the first PROBLEMS of these and show. Everything that was set is put back, however it ends."""
     from klab.harness.fleet.devices import devices
     from klab.harness.fleet.local import Fleet
     from klab.harness.tune.clock_control import clock_control
     from klab.harness.tune.clock_sweep import sweep
 
     device = devices(job.chip)[0]
-    chosen = winners(tuned)[:PROBLEMS]
     if not chosen:
         return
     with (
@@ -48,20 +49,23 @@ def run(job: Job, tuned: Tuned, goal: Objective, deadline: float | None, *, as_j
         Fleet(job.chip, job.run_id, only_devices=[device.id], kernel_dirs=job.kernel_dirs) as fleet,
     ):
         rows: list[Result] = []
-        for trial in chosen:
+        for trial in chosen[:PROBLEMS]:
             rows += sweep(job, fleet, control, [trial], deadline=deadline)
     show(rows, goal, as_json=as_json)
 
 
-def winners(tuned: Tuned) -> list[Trial]:
-    """What the final chose of each problem, or else the best that was found; the heaviest problem first."""
+def winners(tuned: Tuned, profile: Profile, kernels: Mapping[str, Kernel]) -> list[Trial]:
+    """What the profile chose of each problem, the heaviest problem first; none where the kernel is not here."""
+    from klab.harness.plan.trial import Trial
+
+    chosen = {choice.wanted.problem_key: choice for choice in profile.choices}
     found: list[Trial] = []
     for course in sorted(tuned.courses, key=lambda c: -c.prospect.weight * c.prospect.bound_us):
-        final = tuned.finals.get(course.prospect.key)
-        best = course.finalists(1, 1.0) or ([course.default] if course.default else [])
-        winner = final.winner if final and final.winner else best[0] if best else None
-        if winner is not None:
-            found.append(winner)
+        choice = chosen.get(course.problem.key)
+        kernel = kernels.get(choice.kernel) if choice else None
+        if choice and kernel:
+            usual = course.defaults[0]
+            found.append(Trial.of(kernel, course.problem, kernel.config_type.from_json(choice.config), usual.chip, usual.policy))
     return found
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from klab.harness.cli._console import emit, out, table, talk
 from klab.harness.cli._progress import summary_row
 from klab.harness.store.result import Result, Status
-from klab.kernels.contract import canonical_json
 
 if TYPE_CHECKING:
     from klab.harness.choose.profile import Choice, Profile
     from klab.harness.plan.rows import Plan
     from klab.harness.plan.trial import Trial
     from klab.harness.tune.course import Course
-    from klab.harness.tune.finals_told import Final
+    from klab.harness.tune.ending import Ending
     from klab.harness.tune.screen import Screened
     from klab.harness.tune.strategy import Evaluation
     from klab.harness.tune.tuner import Tuned
@@ -51,7 +49,7 @@ class Narrator:
     def result(self, result: Result) -> None:
         """One row is in the store. Failures of one kind are told once: a search meets many."""
         if self._as_json:
-            emit(summary_row(result))
+            emit({"type": "trial", **summary_row(result)})
         if result.status not in (Status.OK, Status.SCREENED, Status.UNSUPPORTED):
             kind = f"{result.status.value}: {result.kernel} on {result.problem_label}"
             self.failed[kind] += 1
@@ -78,17 +76,18 @@ RIGHT = ("share", "default us", "library us", "chosen us", "vs default", "vs lib
 def problem_rows(tuned: Tuned, profile: Profile) -> list[dict[str, Any]]:
     """One row per tuned problem, times in microseconds; `further_us` is modelled, not measured."""
     chosen: dict[str, Choice] = {choice.wanted.problem_key: choice for choice in profile.choices}
-    loads = {c.prospect.key: c.prospect.weight * _finite(c.prospect.now_us) for c in tuned.courses}
+    # Of a problem without a time, its share is by the roofline's bound.
+    loads = {c.prospect.key: c.prospect.weight * _load_us(c) for c in tuned.courses}
     whole = sum(loads.values()) or 1.0
     rows: list[dict[str, Any]] = []
     for course in tuned.courses:
         key = course.prospect.key
-        choice, final = chosen.get(key), tuned.finals.get(key)
+        choice, final = chosen.get(key), tuned.endings.get(key)
         # What ran beside each other is compared; what was measured minutes apart may have drifted.
-        same = _medians(final)
         chosen_us = choice.evidence.median_us if choice else None
-        if choice:
-            chosen_us = same.get((choice.kernel, canonical_json(choice.config)), chosen_us)
+        if choice and final:
+            chosen_us = final.median_us(choice.kernel, choice.config) or chosen_us
+        measured = math.isfinite(min(course.prospect.now_us, course.best_us()))
         failed = Counter(e.status.value for e in course.found if not e.ok)
         rows.append(
             {
@@ -96,23 +95,28 @@ def problem_rows(tuned: Tuned, profile: Profile) -> list[dict[str, Any]]:
                 "problem_key": key,
                 "problem_label": course.label,
                 "share": loads[key] / whole,
+                "share_is": "measured" if measured else "modelled",
                 "bound_us": course.prospect.bound_us,
                 "default": course.default.kernel if course.default else None,
-                "default_us": _beside(course.default, same) or _known(course.default_us),
+                "default_us": _beside(course.default, final) or _known(course.default_us),
                 "library": course.library.kernel if course.library else None,
-                "library_us": _beside(course.library, same) or _known(course.prospect.rival_us),
+                "library_us": _beside(course.library, final) or _known(course.prospect.rival_us),
                 "search_best_us": _known(course.best_us()),
                 "chosen": choice.kernel if choice else None,
                 "chosen_config": dict(choice.config) if choice else None,
                 "chosen_us": chosen_us,
-                "final": final.reason if final else None,
-                "ties": len(final.ties) if final else None,
+                "final": final.word if final else "none",
+                "final_reason": final.reason if final else None,
+                "final_known": final.known if final else None,
+                "ties": final.ties if final else None,
                 "candidates": len(course.lane.space) if course.lane else None,
                 "evaluations": course.evaluations,
                 "failed": dict(failed),
                 "resumed": course.resumed,
                 "device_s": course.prospect.spent_s,
-                "further_us": tuned.further_us.get(key, 0.0),
+                "all_failed": {kernel: dict(counts) for kernel, counts in course.hopeless().items()},
+                "left_out": dict(course.left_out),
+                "further_us": tuned.further_us.get(key, 0.0) if course.evaluations else None,
                 "further_is": "modelled",
                 "trouble": course.trouble,
                 "journal": str(course.journal) if course.journal else None,
@@ -121,17 +125,13 @@ def problem_rows(tuned: Tuned, profile: Profile) -> list[dict[str, Any]]:
     return rows
 
 
-def _medians(final: Final | None) -> dict[tuple[str, str], float]:
-    """(kernel, configuration) -> its median in microseconds over the blocks of a final."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in final.results if final else ():
-        if row.status is Status.OK and row.median_us is not None:
-            found[row.kernel, canonical_json(row.config)].append(row.median_us)
-    return {name: statistics.median(times) for name, times in found.items()}
+def _load_us(course: Course) -> float:
+    now_us = min(course.prospect.now_us, course.best_us())
+    return now_us if math.isfinite(now_us) else course.prospect.bound_us
 
 
-def _beside(trial: Trial | None, same: Mapping[tuple[str, str], float]) -> float | None:
-    return None if trial is None else same.get((trial.kernel, canonical_json(trial.config.to_json_full())))
+def _beside(trial: Trial | None, final: Ending | None) -> float | None:
+    return None if trial is None or final is None else final.median_us(trial.kernel, trial.config.to_json_full())
 
 
 def summary(tuned: Tuned, plan: Plan, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -147,7 +147,12 @@ def summary(tuned: Tuned, plan: Plan, rows: Sequence[Mapping[str, Any]], folder:
         name: step_times(plan, known) for name, known in (("default", default), ("untuned", before), ("tuned", chosen), ("later", later))
     }
     steps = [
-        {"phase": phase, "batch": batch, **{f"{name}_us": _known(found[phase, batch]) for name, found in times.items()}}
+        {
+            "phase": phase,
+            "batch": batch,
+            **{f"{name}_us": _known(found[phase, batch]) for name, found in times.items()},
+            **_covered(plan, phase, batch, chosen),
+        }
         for phase, batch in plan.steps
     ]
     share = tuned.measuring_share
@@ -161,11 +166,24 @@ def summary(tuned: Tuned, plan: Plan, rows: Sequence[Mapping[str, Any]], folder:
         "wall_s": round(tuned.wall_s, 2),
         "search_s": round(tuned.search_s, 2),
         "device_s": round(tuned.device_s, 2),
+        "finals_s": round(tuned.finals_s, 2),
         "devices": tuned.devices,
         "measuring_share": None if share is None else round(share, 3),
         "waited_for_compiler_s": round(tuned.waited_s, 2),
         "steps": steps,
         "results": str(folder),
+    }
+
+
+def _covered(plan: Plan, phase: str, batch: int, times_us: Mapping[str, float]) -> dict[str, Any]:
+    """What of a step has a time: problems and microseconds; of the others, what the roofline says that they take at least."""
+    rows = [row for row in plan.step(phase, batch) if row.problem]
+    known = {row.problem.key for row in rows if row.problem and row.problem.key in times_us}
+    return {
+        "problems": len({row.problem.key for row in rows if row.problem}),
+        "measured": len(known),
+        "measured_us": sum(row.count * times_us[row.problem.key] for row in rows if row.problem and row.problem.key in known),
+        "unmeasured_bound_us": sum(row.count * row.bound_us for row in rows if row.problem and row.problem.key not in known),
     }
 
 
@@ -179,15 +197,11 @@ def show(tuned: Tuned, plan: Plan, profile: Profile, folder: Path, *, as_json: b
         emit(whole)
         return
     table(f"Tuned on {plan.chip.title}", COLUMNS, [_cells(row) for row in rows], right=RIGHT)
+    for row in rows:
+        for line in _lines(row):
+            out.print(line, markup=False, soft_wrap=True)
     for step in whole["steps"]:
-        if step["tuned_us"] is None or step["untuned_us"] is None:
-            continue
-        gain = f"{step['untuned_us']:,.0f} us untuned -> {step['tuned_us']:,.0f} us tuned ({step['untuned_us'] / step['tuned_us']:.2f}x)"
-        further = f"; as much time again: about {step['later_us']:,.0f} us (modelled)" if step["later_us"] else ""
-        out.print(f"{step['phase']} batch {step['batch']}, of what has kernels: {gain}{further}", markup=False, soft_wrap=True)
-    for course in tuned.courses:
-        if course.trouble:
-            talk.print(f"not searched: {course.trouble}", style="yellow", markup=False, soft_wrap=True)
+        out.print(_step_line(step), markup=False, soft_wrap=True)
     share = tuned.measuring_share
     measured = "" if share is None else f"; the device measured {share:.0%} of the search's {tuned.search_s:.0f} s"
     waited = f", waited {tuned.waited_s:.0f} s for compilers" if tuned.waited_s >= 0.5 else ""
@@ -198,6 +212,40 @@ def show(tuned: Tuned, plan: Plan, profile: Profile, folder: Path, *, as_json: b
     talk.print(f"{said}{measured}{waited}. Results in {folder}", markup=False, soft_wrap=True)
 
 
+def _lines(row: Mapping[str, Any]) -> list[str]:
+    """What does not fit a cell: how the final ended, who failed, who was left out."""
+    label = row["problem_label"]
+    found = []
+    if row["final_reason"]:
+        found.append(f"{label}: {'known from an earlier final: ' if row['final_known'] else ''}{row['final_reason']}")
+    for kernel, counts in row["all_failed"].items():
+        count = sum(counts.values())
+        how = ", ".join(f"{status} ({n})" for status, n in sorted(counts.items()))
+        found.append(f"{label}: {kernel.partition('/')[2] or kernel}: {count} of {count} candidates failed: {how}")
+    if row["trouble"]:
+        found.append(f"{label}: not searched: {row['trouble']}")
+    else:
+        found += [f"{label}: {kernel} is left out: {reason}" for kernel, reason in row["left_out"].items()]
+    return found
+
+
+def _step_line(step: Mapping[str, Any]) -> str:
+    name = f"{step['phase']} batch {step['batch']}"
+    if step["tuned_us"] is None or step["untuned_us"] is None:
+        said = f"{name}: {step['measured']} of {step['problems']} problems have a time, {step['measured_us']:,.4g} us together"
+        return f"{said}; the others take at least {step['unmeasured_bound_us']:,.4g} us (roofline, not measured)"
+    gain = f"{step['untuned_us']:,.4g} us untuned -> {step['tuned_us']:,.4g} us tuned ({step['untuned_us'] / step['tuned_us']:.2f}x)"
+    further = f"; as much time again: about {step['later_us']:,.4g} us (modelled)" if step["later_us"] else ""
+    return f"{name}, of what has kernels: {gain}{further}"
+
+
+def _further(row: Mapping[str, Any]) -> str:
+    if row["further_us"] is None:
+        return "not searched"
+    text = f"{row['further_us']:.3g}"
+    return f"-{text} modelled" if float(text) > 0 else ""
+
+
 def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:
     def ratio(name: str) -> str:
         base, chosen = row[name], row["chosen_us"]
@@ -206,9 +254,11 @@ def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:
     config = row["chosen_config"]
     knobs = " ".join(f"{k}={v}" for k, v in config.items()) if isinstance(config, dict) else ""
     return (
-        row["problem_label"], f"{row['share']:.1%}", _cell(row["default_us"]), _cell(row["library_us"]), _cell(row["chosen_us"]),
-        ratio("default_us"), ratio("library_us"), f"{str(row['chosen'] or '').partition('/')[2]} {knobs}".strip(), row["final"] or "",
-        f"{row['evaluations']}/{row['candidates'] or '?'}", f"{row['device_s']:.1f}", f"-{row['further_us']:.3g} modelled",
+        row["problem_label"], f"{row['share']:.1%}{'' if row['share_is'] == 'measured' else ' modelled'}",
+        _cell(row["default_us"]), _cell(row["library_us"]), _cell(row["chosen_us"]),
+        ratio("default_us"), ratio("library_us"), f"{str(row['chosen'] or '').partition('/')[2]} {knobs}".strip(),
+        f"{row['final']}{' (known)' if row['final_known'] else ''}",
+        f"{row['evaluations']}/{row['candidates'] or '?'}", f"{row['device_s']:.1f}", _further(row),
     )  # fmt: skip
 
 
@@ -222,7 +272,3 @@ def _us(value: float) -> str:
 
 def _known(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

@@ -14,6 +14,7 @@ from klab.harness.cli.choose import Objective, UsdPerHour, UsdPerKwh
 from klab.harness.cli.measure import DryRun, Phase
 
 if TYPE_CHECKING:
+    from klab.harness.choose.profile import Profile
     from klab.harness.cli._setup import Setup
     from klab.harness.tune.job import Job
     from klab.harness.tune.objective import Objective as Goal
@@ -79,7 +80,6 @@ def command(app: typer.Typer) -> None:
         from klab.harness.tune import objective as goals
         from klab.harness.tune.allowance import Allowance
         from klab.harness.tune.job import Job
-        from klab.harness.tune.strategy import find_strategy
         from klab.harness.tune.tuner import Options, Tuner
         from klab.kernels.errors import CannotMeasure
 
@@ -88,8 +88,7 @@ def command(app: typer.Typer) -> None:
         deadline = deadline_of(seconds, reserve_s=WRAP_UP_S)
         later_s = (seconds or 0.0) * (_clocks.SHARE * allow_clock_control + PARETO_SHARE * pareto)
         allowance = Allowance(evaluations, gpu_seconds, None if deadline is None else deadline - later_s)
-        if strategy is not None:
-            find_strategy(strategy)
+        options = Options(strategy or "", seed, goal, allowance)
         setup = look_up(
             model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=kernels, only=kernel, phase=phase
         )  # fmt: skip
@@ -100,7 +99,6 @@ def command(app: typer.Typer) -> None:
         if dry_run:
             _show_targets(setup, targets, competing, as_json=as_json)
             return
-        options = Options(strategy or "", seed, goal, allowance)
         folder = folder_to_write(results)
         narrator = Narrator(as_json=as_json)
         # Recorded runs that ship with klab count too, unless a folder was named.
@@ -109,14 +107,14 @@ def command(app: typer.Typer) -> None:
         if allow_clock_control:
             _clocks.check(job)
         tuner = Tuner(job, competing, targets, options, told=narrator.slice, reweigh=_reweigh(setup, phase))
-        tuned = _run(setup, job, tuner, goal, out_file, export, pareto=pareto, as_json=as_json)
+        tuned, profile = _run(setup, job, tuner, goal, out_file, export, pareto=pareto, as_json=as_json)
         if allow_clock_control:
-            _clocks.run(job, tuned, goal, deadline, as_json=as_json)
+            _clocks.run(job, _clocks.winners(tuned, profile, setup.catalogue.kernels), goal, deadline, as_json=as_json)
 
 
 def _run(
     setup: Setup, job: Job, tuner: Tuner, goal: Goal, out_file: Path | None, export: Path | None, *, pareto: bool, as_json: bool
-) -> Tuned:
+) -> tuple[Tuned, Profile]:
     try:
         tuned = tuner.run()
     except KeyboardInterrupt:
@@ -130,10 +128,10 @@ def _run(
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
     if pareto:
         _pareto(setup, job, tuned, as_json=as_json)
-    _finish(setup, job, tuned, goal, out_file, as_json=as_json)
+    profile = _finish(setup, job, tuned, goal, out_file, as_json=as_json)
     if export is not None:
         _export(job, tuned, export, as_json=as_json)
-    return tuned
+    return tuned, profile
 
 
 def _competing(setup: Setup, only: list[str] | None) -> list[Kernel]:
@@ -171,8 +169,8 @@ def _reweigh(setup: Setup, phase: str | None) -> Callable[[Mapping[str, float]],
     return lambda times: weights(setup.plan, times, phase)
 
 
-def _finish(setup: Setup, job: Job, tuned: Tuned, goal: Goal, out_file: Path | None, *, as_json: bool) -> None:
-    """Choose among everything that stands, write the pack as `klab run` does, and show what came of it."""
+def _finish(setup: Setup, job: Job, tuned: Tuned, goal: Goal, out_file: Path | None, *, as_json: bool) -> Profile:
+    """Choose what the finals say, else among everything that stands, write the pack as `klab run` does, and show what came of it."""
     from klab.harness.choose.decide import decide, same_choice
     from klab.harness.choose.profile import profile_path, read_profile, write_text
     from klab.harness.cli._tuning import show
@@ -180,11 +178,21 @@ def _finish(setup: Setup, job: Job, tuned: Tuned, goal: Goal, out_file: Path | N
 
     path = out_file or profile_path(setup.chip.name, setup.plan.model.name, goal.name)
     previous = read_profile(path)
-    profile = decide(job.stored(), setup.plan, setup.chip.name, goal, catalogue=setup.catalogue, previous=previous, limits=setup.chip)
+    profile = decide(
+        job.stored(),
+        setup.plan,
+        setup.chip.name,
+        goal,
+        catalogue=setup.catalogue,
+        previous=previous,
+        limits=setup.chip,
+        finals=tuned.decided,
+    )
     if profile.choices:
         write_text(path, profile.to_text())
     show(tuned, setup.plan, profile, job.folder, as_json=as_json)
     tell_profile(profile, path, same_choice(previous, profile) if previous else None)
+    return profile
 
 
 def _pareto(setup: Setup, job: Job, tuned: Tuned, *, as_json: bool) -> None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from klab.harness.tune.search import Budget
 
-# Of a budget in time, so much is kept for the finals; no more than so many seconds for each that there will be.
+# Of a budget, so much is kept for the finals; of one in time no more than so many seconds for each that there will be.
 FINALS_SHARE, FINAL_S = 0.25, 20.0
+# While nothing has beaten a default there is nothing to judge: so much is kept, for what the last slice may find.
+SPARE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Allowance:
         """The second at which searching ends, so that so many finals have their share of the time."""
         if self.deadline is None:
             return None
-        return self.deadline - min(FINALS_SHARE * max(self.deadline - self.began, 0.0), FINAL_S * max(finals, 1))
+        share = FINALS_SHARE * max(self.deadline - self.began, 0.0)
+        return self.deadline - min(share, FINAL_S * finals if finals else SPARE_S)
 
     def search_over(self, evaluations: int, device_s: float, finals: int = 1) -> str:
         """Why searching must end after so much, or "" while it may go on."""
@@ -45,19 +48,19 @@ class Allowance:
             return "time"
         if self.evaluations is not None and evaluations >= self.evaluations:
             return "evaluations"
-        if self.device_s is not None and device_s >= (1.0 - FINALS_SHARE) * self.device_s:
-            return "device seconds"
-        return ""
+        return "device seconds" if self.search_left_s(device_s, finals) <= 0 else ""
+
+    def search_left_s(self, device_s: float, finals: int = 1) -> float:
+        """Seconds of the device that searches may still take when they took so many, with so many finals to come."""
+        return math.inf if self.device_s is None else (1.0 - FINALS_SHARE * bool(finals)) * self.device_s - device_s
 
     def evaluations_left(self, evaluations: int) -> int | None:
         """How many more distinct candidates."""
         return None if self.evaluations is None else max(self.evaluations - evaluations, 0)
 
-    def final_s(self, share: float) -> float:
-        """Seconds of a final that has this share of what is left for finals; FINAL_S where no time was given."""
-        limits = []
-        if self.deadline is not None:
-            limits.append(share * max(self.left_s(), 0.0))
+    def final_s(self, share: float, spent_s: float = 0.0) -> float:
+        """Seconds of a final that has this share of what is left when so many of the device were spent; infinite without such a limit."""
+        left = max(self.left_s(), 0.0)
         if self.device_s is not None:
-            limits.append(share * FINALS_SHARE * self.device_s)
-        return min(limits, default=FINAL_S)
+            left = min(left, max(self.device_s - spent_s, 0.0))
+        return share * left if math.isfinite(left) else math.inf

@@ -8,7 +8,8 @@ import inspect
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from klab.harness.tune.live import Lane
 from klab.harness.tune.objective import Interval
 from klab.harness.tune.pack import SLICE, Prospect
 from klab.harness.tune.search import Search
-from klab.harness.tune.search_journal import SearchJournal
+from klab.harness.tune.search_journal import SearchJournal, damage
 from klab.harness.tune.space import KERNEL, Space, kernel_points
 from klab.harness.tune.strategy import Ask, Evaluation, Prior, find_strategy
 from klab.kernels.contract import Chip, Json, Kernel, Problem, digest
@@ -57,6 +58,8 @@ class Course:
     trouble: str = ""
     foreseen: set[int] = field(default_factory=set)
     failed: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Kernels (by id) whose space could not be listed, and why."""
     _order: list[int] | None = None
 
     @property
@@ -79,8 +82,8 @@ class Course:
         return self.search is not None and self.search.trace.has(candidate)
 
     def best_us(self) -> float:
-        """The best full measurement of the kernels that are tuned; infinite when there is none."""
-        return min([self.default_us, *(e.value for e in self.found if e.ok and not e.rounds)])
+        """The best of the kernels that are tuned, of short runs those that look better than the default; infinite when there is none."""
+        return min([self.default_us, *(e.value for e in self._standing())])
 
     @property
     def contested(self) -> bool:
@@ -88,12 +91,45 @@ class Course:
         return self.best_us() < self.default_us
 
     def finalists(self, count: int, near: float) -> list[Trial]:
-        """The best that were measured in full, the best first: at most so many, and none slower than `near` times the best."""
-        if self.search is None or self.lane is None:
+        """The best, the best first: at most so many, none slower than `near` times the best. As trials that are measured in full."""
+        if self.lane is None:
             return []
-        full = {e.candidate: e for e in self.found if e.ok and not e.rounds}
-        ranked = sorted(full.values(), key=lambda e: (e.value, e.candidate))
+        ranked = sorted(self._standing(), key=lambda e: (e.value, e.candidate))
         return [self.lane.trial(e.candidate) for e in ranked[:count] if e.value <= near * ranked[0].value]
+
+    def _standing(self) -> list[Evaluation]:
+        """One evaluation of each candidate that never failed: in full, or else its longest short run, if that looks better than the
+        default (than its run of as many rounds, where there is one: a few rounds are not worth a full median)."""
+        failed = {e.candidate for e in self.found if not e.ok}
+        longest: dict[int, Evaluation] = {}
+        for e in self.found:
+            known = longest.get(e.candidate)
+            if e.candidate not in failed and (known is None or (known.rounds and (not e.rounds or e.rounds >= known.rounds))):
+                longest[e.candidate] = e
+        shorts = [e for e in longest.values() if e.rounds]
+        if not shorts:
+            return list(longest.values())
+        own = self._default_in_short()
+        return [e for e in longest.values() if not e.rounds or e.value < own.get(e.rounds, self.default_us)]
+
+    def _default_in_short(self) -> dict[int, float]:
+        """Rounds -> the default's time in a run of so many."""
+        if self.lane is None or self.default is None:
+            return {}
+        at = self.lane.space.find({KERNEL: self.default.kernel, **self.default.config.to_json_full()})
+        return {e.rounds: e.value for e in self.found if e.candidate == at and e.rounds and e.ok}
+
+    def hopeless(self) -> dict[str, Counter[str]]:
+        """Kernels (by id) of which candidates were tried and every one failed: how, and how often."""
+        if self.lane is None:
+            return {}
+        kernel = {e.candidate: self.lane.trial(e.candidate).kernel for e in self.found}
+        fine = {kernel[e.candidate] for e in self.found if e.ok}
+        last = {e.candidate: e for e in self.found if kernel[e.candidate] not in fine}
+        found: dict[str, Counter[str]] = {}
+        for candidate, e in last.items():
+            found.setdefault(kernel[candidate], Counter())[e.status.value] += 1
+        return found
 
     def by_prior(self) -> list[int]:
         """Candidates from the least expected time on; those of which nothing was expected are left out."""
@@ -143,14 +179,38 @@ class Course:
         return ask
 
 
-def make_space(problem: Problem, kernels: Iterable[Kernel], chip: Chip) -> Space:
-    """The candidates of the kernels that are tuned. UsageError, naming the problem, when there is none or a kernel's code raises."""
-    try:
-        return Space.of(kernel_points(kernels, problem, chip))
-    except UsageError as error:
-        raise UsageError(f"{problem.label()} on {chip.name}: {error}") from error
-    except Exception as error:
-        raise UsageError(f"{problem.label()} on {chip.name}: a kernel's space raised {type(error).__name__}: {error}") from error
+class _Raised(Exception):
+    """A kernel's own code raised while its space was listed."""
+
+
+def make_space(problem: Problem, kernels: Iterable[Kernel], chip: Chip, left_out: dict[str, str] | None = None) -> Space:
+    """The candidates of the kernels that are tuned. A kernel whose space raises or is empty is left out and put into `left_out`, by its id
+    with the reason. UsageError, naming the problem and the reasons, when nothing is left.
+    """
+    where = f"{problem.label()} on {chip.name}"
+    out = {} if left_out is None else left_out
+    able = list(kernels)
+    while True:
+        out.update((k.id, "its space has no valid candidate") for k in able if k.id not in out)  # until its first one comes
+        try:
+            return Space.of(_points(able, problem, chip, out))
+        except _Raised as error:
+            kernel, reason = error.args
+            able = [k for k in able if k.id != kernel]
+            out[kernel] = reason
+        except UsageError as error:
+            why = "; ".join(f"{kernel}: {reason}" for kernel, reason in out.items())
+            raise UsageError(f"{where}: {why or error}") from error
+
+
+def _points(kernels: Iterable[Kernel], problem: Problem, chip: Chip, empty: dict[str, str]) -> Iterator[dict[str, Json]]:
+    for kernel in kernels:
+        try:
+            for point in kernel_points([kernel], problem, chip):
+                empty.pop(kernel.id, None)
+                yield point
+        except Exception as error:
+            raise _Raised(kernel.id, f"its space raised {type(error).__name__}: {error}") from error
 
 
 def header_of(lane: Lane, strategy: str, seed: int, epoch: str) -> dict[str, Json]:
@@ -209,18 +269,41 @@ def strategy_digest(name: str) -> str:
     return found.hexdigest()[:16]
 
 
+def damaged(folder: Path) -> dict[Path, str]:
+    """Journals of a folder that cannot be gone on with, as they are or for their prior, each with a line that says why."""
+    found: dict[Path, str] = {}
+    for journal in sorted(folder.glob(f"*{SUFFIX}")):
+        reason = damage(journal)
+        try:
+            if not reason and journal.stat().st_size > 0:
+                _kept(_prior_path(journal), journal)
+        except UsageError as error:
+            reason = str(error)
+        if reason:
+            found[journal] = reason
+    return found
+
+
+def _prior_path(journal: Path) -> Path:
+    return journal.with_name(journal.name.removesuffix(SUFFIX) + PRIOR_SUFFIX)
+
+
+def _kept(path: Path, journal: Path) -> Prior:
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            expected = kept["expected"]
+            return Prior(tuple(int(c) for c in kept["seeds"]), expected if len(expected) else None)
+    except FileNotFoundError:
+        raise UsageError(f"{path} is gone, without which {journal} cannot go on; move that file away to start anew") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is damaged ({type(error).__name__}); move it and {journal.name} away to start anew") from error
+
+
 def _frozen(journal: Path, prior: Prior) -> Prior:
     """The prior that the search began with: stored beside its journal, because the store knows more now than it did then."""
-    path = journal.with_name(journal.name.removesuffix(SUFFIX) + PRIOR_SUFFIX)
+    path = _prior_path(journal)
     if journal.exists() and journal.stat().st_size > 0:
-        try:
-            with np.load(path, allow_pickle=False) as kept:
-                expected = kept["expected"]
-                return Prior(tuple(int(c) for c in kept["seeds"]), expected if len(expected) else None)
-        except FileNotFoundError:
-            raise UsageError(f"{path} is gone, without which {journal} cannot go on; remove that file to start anew") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UsageError(f"{path} is damaged ({type(error).__name__}); remove it and {journal.name} to start anew") from error
+        return _kept(path, journal)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from klab.harness.store.result import Status
 from klab.harness.tune.strategy import Evaluation
@@ -61,24 +62,7 @@ class SearchJournal:
         if not end and json.dumps(self._header).encode().startswith(whole):
             self._write(self._header, mode="w")  # killed while it wrote the header, or before
             return []
-        try:
-            if not end:
-                raise ValueError("it has no header")
-            header, *rows = [json.loads(line) for line in whole[:end].decode().split("\n")[:-1]]
-            found = [
-                Evaluation(
-                    int(r["candidate"]),
-                    math.inf if r["value"] is None else float(r["value"]),
-                    Status(r["status"]),
-                    int(r["rounds"]),
-                    float(r["spent_s"]),
-                )
-                for r in rows
-            ]
-            if not isinstance(header, dict):
-                raise TypeError("its first line is no header")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{self.path} is not a journal of a search ({error}); move it away") from error
+        header, found = _parsed(self.path, whole[:end])
         different = [name for name, value in self._header.items() if header.get(name) != value]
         if different:
             raise UsageError(f"{self.path} is of another search (other {', '.join(different)}); name another file or remove it")
@@ -87,3 +71,40 @@ class SearchJournal:
             with self.path.open("r+b") as file:
                 file.truncate(end)
         return found
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a journal, in a line that names it; "" for one that can be gone on with, whatever search it is of."""
+    try:
+        whole = path.read_bytes()
+        if end := whole.rfind(b"\n") + 1:  # without it: killed while it wrote the header, or no journal, which its search will tell
+            _parsed(path, whole[:end])
+    except UsageError as error:
+        return str(error)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    return ""
+
+
+def _parsed(path: Path, whole: bytes) -> tuple[dict[str, Json], list[Evaluation]]:
+    try:
+        if not whole:
+            raise ValueError("it has no header")
+        header, *rows = [json.loads(line, parse_constant=_refuse) for line in whole.decode().split("\n")[:-1]]
+        if not isinstance(header, dict):
+            raise TypeError("its first line is no header")
+        return header, [_evaluation(row) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a journal of a search ({error}); move it away") from error
+
+
+def _evaluation(row: Mapping[str, Any]) -> Evaluation:
+    value = math.inf if row["value"] is None else float(row["value"])
+    found = Evaluation(int(row["candidate"]), value, Status(row["status"]), int(row["rounds"]), float(row["spent_s"]))
+    if not (found.value >= 0 and found.spent_s >= 0 and found.rounds >= 0 and found.candidate >= 0):
+        raise ValueError(f"candidate {found.candidate} has a value below 0")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"a value is {constant}")

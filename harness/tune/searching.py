@@ -11,7 +11,7 @@ from klab.harness.plan.trial import Trial
 from klab.harness.tune.allowance import Allowance
 from klab.harness.tune.course import Course
 from klab.harness.tune.live import Live, Turn
-from klab.harness.tune.pack import SLICE, choose_next, ranking
+from klab.harness.tune.pack import SLICE, choose_next, ranking, usual_slice_s
 from klab.harness.tune.strategy import Ask, Evaluation
 
 # Problems whose next candidates are known and compiled at the same time.
@@ -42,6 +42,8 @@ class Searching:
             if not turns:
                 live.waited_s += POLL_S
                 time.sleep(POLL_S)
+            elif not self._affordable(turns):
+                return "device seconds"
             elif not self._measure(live, turns):
                 return self._over(live) or "time"
         return over
@@ -55,6 +57,15 @@ class Searching:
 
     def _spent(self) -> tuple[int, float]:
         return sum(c.evaluations for c in self.courses), sum(c.prospect.spent_s for c in self.courses)
+
+    def _affordable(self, turns: list[tuple[Course, Turn]]) -> bool:
+        """False when these slices are expected to take more of the device than is left. The very first is always begun."""
+        spent_s = self._spent()[1]
+        if not spent_s:
+            return True
+        usual = usual_slice_s([c.prospect for c in self.courses])
+        needed_s = sum(c.prospect.slice_s(usual) * len(turn.ask.candidates) / SLICE for c, turn in turns)
+        return needed_s <= self.allowance.search_left_s(spent_s, self._finals())
 
     def _measure(self, live: Live, turns: list[tuple[Course, Turn]]) -> bool:
         """One slice of each; False when nothing came of it."""

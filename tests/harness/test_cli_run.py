@@ -95,13 +95,13 @@ def test_an_interrupt_keeps_what_was_measured_and_exits_130(place):
 
 def test_a_campaign_continues_where_the_last_one_ended(place):
     words = ("campaign", "--chip", "cpu", "--model", "config.json", "--out", "camp", "--json")
-    first = klab(*words, "--budget", "25s", cwd=place)
+    first = klab(*words, "--budget", "15s", cwd=place)
     assert first.returncode == 0, first.stderr
     files = [p.name for p in (place / "camp").iterdir()]
     assert files == ["results.jsonl.gz"]
     done = {row["key"] for row in lines(first) if row.get("status") == "ok"}
     assert done and any(row.get("type") == "kernel" and row["right"] for row in lines(first))
-    second = klab(*words, "--budget", "25s", cwd=place)
+    second = klab(*words, "--budget", "10s", cwd=place)
     assert second.returncode == 0 and not done & {row["key"] for row in lines(second) if row.get("status") == "ok"}
 
 
