@@ -78,7 +78,7 @@ def command(app: typer.Typer) -> None:
         from klab.harness.cli._tuning import Narrator
         from klab.harness.store.paths import folder_to_read, folder_to_write
         from klab.harness.tune import objective as goals
-        from klab.harness.tune.allowance import Allowance
+        from klab.harness.tune.allowance import ENERGY_FINAL_S, FINAL_S, Allowance
         from klab.harness.tune.job import Job
         from klab.harness.tune.tuner import Options, Tuner
         from klab.kernels.errors import CannotMeasure
@@ -87,7 +87,8 @@ def command(app: typer.Typer) -> None:
         seconds = _options.seconds(budget)
         deadline = deadline_of(seconds, reserve_s=WRAP_UP_S)
         later_s = (seconds or 0.0) * (_clocks.SHARE * allow_clock_control + PARETO_SHARE * pareto)
-        allowance = Allowance(evaluations, gpu_seconds, None if deadline is None else deadline - later_s)
+        final_s = ENERGY_FINAL_S if goal.needs_energy else FINAL_S
+        allowance = Allowance(evaluations, gpu_seconds, None if deadline is None else deadline - later_s, final_s_most=final_s)
         options = Options(strategy or "", seed, goal, allowance)
         setup = look_up(
             model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=kernels, only=kernel, phase=phase

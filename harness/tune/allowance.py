@@ -10,6 +10,8 @@ from klab.harness.tune.search import Budget
 
 # Of a budget, so much is kept for the finals; of one in time no more than so many seconds for each that there will be.
 FINALS_SHARE, FINAL_S = 0.25, 20.0
+# One that meters energy: five windows of about 14 s for each of two or three.
+ENERGY_FINAL_S = 200.0
 # While nothing has beaten a default there is nothing to judge: so much is kept, for what the last slice may find.
 SPARE_S = 3.0
 
@@ -18,6 +20,7 @@ SPARE_S = 3.0
 class Allowance:
     """None is no limit. `deadline` is a second of time.monotonic() for everything, `began` when the run began.
 
+    final_s_most: what one final is reserved at most.
     evaluations: distinct candidates that searches may have an outcome for, those of an interrupted run included. device_s: seconds of the
     device, likewise. UsageError for one that is too small for anything.
     """
@@ -26,6 +29,7 @@ class Allowance:
     device_s: float | None = None
     deadline: float | None = None
     began: float = field(default_factory=time.monotonic)
+    final_s_most: float = FINAL_S
 
     def __post_init__(self) -> None:
         Budget(self.evaluations, self.device_s)
@@ -39,7 +43,7 @@ class Allowance:
         if self.deadline is None:
             return None
         share = FINALS_SHARE * max(self.deadline - self.began, 0.0)
-        return self.deadline - min(share, FINAL_S * finals if finals else SPARE_S)
+        return self.deadline - min(share, self.final_s_most * finals if finals else SPARE_S)
 
     def search_over(self, evaluations: int, device_s: float, finals: int = 1) -> str:
         """Why searching must end after so much, or "" while it may go on."""

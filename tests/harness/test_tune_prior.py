@@ -196,6 +196,7 @@ def test_a_misleading_prior_costs_a_bounded_part(wrong: str) -> None:
     recorded = modelled(512, N, K)
     truth = np.where(np.isfinite(recorded.time_us), recorded.time_us, np.nan)
     lie = 1e4 / truth if wrong == "reversed" else np.random.default_rng(0).permutation(truth)
-    cold = efficiency(recorded, Prior(), 40, 3)
-    misled = efficiency(recorded, Prior((), lie), 40, 3)
-    assert misled > 0.9 * cold
+    # Eight seeds: with three the mean of either moves by 10%.
+    cold = efficiency(recorded, Prior(), 60, 8)
+    misled = efficiency(recorded, Prior((), lie), 60, 8)
+    assert misled > 0.88 * cold
