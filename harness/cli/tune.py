@@ -147,19 +147,13 @@ def _competing(setup: Setup, only: list[str] | None) -> list[Kernel]:
 
 
 def _targets(setup: Setup, phase: str | None, wanted: list[str] | None) -> list[Target]:
+    from klab.harness.cli._setup import matching
     from klab.harness.tune.pack import LAUNCH_US, weights
     from klab.harness.tune.tuner import Target
-    from klab.kernels.errors import UsageError
 
     weight = weights(setup.plan, {}, phase)
     bound = {row.problem.key: row.bound_us for row in setup.plan.rows if row.problem}
-    problems = {p.key: p for p in setup.plan.problems() if p.key in weight}
-    if wanted:
-        names = {key: f"{key} {p.label()}" for key, p in problems.items()}
-        for text in wanted:
-            if not any(text in name for name in names.values()):
-                raise UsageError(f"--problem {text}: none matches; there are {'; '.join(p.label() for p in problems.values())}")
-        problems = {key: p for key, p in problems.items() if any(text in names[key] for text in wanted)}
+    problems = matching({p.key: p for p in setup.plan.problems() if p.key in weight}, wanted)
     least_us = LAUNCH_US[setup.chip.kind]
     return [Target(p, weight[key], max(bound[key], least_us)) for key, p in problems.items()]
 
