@@ -136,7 +136,7 @@ class Problem(Record, ABC):
     """One operator at one shape: a frozen dataclass per operator, in the operator's `problem.py`.
 
     It knows its inputs (seeded, fresh), its reference, its minimal work and its tolerance. Every subclass has a `dtype` field
-    ("bfloat16", "float16", "float32").
+    ("bfloat16", "float16", "float32"): that of its unquantised activations.
     """
 
     operator: ClassVar[str]
@@ -170,6 +170,34 @@ class Problem(Record, ABC):
     def tolerance(self) -> float:
         """Largest accepted ||out - ref|| / ||ref|| (Frobenius), per output."""
 
+    def tolerance_of(self, output: str) -> float:
+        """The tolerance of one output, where they differ: an fp8 output is rounded more coarsely than the residual beside it."""
+        return self.tolerance()
+
+    def mismatch(self, output: str, got: torch.Tensor, reference: Tensors) -> str:
+        """Why an integer output is wrong, or "". By default every element must be equal.
+
+        A problem whose answer is a choice (a sampled token, an expert) accepts what rounding may decide either way: its `reference` may
+        return further tensors, which are no outputs, to tell by.
+        """
+        wrong = int((got != reference[output]).sum())
+        return f"{wrong} of {got.numel()} elements of {output} differ" if wrong else ""
+
+    @property
+    def math_dtype(self) -> str:
+        """The dtype whose peak bounds this problem on a chip that multiplies it natively: `dtype` unless the operands are narrower."""
+        return self.dtype
+
+    def wide(self) -> Problem | None:
+        """The unquantised problem that this one approximates, or None. Its inputs of a seed are `wide_inputs`, its outputs have the same
+        names, shapes and meaning.
+        """
+        return None
+
+    def wide_inputs(self, *, seed: int, device: str = "cpu") -> Tensors:
+        """The inputs of `wide()` before they were quantised into `inputs` of the same seed; realistic ones, with outlier channels."""
+        raise NotImplementedError(f"{self.operator} approximates no other problem")
+
     @abstractmethod
     def label(self) -> str:
         """A short name for tables, with the shape: `matmul 16x14336x4096 bf16`."""
@@ -178,6 +206,11 @@ class Problem(Record, ABC):
     @abstractmethod
     def examples(cls) -> list[Problem]:
         """Small awkward instances (not multiples of tiles, one row, empty entries): every kernel is tested on those it fits."""
+
+    @classmethod
+    def at_scale(cls) -> list[Problem]:
+        """One to four instances of the size that serving has (a prefill and a decode step): what resource tables are made of."""
+        return []
 
     @property
     def key(self) -> str:
@@ -208,6 +241,14 @@ class NoConfig(Config):
 
 
 @dataclass(frozen=True)
+class Package:
+    """What an outside contestant needs: the module that it imports (inside its build function) and how to install it."""
+
+    module: str
+    install: str
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One contestant. `build` returns the launch for (problem, config, chip); `fits` says why not, or None.
 
@@ -226,6 +267,7 @@ class Kernel:
     library: bool
     path: Path
     summary: str
+    requires: Package | None = None
 
     @property
     def id(self) -> str:
@@ -308,11 +350,13 @@ def kernel(
     kinds: tuple[str, ...] | None = None,
     library: bool = False,
     name: str | None = None,
+    requires: Package | None = None,
 ) -> Callable[[Callable[[Any, Any, Chip], Launch]], Kernel]:
     """Make a Kernel of a build function `(problem, config, chip) -> launch`. Its docstring's first line is the kernel's summary.
 
     `backend` is "torch", "triton", "cuda" (CUDA C++ through CuPy), "cupy" or "cpu". `kinds` are the kinds of chip it runs on; default:
-    ("cpu",) for the backend "cpu", ("cuda",) for the others.
+    ("cpu",) for the backend "cpu", ("cuda",) for the others. With `requires` the kernel competes only where that package is installed, and
+    `klab kernels` says how to get it; its file imports the package inside the build function, never at the top.
     """
 
     def decorate(build: Callable[[Any, Any, Chip], Launch]) -> Kernel:
@@ -329,6 +373,7 @@ def kernel(
             library=library,
             path=Path(inspect.getfile(build)),
             summary=(build.__doc__ or "").strip().split("\n")[0],
+            requires=requires,
         )
 
     return decorate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,9 @@ def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
     if not kernels:
         found.unavailable.append(Unavailable(path, "defines no kernel (nothing decorated with @kernel)"))
     for kernel in kernels:
+        if kernel.requires is not None and not _installed(kernel.requires.module):
+            found.unavailable.append(Unavailable(path, f"{kernel.id} needs {kernel.requires.module}", kernel.requires.install))
+            continue
         taken = found.kernels.get(kernel.id)
         if taken is None:
             found.kernels[kernel.id] = kernel
@@ -106,3 +110,11 @@ def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
             raise UsageError(f"kernel {kernel.id} is defined twice: in {taken.path} and in {kernel.path}")
         else:
             found.unavailable.append(Unavailable(path, f"{kernel.id} is the name of a kernel in {taken.path}: give it another"))
+
+
+def _installed(module: str) -> bool:
+    """Whether a module can be found, without importing it (a broken install is found out by the kernel that needs it)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False

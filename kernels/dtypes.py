@@ -9,7 +9,7 @@ from klab.kernels.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-SIZE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "int32": 4, "int64": 8}
+SIZE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4, "int64": 8}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "int8": "int8", "float64": "fp64"}
 LONG = {short: long for long, short in SHORT.items()} | {"half": "float16", "float": "float32"}
 

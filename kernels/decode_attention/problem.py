@@ -211,3 +211,7 @@ class DecodeAttention(Problem):
             {"kv_lens": (200, 9), "q_len": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "window": 50},
         ]
         return [cls(**shape, dtype=dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]  # type: ignore[arg-type]
+
+    @classmethod
+    def at_scale(cls) -> list[Problem]:
+        return [cls((8704,) * 32, heads=32, kv_heads=8, head_dim=128)]  # Llama 3.1 8B

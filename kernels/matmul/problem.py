@@ -74,3 +74,7 @@ class Matmul(Problem):
         return [
             Matmul(m, n, k, dtype, layout) for m, n, k in shapes for dtype in ("float16", "float32", "bfloat16") for layout in ("nt", "nn")
         ]
+
+    @classmethod
+    def at_scale(cls) -> list[Problem]:
+        return [cls(8192, 14336, 4096), cls(32, 14336, 4096), cls(1, 14336, 4096)]  # Llama 3.1 8B: half of gate and up

@@ -203,3 +203,9 @@ class PrefillAttention(Problem):
             {"q_lens": (80, 9), "prefix_lens": (5, 60), "heads": 2, "kv_heads": 1, "head_dim": 64, "window": 17},
         ]
         return [cls(**shape, dtype=dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]  # type: ignore[arg-type]
+
+    @classmethod
+    def at_scale(cls) -> list[Problem]:
+        llama = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+        flux = {"heads": 24, "kv_heads": 24, "head_dim": 128, "causal": False}
+        return [cls((8192,), **llama), cls((4608,), **flux)]  # type: ignore[arg-type]

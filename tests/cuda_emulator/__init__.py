@@ -110,9 +110,9 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 def _runtime() -> list[str]:
     """The emulator itself, compiled once per process and without instrumentation."""
     objects = []
-    for name in ("memory", "primitives", "scheduler"):
-        objects.append(f"{_folder().name}/{name}.o")
-        _run(["g++", *COMMON, "-O2", "-c", str(HERE / f"{name}.cpp"), "-o", objects[-1]])
+    for source in sorted(HERE.glob("*.cpp")):
+        objects.append(f"{_folder().name}/{source.stem}.o")
+        _run(["g++", *COMMON, "-O2", "-c", str(source), "-o", objects[-1]])
     return objects
 
 

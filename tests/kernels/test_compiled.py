@@ -1,26 +1,35 @@
-"""Every Triton and CUDA C++ kernel compiles for sm_90 and sm_100 with no GPU: its default and a sample of its space, at serving shapes."""
+"""Every Triton and CUDA C++ kernel compiles for sm_90 and sm_100 with no GPU: its default, and one other candidate, at serving shapes."""
 
 import pytest
 from contest import kernels
 
-from klab.harness.catalog import find_chip, find_model
-from klab.harness.plan import plan, scenario_for
+from klab.harness.catalog import find_chip
 from klab.harness.plan.trials import default_policy, trials
 from klab.harness.store.result import Status
 from klab.harness.tune.screen import screen
+from klab.kernels.discover import discover
 
 SAMPLE = 2
 COMPILED = kernels("triton", "cuda")
 
 
-def serving_problems(chip):
-    """One problem per operator and phase of llama-3.1-8b: the heaviest of each."""
-    model = find_model("llama-3.1-8b")
-    rows = [row for row in plan(model, chip, scenario_for(model, chip, batches=(16,))).rows if row.problem]
-    heaviest = {}
-    for row in sorted(rows, key=lambda row: row.bound_us):
-        heaviest[row.operator, row.phase] = row.problem
-    return list(heaviest.values())
+def serving_trials(chip):
+    """Per kernel the first two problems of its operator, at the size that serving has, that it takes; two configurations for the first."""
+    made = []
+    for kernel in COMPILED:
+        fitting = [p for p in kernel.problem_type.at_scale() if kernel.unfit(p, chip) is None]
+        for i, problem in enumerate(fitting[:2]):
+            made += trials([problem], [kernel], chip, default_policy(chip), "default" if i else f"sample:{SAMPLE}").trials
+    return made
+
+
+def for_this_chip(chip):
+    """The kernels that take some example on this chip: a kernel for tcgen05 has none on Hopper."""
+    return {k.id for k in COMPILED if any(k.unfit(p, chip) is None for p in k.problem_type.examples())}
+
+
+def test_every_operator_has_problems_at_scale():
+    assert not [name for name, problem_type in discover().operators.items() if not problem_type.at_scale()]
 
 
 @pytest.fixture(scope="module", params=["h200", "b200"])
@@ -28,13 +37,12 @@ def screened(request):
     pytest.importorskip("triton")
     pytest.importorskip("cupy")
     chip = find_chip(request.param)
-    made = trials(serving_problems(chip), COMPILED, chip, default_policy(chip), f"sample:{SAMPLE}").trials
-    return chip, screen(made, chip, jobs=2)
+    return chip, screen(serving_trials(chip), chip, jobs=2)
 
 
 def test_all_compile(screened):
-    _, found = screened
-    assert {item.trial.kernel for item in found} == {kernel.id for kernel in COMPILED}
+    chip, found = screened
+    assert {item.trial.kernel for item in found} == for_this_chip(chip)
     failed = [item for item in found if item.status not in (Status.OK, Status.SCREENED)]
     assert not failed, "\n".join(f"{s.trial.kernel} {s.trial.problem.label()} {s.trial.config.label()}: {s.reason}" for s in failed)
     assert all(item.functions for item in found)
@@ -55,5 +63,5 @@ def test_large_tiles_use_the_chips_matrix_unit(screened):
     chip, found = screened
     unit = {"h200": "wgmma", "b200": "tcgen05"}[chip.name]
     using = {item.trial.kernel for item in found if any(f["matrix_unit"] == unit for f in item.functions)}
-    # CUDA C++ runs on mma.sync on every chip, and decoding has too few rows for the large units.
+    # CUDA C++ runs on mma.sync on every chip but for cuda_wgmma, and decoding has too few rows for the large units.
     assert {"matmul/triton_tiled", "matmul/triton_persistent", "prefill_attention/triton_flash"} <= using
