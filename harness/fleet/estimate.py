@@ -26,7 +26,7 @@ REFERENCE_FLOPS_PER_CORE = 5e9
 def trial_estimate_s(trial: Trial, chip: Chip) -> float:
     """Seconds that one trial adds to a run: compile, check, warm up, rounds, energy."""
     policy, problem = trial.policy, trial.problem
-    peak = chip.peak_flops(problem.dtype) or chip.peak_flops("float32") or 1e11
+    peak = chip.peak_flops(problem.math_dtype) or chip.peak_flops("float32") or 1e11
     launch_s = max(problem.flops() / peak, problem.bytes_moved() / (chip.memory_gb_per_s * 1e9)) / TYPICAL_SHARE
     round_s = max(policy.round_ms / 1e3, launch_s) + ROUND_OVERHEAD_S
     rounds = min(max(policy.min_rounds, TYPICAL_ROUNDS), policy.max_rounds)

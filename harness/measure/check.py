@@ -75,6 +75,19 @@ def compare(problem: Problem, outputs: Tensors, reference: Tensors) -> Check:
     return Check(worst, tolerance, "")
 
 
+def distance(outputs: Tensors, wide: Tensors) -> float:
+    """||out - wide|| / ||wide||, the worst of the floating-point outputs; infinite where one is not finite."""
+    import torch
+
+    worst = 0.0
+    for name, output in outputs.items():
+        if output.is_floating_point() and name in wide:
+            want = wide[name].double()
+            error = float(torch.linalg.vector_norm(output.to(want.device).double() - want) / torch.linalg.vector_norm(want).clamp_min(1e-300))
+            worst = max(worst, error if math.isfinite(error) else float("inf"))
+    return worst
+
+
 def _wild_elements(difference: torch.Tensor, want: torch.Tensor, factor: float, *, slack: float) -> int:
     """How many elements differ by more than `factor` times (their size plus their row's rms). `slack` forgives rows that are all zero."""
     if not difference.numel():

@@ -98,7 +98,7 @@ class Entry:
 
     def failed(self, place: Place, status: Status, reason: str, answer: Mapping[str, Json]) -> Result:
         """The Result of a contestant that did not come through. Its rounds, where it had any, are not kept: they cannot be trusted."""
-        names = ("compile_s", "error", "tolerance", "checks")
+        names = ("compile_s", "error", "tolerance", "checks", "wide_error")
         found = {name: answer[name] for name in names if answer.get(name) is not None}
         return _row(self, place, status, reason=reason, **found)
 
@@ -140,6 +140,7 @@ class Entry:
             error=final.get("error"),
             tolerance=final.get("tolerance"),
             checks=final.get("checks", 0),
+            wide_error=final.get("wide_error"),
             compile_s=shape.get("compile_s"),
             launches_per_round=shape.get("launches", 0),
             launch_mode=shape.get("launch_mode", ""),

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 from klab.harness.measure import faults
-from klab.harness.measure.check import Check, attempt, compare, fingerprint, guarded_outputs, poison
+from klab.harness.measure.check import Check, attempt, compare, distance, fingerprint, guarded_outputs, poison
 from klab.harness.measure.cuda_timer import CannotCapture, SpoiledByCapture
 from klab.harness.measure.energy import MIN_UPDATES, Window, idle_power, judge, sustain
 from klab.harness.measure.power import PowerMeter
@@ -69,6 +69,8 @@ class Session:
         # What each original must give and must still hold, and the tensors in which a contestant first meets them.
         self._answers: list[Tensors] = []
         self._prints: list[dict[str, int]] = []
+        # What the unquantised problem gives for the first original, where there is one: made when first asked for.
+        self._wide: Tensors | None = None
         self._buffer: Tensors = {}
 
     @property
@@ -141,6 +143,16 @@ class Session:
     def _reference(self, inputs: Tensors) -> Tensors:
         return self.problem.reference({name: tensor.to(self._reference_device) for name, tensor in inputs.items()})
 
+    def _wide_error(self, outputs: Tensors) -> float | None:
+        """How far a launch on the first original is from the unquantised problem, or None where there is none."""
+        wide = self.problem.wide()
+        if wide is None:
+            return None
+        if self._wide is None:
+            inputs = self.problem.wide_inputs(seed=self._seed, device=self.timer.device)
+            self._wide = wide.reference({name: tensor.to(self._reference_device) for name, tensor in inputs.items()})
+        return distance(outputs, self._wide)
+
     def prepare(self, slot: int, kernel: str, source_digest: str, config: Json, policy: Json) -> Answer:
         """Build, judge on unseen data, make ready to be timed and judge what the timed form writes."""
         problem = self.problem
@@ -189,9 +201,11 @@ class Session:
         return "no kernel file of that name was found"
 
     def _make_ready(self, slot: int, launch: Launch, policy: Policy) -> Answer:
-        worst = 0.0
+        worst, wide_error = 0.0, None
         for original in range(len(self._answers)):
-            found = self._judge(launch, original)
+            found, outputs = self._judge(launch, original)
+            if found.passed and original == 0:
+                wide_error = self._wide_error(outputs)
             if not found.passed:
                 return _incorrect(found, f"{found.reason} (seed {self._seed + 1000 * original})", original)
             worst = max(worst, found.error)
@@ -207,6 +221,7 @@ class Session:
             "error": ready.worst,
             "tolerance": after.tolerance,
             "checks": ready.checks,
+            "wide_error": wide_error,
             "launches": shape.launches,
             "launch_mode": shape.mode,
             "l2_state": shape.l2_state,
@@ -219,11 +234,13 @@ class Session:
         for name, tensor in self.rotation.originals[original].items():
             self._buffer[name].copy_(tensor)
 
-    def _judge(self, launch: Launch, original: int) -> Check:
+    def _judge(self, launch: Launch, original: int) -> tuple[Check, Tensors]:
         """Launch on other data at the same addresses as before: what a kernel keeps by address is stale now."""
         self._fill_buffer(original)
         outputs, wrong = attempt(self.problem, launch, self._buffer, device=self.timer.device, finite=original > 0)
-        return Check(float("inf"), self.problem.tolerance(), wrong) if wrong else compare(self.problem, outputs, self._answers[original])
+        if wrong:
+            return Check(float("inf"), self.problem.tolerance(), wrong), outputs
+        return compare(self.problem, outputs, self._answers[original]), outputs
 
     def _verify(self, batch: Batch, *, finite: bool = False) -> Check:
         """Poison the sets' outputs, launch as in a round, and judge the first and the last set. Raises SpoiledInputs."""

@@ -41,8 +41,8 @@ def limits_of(chip: str, device: str) -> Limits:
 
 
 def dtype_of(result: Result) -> str:
-    """The problem's dtype: its field, or that field's default."""
-    return str(result.problem.get("dtype", "bfloat16"))
+    """The dtype whose peak bounds the problem: that of its multiplications, else its field, or that field's default."""
+    return result.math_dtype or str(result.problem.get("dtype", "bfloat16"))
 
 
 def bound(result: Result, limits: Limits) -> Bound | None:

@@ -37,6 +37,8 @@ class Result:
 
     `samples_us` are the rounds in the order they were taken (each the mean of one batch of launches); `clocks_mhz`, `temperatures_c`,
     `throttle_reasons` (NVML's bit mask), and `marked` (1 where a hardware throttle makes the round not count) run beside them.
+    `wide_error` is how far the output is from that of the unquantised problem `wide_key`, on the inputs before they were quantised:
+    ||out - wide|| / ||wide||, the worst of the outputs. `math_dtype` is the dtype whose peak bounds the problem (empty: its dtype).
     Null means not measured, never zero. `energy_reason` says why energy_j is null or how it was cross-checked.
     """
 
@@ -62,6 +64,8 @@ class Result:
     tolerance: float | None = None
     checks: int = 0
     reference_device: str = ""
+    wide_key: str = ""
+    wide_error: float | None = None
     # time
     samples_us: tuple[float, ...] = ()
     median_us: float | None = None
@@ -89,6 +93,7 @@ class Result:
     # work, as the problem counts it
     flops: float = 0.0
     bytes_moved: float = 0.0
+    math_dtype: str = ""
     # how it was built
     compile_s: float | None = None
     build: Mapping[str, Json] = field(default_factory=dict)
@@ -103,6 +108,7 @@ class Result:
     def of(cls, trial: Trial, status: Status, *, backend: str, library: bool, run_id: str, **found: Any) -> Self:
         """The row of a trial that ended now: what the trial says of itself, and what was `found`."""
         problem = trial.problem
+        wide = problem.wide()
         return cls(
             key=trial.key,
             status=status,
@@ -121,6 +127,8 @@ class Result:
             recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             flops=problem.flops(),
             bytes_moved=problem.bytes_moved(),
+            math_dtype="" if problem.math_dtype == problem.dtype else problem.math_dtype,
+            wide_key=wide.key if wide else "",
             **found,
         )
 
