@@ -10,6 +10,17 @@
 
 namespace klab {
 
+// 1 / x to about 1 ulp; of infinity it is 0.
+KLAB_DEVICE float reciprocal_fast(float x) {
+#if defined(KLAB_ON_DEVICE)
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // The same number, but one that the compiler cannot follow: what is computed from it in a loop stays there and holds no registers.
 KLAB_DEVICE uint32_t opaque(uint32_t value) {
 #if defined(KLAB_ON_DEVICE)
@@ -51,6 +62,24 @@ KLAB_DEVICE void add_scores(float (&scores)[FRAGMENTS][N][4], const uint32_t (&q
         for (int f = 0; f < FRAGMENTS; ++f) {
             mma_m16n8k16<T>(scores[f][n], queries[f], low);
             mma_m16n8k16<T>(scores[f][n + 1], queries[f], high);
+        }
+    }
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// scores become log2(e) softcap tanh(x / softcap) with x = score * scale_log2 / log2(e): logits in units of log2, to be scaled no further.
+// tanh y = 1 - 2 / (e^2y + 1); the instruction tanh.approx is 5e-4 off, which is 2% of a weight at a cap of 50.
+template <int FRAGMENTS, int N>
+KLAB_DEVICE void cap_scores(float (&scores)[FRAGMENTS][N][4], float scale_log2, float softcap) {
+    float inward = 2.0f * scale_log2 / softcap, outward = softcap * LOG2_E;
+    KLAB_UNROLL
+    for (int f = 0; f < FRAGMENTS; ++f) {
+        KLAB_UNROLL
+        for (int n = 0; n < N; ++n) {
+            KLAB_UNROLL
+            for (int j = 0; j < 4; ++j)
+                scores[f][n][j] = fused_multiply_add(-2.0f * outward, reciprocal_fast(exp2f_fast(scores[f][n][j] * inward) + 1.0f), outward);
         }
     }
 }

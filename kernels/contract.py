@@ -208,6 +208,11 @@ class Problem(Record, ABC):
         """Small awkward instances (not multiples of tiles, one row, empty entries): every kernel is tested on those it fits."""
 
     @classmethod
+    def approximations(cls, wide: Problem) -> list[Problem]:
+        """The problems of this operator that approximate `wide` in narrower formats, each once; their `wide()` is `wide` again."""
+        return []
+
+    @classmethod
     def at_scale(cls) -> list[Problem]:
         """One to four instances of the size that serving has (a prefill and a decode step): what resource tables are made of."""
         return []

@@ -57,12 +57,8 @@ def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
     A file that fails to import becomes an Unavailable and stops nothing; those of the `extra` folders may also end or hang the process
     that imports them (see user_files), or take a name that is taken. UsageError if an extra folder does not exist.
     """
-    found = Catalogue()
-    for folder in sorted(p.parent for p in ROOT.glob("*/problem.py")):
-        problem = importlib.import_module(f"klab.kernels.{folder.name}.problem")
-        for value in vars(problem).values():
-            if isinstance(value, type) and issubclass(value, Problem) and value.__module__ == problem.__name__:
-                found.operators[value.operator] = value
+    found = Catalogue(operators())
+    for folder in _folders():
         for path in _kernel_files(folder):
             _add(found, path, f"klab.kernels.{folder.name}.{path.stem}")
     extra_files: dict[Path, None] = {}
@@ -77,6 +73,26 @@ def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
         else:
             _add(found, path, None)
     return found
+
+
+def operators() -> dict[str, type[Problem]]:
+    """Every operator's Problem by the operator's name: the problem files alone, which need no toolkit and import in milliseconds."""
+    found: dict[str, type[Problem]] = {}
+    for folder in _folders():
+        module = importlib.import_module(f"klab.kernels.{folder.name}.problem")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Problem) and value.__module__ == module.__name__:
+                found[value.operator] = value
+    return found
+
+
+def approximations_of(wide: Problem) -> list[Problem]:
+    """The problems of any operator that approximate `wide` in narrower formats."""
+    return [problem for problem_type in operators().values() for problem in problem_type.approximations(wide)]
+
+
+def _folders() -> list[Path]:
+    return sorted(p.parent for p in ROOT.glob("*/problem.py"))
 
 
 def _kernel_files(folder: Path, recursive: bool = False) -> Iterator[Path]:

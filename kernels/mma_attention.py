@@ -24,14 +24,14 @@ def row_bytes(dim: int) -> int:
     return -(-2 * dim // 128) * 128
 
 
-def refusal(problem: PrefillAttention | DecodeAttention, chip: Chip) -> str | None:
-    """Why no configuration can run, or None."""
+def refusal(problem: PrefillAttention | DecodeAttention, chip: Chip, *, multiple: int = 16) -> str | None:
+    """Why no configuration can run, or None. Head dims must be multiples of `multiple`."""
     if problem.dtype not in ("float16", "bfloat16"):
         return f"tensor cores multiply fp16 and bf16 here, not {problem.dtype}"
     if chip.compute_capability < (8, 0):
         return f"needs cp.async and bf16 tensor cores (compute capability 8.0), {chip.name} has {chip.compute_capability}"
-    if any(dim % 16 or not 16 <= dim <= MAX_HEAD_DIM for dim in (problem.head_dim, problem.dim_v)):
-        return f"head dims are multiples of 16 up to {MAX_HEAD_DIM}, not {problem.head_dim}/{problem.dim_v}"
+    if any(dim % multiple or not 16 <= dim <= MAX_HEAD_DIM for dim in (problem.head_dim, problem.dim_v)):
+        return f"head dims are multiples of {multiple} up to {MAX_HEAD_DIM}, not {problem.head_dim}/{problem.dim_v}"
     return None
 
 

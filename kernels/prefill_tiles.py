@@ -10,8 +10,8 @@ from klab.kernels.triton_support import next_power_of_2
 if TYPE_CHECKING:
     import torch
 
-Tile = tuple[int, int, int, int, int]
-"""First query token, query tokens, first key, keys (all of the tile's sequence), number of the row block in its sequence."""
+Tile = tuple[int, int, int, int, int, int]
+"""First query token, query tokens, first key, keys (all of the tile's sequence), number of the row block in it, the sequence."""
 
 
 def key_span(problem: PrefillAttention, sequence: int, first: int, last: int) -> tuple[int, int]:
@@ -37,7 +37,7 @@ class Tiles:
                 first = block * block_m // rows_per_token
                 last = min(q_len - 1, ((block + 1) * block_m - 1) // rows_per_token)
                 begin, end = key_span(problem, i, first, last)
-                found.append((end - begin, (q_at[i], q_len, kv_at[i], kv_len, block)))
+                found.append((end - begin, (q_at[i], q_len, kv_at[i], kv_len, block, i)))
         found.sort(key=lambda tile: -tile[0])
         self.rows: list[Tile] = [tile for _, tile in found]
         self._on: dict[torch.device, torch.Tensor] = {}
@@ -46,7 +46,7 @@ class Tiles:
         return len(self.rows)
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The tiles as [tiles, 5] int32 on `device`; made at the first call there (before any graph capture) and kept."""
+        """The tiles as [tiles, 6] int32 on `device`; made at the first call there (before any graph capture) and kept."""
         if device not in self._on:
             import torch
 

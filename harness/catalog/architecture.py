@@ -15,7 +15,8 @@ class Attention:
 
     `window` > 0: a query sees the last `window` tokens; `chunk` > 0: it sees the tokens of its own chunk (Llama 4). `output_gate`
     doubles the query projection (Qwen3-Next). With `cross`, keys and values come from `source_tokens` tokens of another stream
-    (0: as many as the encoder has).
+    (0: as many as the encoder has). `rotary_dim` of each head are turned (0: all). `sinks`: a learned logit per head takes part in the
+    softmax (gpt-oss). `softcap` > 0: logits pass through softcap * tanh(logits / softcap) (Gemma 2).
     """
 
     heads: int
@@ -29,6 +30,9 @@ class Attention:
     qk_norm: bool = False
     cross: bool = False
     source_tokens: int = 0
+    rotary_dim: int = 0
+    sinks: bool = False
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,20 @@ Mixer = Attention | LatentAttention | LinearAttention | UnknownMixer | JointAtte
 
 @dataclass(frozen=True)
 class Mlp:
-    """A dense feed-forward layer; `gated` has two matrices going up (SwiGLU, GeGLU)."""
+    """A dense feed-forward layer; `gated` has two matrices going up (SwiGLU, GeGLU). `activation` as in kernels/activation."""
 
     intermediate: int
     gated: bool = True
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: `top_k` of `experts` per token, and shared experts of `shared_intermediate` in total that see every token."""
+    """A mixture of experts: `top_k` of `experts` per token, and shared experts of `shared_intermediate` in total that see every token.
+
+    The router's logits become `scoring` ("softmax" or "sigmoid") scores; with `groups` > 1 only the best `topk_groups` groups of experts
+    are chosen from (DeepSeek V3); `renormalize`: the chosen scores are divided by their sum.
+    """
 
     experts: int
     top_k: int
@@ -112,6 +121,11 @@ class Experts:
     shared_intermediate: int = 0
     shared_gate: bool = False
     gated: bool = True
+    activation: str = "silu"
+    scoring: str = "softmax"
+    groups: int = 1
+    topk_groups: int = 1
+    renormalize: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,13 +155,17 @@ class Projection:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that one stream of tokens flows through. `tokens` > 0 fixes their number (a Whisper encoder's 1500 frames)."""
+    """Layers that one stream of tokens flows through. `tokens` > 0 fixes their number (a Whisper encoder's 1500 frames).
+
+    `norm` is "rms" or "layer".
+    """
 
     name: str
     hidden: int
     groups: tuple[LayerGroup, ...]
     tokens: int = 0
     projections: tuple[Projection, ...] = ()
+    norm: str = "rms"
 
     @property
     def layers(self) -> int:

@@ -59,6 +59,7 @@ def _flux(f: Fields) -> Stack:
         "denoiser",
         hidden,
         (double, single),
+        norm="layer",
         projections=(
             Projection("patch_embedding", hidden, channels),
             Projection("text_embedding", hidden, f.integer("joint_attention_dim"), "text"),
@@ -83,11 +84,12 @@ def _wan(f: Fields) -> Stack:
     f.understood.update({"window_size", "rope_max_seq_len", "qk_norm"})
     own = Attention(heads, heads, head_dim, causal=False, qk_norm=True)
     cross = Attention(heads, heads, head_dim, causal=False, rotary=False, cross=True, qk_norm=True, source_tokens=text_len)
-    layers = LayerGroup(f.integer("num_layers"), (own, cross), Mlp(f.integer("ffn_dim"), gated=False))
+    layers = LayerGroup(f.integer("num_layers"), (own, cross), Mlp(f.integer("ffn_dim"), gated=False, activation="gelu_tanh"))
     return Stack(
         "denoiser",
         hidden,
         (layers,),
+        norm="layer",
         projections=(
             Projection("patch_embedding", hidden, f.integer("in_dim", "in_channels") * prod(patch)),
             Projection("text_embedding_1", hidden, text_dim, "text"),

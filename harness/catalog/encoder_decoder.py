@@ -5,6 +5,7 @@ from __future__ import annotations
 from klab.harness.catalog.architecture import Attention, LayerGroup, Mlp, Model, Note, Projection, Stack
 from klab.harness.catalog.checkpoint import left_over_notes, read_dtype, read_quantization
 from klab.harness.catalog.fields import Fields
+from klab.harness.catalog.layers import activation_kind
 
 
 def is_encoder_decoder(f: Fields) -> bool:
@@ -36,12 +37,14 @@ def parse_encoder_decoder(f: Fields, name: str) -> Model:
             Projection("conv2", hidden, 3 * hidden, operator="conv1d"),
         )
     attention = Attention(heads, heads, head_dim, causal=False, rotary=False)
+    # T5 divides by the root mean square, whatever its field is called.
+    norm, act = ("rms" if f.has("feed_forward_proj") else "layer"), activation_kind(f, str(f.value("model_type", default="")))
     encoder = Stack(
-        "encoder", hidden, (LayerGroup(layers, (attention,), Mlp(encoder_ffn, gated)),), frames if mel_bins else 0, convolutions
+        "encoder", hidden, (LayerGroup(layers, (attention,), Mlp(encoder_ffn, gated, act)),), frames if mel_bins else 0, convolutions, norm
     )
     own = Attention(decoder_heads, decoder_heads, head_dim, rotary=False)
     cross = Attention(decoder_heads, decoder_heads, head_dim, causal=False, rotary=False, cross=True)
-    decoder = Stack("decoder", hidden, (LayerGroup(decoder_layers, (own, cross), Mlp(decoder_ffn, gated)),))
+    decoder = Stack("decoder", hidden, (LayerGroup(decoder_layers, (own, cross), Mlp(decoder_ffn, gated, act)),), norm=norm)
     dtype, notes = read_dtype(f)
     if f.has("feed_forward_proj"):
         notes.append(Note("relative_attention", "T5 adds a learned bias by distance to the logits; planned and measured without it"))

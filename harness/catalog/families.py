@@ -53,5 +53,14 @@ NOT_ROTARY = {
     "roberta",
     "xlm-roberta",
 }
+# A learned logit per head takes part in the softmax.
+SINKS = frozenset({"gpt_oss"})
+# The router's scores are sigmoids, also where the file does not say.
+SIGMOID_ROUTER = ("deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe", "minimax_m2", "llama4")
+# What files call an activation -> what kernels/activation calls it.
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_python": "gelu", "gegelu": "gelu_tanh", "relu": "relu", "relu2": "relu2", "relu_squared": "relu2", "geglu": "gelu",
+}  # fmt: skip
 # A bias by distance is added to the logits.
 ALIBI = ("bloom", "mpt")

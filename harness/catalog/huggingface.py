@@ -12,7 +12,7 @@ from klab.harness.catalog.diffusion import is_diffusion, parse_diffusion
 from klab.harness.catalog.encoder_decoder import is_encoder_decoder, parse_encoder_decoder
 from klab.harness.catalog.families import ALIBI, ENCODERS, KNOWN_TYPES, UNTIED
 from klab.harness.catalog.fields import Fields
-from klab.harness.catalog.layers import hidden_size, layer_groups
+from klab.harness.catalog.layers import hidden_size, layer_groups, norm_kind
 from klab.harness.catalog.matrices import mixer_matrices, parameters
 from klab.kernels.errors import UsageError
 
@@ -41,7 +41,7 @@ def _parse_decoder(outer: Fields, name: str) -> Model:
     model_type = str(f.value("model_type") or outer.value("model_type", default=""))
     hidden = hidden_size(f)
     encoder_only = model_type in ENCODERS
-    stack = Stack("encoder" if encoder_only else "decoder", hidden, layer_groups(f, model_type))
+    stack = Stack("encoder" if encoder_only else "decoder", hidden, layer_groups(f, model_type), norm=norm_kind(f, model_type))
     dtype, dtype_notes = read_dtype(f, outer)
     tied = next((bool(x.data["tie_word_embeddings"]) for x in (f, outer) if x.data.get("tie_word_embeddings") is not None), None)
     f.understood.add("tie_word_embeddings")
@@ -113,12 +113,8 @@ def _mixer_notes(model: Model) -> list[Note]:
 
 
 def _mathematics_notes(f: Fields, model_type: str) -> list[Note]:
-    """What attention has besides softmax(q k^T) v: the work is the same, the mathematics that is measured is without it."""
+    """What attention has that klab's problems lack: the work is the same, the mathematics that is measured is without it."""
     notes = []
-    if model_type == "gpt_oss":
-        notes.append(Note("attention sinks", "gpt-oss adds a learned sink per head to the softmax; planned and measured without it"))
-    if f.value("attn_logit_softcapping"):
-        notes.append(Note("attn_logit_softcapping", "logits pass through tanh; planned and measured without it"))
     if f.flag("alibi") or model_type in ALIBI:
         notes.append(Note("alibi", "a bias by distance is added to the logits; planned and measured without it"))
     return notes

@@ -17,12 +17,15 @@ from klab.harness.catalog.architecture import (
     UnknownMixer,
 )
 from klab.harness.catalog.families import (
+    ACTIVATIONS,
     ENCODERS,
     FOUR_TIMES_WIDE,
     NOT_ROTARY,
     OUTPUT_GATE,
     QK_NORM,
     SHARED_GATE,
+    SIGMOID_ROUTER,
+    SINKS,
     SLIDING_PATTERN,
     UNGATED_MLP,
 )
@@ -93,6 +96,46 @@ def attention_shape(f: Fields, model_type: str) -> Attention:
         rotary=model_type not in NOT_ROTARY,
         output_gate=f.flag("attn_output_gate", "attention_output_gate", default=model_type.startswith(OUTPUT_GATE)),
         qk_norm=f.flag("use_qk_norm", "qk_norm", "qk_layernorm", default=model_type.startswith(QK_NORM)),
+        rotary_dim=_rotary_dim(f, head_dim),
+        sinks=model_type in SINKS,
+        softcap=number(f, "attn_logit_softcapping"),
+    )
+
+
+def number(f: Fields, *names: str, default: float = 0.0) -> float:
+    """A number of 0 or more under any of these names; UsageError for anything else."""
+    value = f.value(*names, default=default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e9:
+        raise UsageError(f"{f.where}: {names[0]} is {value!r}; it must be a number of 0 or more")
+    return float(value)
+
+
+def _rotary_dim(f: Fields, head_dim: int) -> int:
+    """Dimensions of each head that are turned, or 0 for all."""
+    nested = f.value("rope_parameters", "rope_scaling")
+    share = nested.get("partial_rotary_factor") if isinstance(nested, dict) else None
+    if not isinstance(share, int | float):
+        share = number(f, "partial_rotary_factor", "rotary_pct", "rope_pct", default=1.0)
+    dim = f.integer("rotary_dim", default=int(share * head_dim), least=0)
+    return dim if 0 < dim < head_dim else 0
+
+
+def activation_kind(f: Fields, model_type: str) -> str:
+    """The name that kernels/activation has for the MLP's activation; SiLU where the file does not say."""
+    if model_type == "gpt_oss":
+        return "swiglu_clamped"
+    name = f.value("hidden_act", "hidden_activation", "activation_function", "ffn_activation", "mlp_activation", "dense_act_fn")
+    return ACTIVATIONS.get(str(name).lower(), "gelu_tanh" if model_type.startswith("gemma") else "silu")
+
+
+def norm_kind(f: Fields, model_type: str) -> str:
+    """ "rms" or "layer", told by the name of the field for epsilon."""
+    if f.has("rms_norm_eps", "rms_norm_epsilon", "rms_eps") or model_type in ("t5", "mt5", "umt5"):
+        return "rms"
+    return (
+        "layer"
+        if f.has("layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_epsilon", "layer_norm_elementwise_affine")
+        else "rms"
     )
 
 
@@ -189,7 +232,7 @@ def _mlp_of_layer(f: Fields, model_type: str, count: int) -> Callable[[int], Mlp
     gated = model_type not in UNGATED_MLP
     experts = f.integer("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", default=0, least=0)
     if experts < 2:
-        dense = Mlp(_dense_intermediate(f, model_type), gated)
+        dense = Mlp(_dense_intermediate(f, model_type), gated, activation_kind(f, model_type))
         return lambda i: dense
     is_moe = _moe_layers(f, count)
     routed = _experts(f, model_type, experts, gated)
@@ -198,7 +241,9 @@ def _mlp_of_layer(f: Fields, model_type: str, count: int) -> Callable[[int], Mlp
     plain = None
     if dense_layers:
         plain = Mlp(
-            f.integer("intermediate_size_mlp", "dense_intermediate_size", default=0, least=0) or _dense_intermediate(f, model_type), gated
+            f.integer("intermediate_size_mlp", "dense_intermediate_size", default=0, least=0) or _dense_intermediate(f, model_type),
+            gated,
+            activation_kind(f, model_type),
         )
     return lambda i: routed if is_moe(i) else plain
 
@@ -227,7 +272,21 @@ def _experts(f: Fields, model_type: str, experts: int, gated: bool) -> Experts:
     if model_type.startswith("llama4"):
         shared = size  # one shared expert as large as a routed one, in every mixture layer
     has_gate = bool(each) and model_type.startswith(SHARED_GATE)
-    return Experts(experts, top_k, size, shared, has_gate, gated)
+    sigmoid = model_type.startswith(SIGMOID_ROUTER) or str(f.value("scoring_func", default="")) == "sigmoid"
+    groups = f.integer("n_group", default=1)
+    return Experts(
+        experts,
+        top_k,
+        size,
+        shared,
+        has_gate,
+        gated,
+        activation_kind(f, model_type),
+        scoring="sigmoid" if sigmoid else "softmax",
+        groups=groups,
+        topk_groups=f.integer("topk_group", default=1) if groups > 1 else 1,
+        renormalize=f.flag("norm_topk_prob", default=not model_type.startswith("llama4")),
+    )
 
 
 def _moe_layers(f: Fields, count: int) -> Callable[[int], bool]:
@@ -262,7 +321,7 @@ def _single_block_layers(f: Fields, model_type: str) -> tuple[LayerGroup, ...]:
             case "*":
                 blocks.append(((attention_shape(f, model_type),), None))
             case "-":
-                blocks.append(((), Mlp(_dense_intermediate(f, model_type), model_type not in UNGATED_MLP)))
+                blocks.append(((), Mlp(_dense_intermediate(f, model_type), model_type not in UNGATED_MLP, activation_kind(f, model_type))))
             case _:
                 blocks.append(((UnknownMixer({"M": "mamba2", "E": "experts"}.get(letter, letter)),), None))
     return grouped(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,14 @@ Osl = Annotated[int | None, typer.Option("--osl", help="Output length in tokens.
 Batch = Annotated[str | None, typer.Option("--batch", help="Decode batch sizes, comma-separated: 1,8,32.")]
 Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="bf16, fp16 or fp32. Default: the model's, where the chip can.")]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        help="More of the scenario, as NAME=VALUE: prefix_len, q_len, page_size, prefill_batch, kv_dtype, shared_prefix, expert_parallel, "
+        "quantization. Repeatable.",
+    ),
+]
 Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for everything: 90s, 8m, 1.5h. Default: until done.")]
 
@@ -56,3 +65,39 @@ def integers(text: str | None, option: str) -> tuple[int, ...] | None:
     if not values or min(values) < 1:
         raise UsageError(f"{option} {text!r} is not a list of positive integers; write 1,8,32")
     return values
+
+
+def scenario_of(
+    isl: int | None, osl: int | None, batch: str | None, tp: int, dtype: str | None, further: list[str] | None
+) -> dict[str, object]:
+    """The fields of a Scenario from the options that every verb with a plan has; UsageError for a value that is none."""
+    given: dict[str, object] = {"isl": isl, "osl": osl, "batches": integers(batch, "--batch"), "tp": tp, "dtype": dtype}
+    return given | scenario_fields(further)
+
+
+def scenario_fields(texts: list[str] | None) -> dict[str, object]:
+    """`["q_len=4", "kv-dtype=fp8"]` -> {"q_len": 4, "kv_dtype": "fp8"}; UsageError names what is no field or no value of one."""
+    from klab.harness.plan.scenario import Scenario
+
+    known = {field.name: str(field.type) for field in dataclasses.fields(Scenario)}
+    found: dict[str, object] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        kind = known.get(name)
+        if not equals or kind not in ("int", "str", "bool"):
+            raise UsageError(
+                f"--with {text!r}: write NAME=VALUE with one of {', '.join(n for n, k in known.items() if k != 'tuple[int, ...]')}"
+            )
+        found[name] = _value(text, kind, value.strip())
+    return found
+
+
+def _value(text: str, kind: str, value: str) -> object:
+    if kind == "str":
+        return value
+    if kind == "bool" and value.lower() in ("true", "yes", "1", "false", "no", "0"):
+        return value.lower() in ("true", "yes", "1")
+    if kind == "int" and value.isdecimal():
+        return int(value)
+    raise UsageError(f"--with {text!r}: the value is {'true or false' if kind == 'bool' else 'a whole number'}")

@@ -47,6 +47,7 @@ def look_up(
     only: Sequence[str] | None = None,
     candidates: str = "default",
     phase: str | None = None,
+    further: list[str] | None = None,
 ) -> Setup:
     """Find everything by name; UsageError for what does not exist. Kernel files that could not be used are told on stderr."""
     from klab.harness.catalog import find_chip, find_model
@@ -57,8 +58,7 @@ def look_up(
     from klab.kernels.errors import UsageError
 
     found_model, found_chip = find_model(model), find_chip(chip)
-    batches = _options.integers(batch, "--batch")
-    scenario = scenario_for(found_model, found_chip, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
+    scenario = scenario_for(found_model, found_chip, **_options.scenario_of(isl, osl, batch, tp, dtype, further))
     plan = make_plan(found_model, found_chip, scenario)
     if phase is not None and phase not in {name for name, _ in plan.steps}:
         raise UsageError(f"--phase {phase}: this model has {', '.join(dict.fromkeys(name for name, _ in plan.steps))}")

@@ -60,6 +60,7 @@ def command(app: typer.Typer) -> None:
         batch: _options.Batch = None,
         tp: _options.Tp = 1,
         dtype: _options.Dtype = None,
+        further: _options.With = None,
         results: Where = None,
         kernels: KernelDirs = None,
         out: Out = None,
@@ -85,12 +86,12 @@ def command(app: typer.Typer) -> None:
         folders = folders_to_read(results)
         found_chip = find_chip(chip)
         plan = None
-        if model is None and (isl or osl or batch or dtype or tp != 1):
-            raise UsageError("--isl, --osl, --batch, --tp and --dtype describe a model's plan: give --model too")
+        if model is None and (isl or osl or batch or dtype or tp != 1 or further):
+            raise UsageError("--isl, --osl, --batch, --tp, --dtype and --with describe a model's plan: give --model too")
         if model is not None:
             found_model = find_model(model)
-            batches = _options.integers(batch, "--batch")
-            scenario = scenario_for(found_model, found_chip, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
+            given = _options.scenario_of(isl, osl, batch, tp, dtype, further)
+            scenario = scenario_for(found_model, found_chip, **given)
             plan = make_plan(found_model, found_chip, scenario)
         if bucket is None and (buckets != 1 or bucket_by is not None):
             raise UsageError("--buckets and --bucket-by go with --bucket geomean or --bucket worst")

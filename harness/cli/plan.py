@@ -37,6 +37,7 @@ def command(app: typer.Typer) -> None:
         page_size: Page = None,
         q_len: QLen = None,
         expert_parallel: Ep = False,
+        further: _options.With = None,
         as_json: AsJson = False,
     ) -> None:
         """Show what a model computes on a chip: every operator and shape, how often, its flops, bytes and roofline bound."""
@@ -45,20 +46,19 @@ def command(app: typer.Typer) -> None:
         from klab.harness.plan import scenario_for
 
         found_model, found_chip = find_model(model), find_chip(chip)
-        scenario = scenario_for(
-            found_model,
-            found_chip,
-            isl=isl,
-            osl=osl,
-            batches=_options.integers(batch, "--batch"),
-            tp=tp,
-            dtype=dtype,
-            prefix_len=prefix,
-            prefill_batch=prefill_batch,
-            page_size=page_size,
-            q_len=q_len,
-            expert_parallel=expert_parallel,
-        )
+        given = {
+            "isl": isl,
+            "osl": osl,
+            "batches": _options.integers(batch, "--batch"),
+            "tp": tp,
+            "dtype": dtype,
+            "prefix_len": prefix,
+            "prefill_batch": prefill_batch,
+            "page_size": page_size,
+            "q_len": q_len,
+            "expert_parallel": expert_parallel or None,
+        }
+        scenario = scenario_for(found_model, found_chip, **given | _options.scenario_fields(further))
         made = make_plan(found_model, found_chip, scenario)
         if as_json:
             _emit(made)

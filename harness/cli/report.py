@@ -36,6 +36,7 @@ def command(app: typer.Typer) -> None:
         batch: _options.Batch = None,
         tp: _options.Tp = 1,
         dtype: _options.Dtype = None,
+        further: _options.With = None,
         results: Where = None,
         kernels: KernelDirs = None,
         out: Out = Path("report.html"),
@@ -51,15 +52,16 @@ def command(app: typer.Typer) -> None:
         from klab.kernels.discover import discover
         from klab.kernels.errors import UsageError
 
-        if model is None and (isl or osl or batch or dtype or tp != 1):
-            raise UsageError("--isl, --osl, --batch, --tp and --dtype describe a model's plan: give --model too")
+        if model is None and (isl or osl or batch or dtype or tp != 1 or further):
+            raise UsageError("--isl, --osl, --batch, --tp, --dtype and --with describe a model's plan: give --model too")
         folders = folders_to_read(results)
         found = [find_chip(name) for name in chip or (["auto"] if model else [])]
         plans = {}
         if model is not None:
-            found_model, batches = find_model(model), _options.integers(batch, "--batch")
+            found_model = find_model(model)
+            given = _options.scenario_of(isl, osl, batch, tp, dtype, further)
             for one in found:
-                scenario = scenario_for(found_model, one, isl=isl, osl=osl, batches=batches, tp=tp, dtype=dtype)
+                scenario = scenario_for(found_model, one, **given)
                 plans[one.name] = make_plan(found_model, one, scenario)
         story = write_report(folders, out, chips=[one.name for one in found], plans=plans, catalogue=discover(kernels or ()))
         counts = dict(story.statuses)

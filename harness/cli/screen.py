@@ -43,6 +43,7 @@ def command(app: typer.Typer) -> None:
         batch: _options.Batch = None,
         tp: _options.Tp = 1,
         dtype: _options.Dtype = None,
+        further: _options.With = None,
         jobs: Jobs = None,
         timeout: Timeout = None,
         hopeless: Hopeless = None,
@@ -68,7 +69,8 @@ def command(app: typer.Typer) -> None:
         limits = Limits(hopeless=hopeless) if timeout_s is None else Limits(hopeless=hopeless, timeout_s=timeout_s)
         given: list[Path] | None = kernels
         setup = look_up(
-            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=given, only=kernel, candidates=candidates,
+            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype,
+            further=further, kernel_dirs=given, only=kernel, candidates=candidates,
             phase=phase,
         )  # fmt: skip
         wanted = matching({t.problem.key: t.problem for t in setup.trials}, problem)

@@ -66,6 +66,7 @@ def command(app: typer.Typer) -> None:
         batch: _options.Batch = None,
         tp: _options.Tp = 1,
         dtype: _options.Dtype = None,
+        further: _options.With = None,
         results: _options.Results = None,
         out_file: Pack = None,
         export: Export = None,
@@ -91,7 +92,8 @@ def command(app: typer.Typer) -> None:
         allowance = Allowance(evaluations, gpu_seconds, None if deadline is None else deadline - later_s, final_s_most=final_s)
         options = Options(strategy or "", seed, goal, allowance)
         setup = look_up(
-            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype, kernel_dirs=kernels, only=kernel, phase=phase
+            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype,
+            further=further, kernel_dirs=kernels, only=kernel, phase=phase
         )  # fmt: skip
         competing = _competing(setup, kernel)
         targets = _targets(setup, phase, problem)

@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from klab.harness.catalog.architecture import Attention, LatentAttention, LinearAttention
 from klab.harness.catalog.matrices import kv_shard, mixer_matrices, shard
-from klab.harness.plan.step import Draft, Step, no_kernel
+from klab.harness.plan.step import Draft, Step, drafted
+from klab.kernels.batched_matmul.problem import BatchedMatmul
+from klab.kernels.causal_conv1d.problem import CausalConv1d
 from klab.kernels.contract import Problem
 from klab.kernels.decode_attention.problem import DecodeAttention
-from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.gated_delta_rule.problem import GatedDeltaRule
+from klab.kernels.index_scores.problem import IndexScores
+from klab.kernels.latent_attention.problem import LatentAttention as LatentProblem
 from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.rope_cache.problem import RopeCache
+from klab.kernels.sparse_latent_attention.problem import SparseLatentAttention
+from klab.kernels.topk_select.problem import TopkSelect
+
+# FlashMLA's pages and those of the engines that use it, whatever the pages of other layers.
+LATENT_PAGE = 64
 
 
 def attention_rows(a: Attention, hidden: int, step: Step) -> list[Draft]:
     """Projections, norm of queries and keys, rotary positions with the write to the cache, and the attention itself."""
     before, after = _split(step.matrices(mixer_matrices(a, hidden, step.tp)))
     heads, kv_heads = shard(a.heads, step.tp, "attention heads"), kv_shard(a.kv_heads, step.tp)
-    drafts = [step.element_wise("norm", "norm", step.tokens, hidden, passes=4, flops=6), *before]
-    width = heads * a.head_dim if a.cross else (heads + kv_heads) * a.head_dim
+    drafts = [step.normed("norm", step.tokens, hidden, residual=True), *before]
     if a.qk_norm:
-        drafts.append(step.element_wise("qk_norm", "norm", step.tokens, width, passes=2, flops=4))
-    if a.rotary and not a.cross:
-        # Reads q, k, v, writes q and the cache's k and v: v is moved but not turned.
-        drafts.append(step.element_wise("rope_and_cache", "rope", step.tokens, width + kv_heads * a.head_dim, passes=2, flops=3))
-    elif a.causal and not a.cross:
-        drafts.append(step.element_wise("cache_write", "cache_write", step.tokens, 2 * kv_heads * a.head_dim, passes=2, flops=0))
+        # Whole heads of queries and keys; of cross-attention's keys the norm is taken once, with their projection.
+        drafts.append(step.normed("qk_norm", step.tokens * (heads if a.cross else heads + kv_heads), a.head_dim, kind="rms"))
+    if (a.rotary or a.causal) and not a.cross:
+        cache = RopeCache(
+            step.tokens,
+            heads,
+            kv_heads,
+            a.head_dim,
+            rotary_dim=a.rotary_dim,
+            page_size=step.page_size,
+            kv_dtype=step.kv_dtype,
+            rotary=a.rotary,
+            dtype=step.dtype,
+        )
+        drafts.append(drafted("rope_and_cache" if a.rotary else "cache_write", cache))
     drafts.append(softmax_attention(a, heads, kv_heads, step))
     if a.output_gate:
-        drafts.append(step.element_wise("output_gate", "activation", step.tokens, heads * a.head_dim, passes=3, flops=4))
+        drafts.append(step.activated("output_gate", step.tokens, heads * a.head_dim, "sigmoid", gated=True))
     return drafts + after
 
 
@@ -43,27 +62,38 @@ def softmax_attention(a: Attention, heads: int, kv_heads: int, step: Step) -> Dr
     role = "cross_attention" if a.cross else "attention"
     keys = (a.source_tokens or step.source) if a.cross else step.context
     window = a.window if a.window < keys else 0
-    shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": a.head_dim}
+    shape: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": a.head_dim}
+    features: dict[str, Any] = {"dtype": step.dtype, "window": window, "sinks": a.sinks, "softcap": a.softcap, "kv_dtype": step.kv_dtype}
     if step.decodes:
         if a.chunk and not a.cross:  # only the tokens of the current chunk are seen
             keys = max((keys - 1) % a.chunk + 1, step.new)
+        # A window or a chunk hides the beginning, where a shared prefix lies; caches share whole pages.
+        shared = 0 if a.cross or window or a.chunk else min(step.shared_prefix, keys - step.new) // step.page_size * step.page_size
         problem: Problem = DecodeAttention(
-            kv_lens=(keys,) * step.batch, **shape, q_len=step.new, page_size=step.page_size, dtype=step.dtype, window=window
+            kv_lens=(keys,) * step.batch, **shape, q_len=step.new, page_size=step.page_size, shared_prefix=shared, **features
         )
-        return _drafted(role, problem, {"batch": step.batch, "q_len": step.new, "kv_len": keys, **shape, "window": window})
-    if a.cross and keys < step.new:
-        # PrefillAttention's queries are the last of its keys, so it cannot have fewer keys than queries.
-        pairs, elements = step.tokens * keys, step.tokens * heads + step.batch * keys * kv_heads
-        full = {"batch": step.batch, "q_len": step.new, "kv_len": keys, **shape}
-        flops, moved = 4.0 * pairs * heads * a.head_dim, 2.0 * step.size * elements * a.head_dim
-        return Draft(role, "cross_attention", full, flops, moved, why=no_kernel("cross_attention"))
+        return drafted(role, problem, {"batch": step.batch, "q_len": step.new, "kv_len": keys, **shape, "window": window})
+    if a.cross:
+        crossed = PrefillAttention((step.new,) * step.batch, **shape, kv_tokens=(keys,) * step.batch, causal=False, dtype=step.dtype)
+        return drafted(role, crossed, {"batch": step.batch, "q_len": step.new, "kv_len": keys, **shape, "causal": False})
     pieces = [(step.new, keys - step.new)]
     if a.chunk and keys > a.chunk:
         pieces = _chunks(step.prefix, step.new, a.chunk)
     q_lens = tuple(q for q, _ in pieces) * step.batch
     prefixes = tuple(prefix for _, prefix in pieces) * step.batch
+    cached = any(prefixes)
+    if not a.causal:
+        features["window"] = 0
+    if not a.causal or (not cached and not step.kv_dtype):
+        features["kv_dtype"] = ""
+    # Behind a cached prefix the keys are read where they lie: in the pages of the cache.
     problem = PrefillAttention(
-        q_lens, **shape, prefix_lens=prefixes if any(prefixes) else (), causal=a.causal, dtype=step.dtype, window=window if a.causal else 0
+        q_lens,
+        **shape,
+        prefix_lens=prefixes if cached else (),
+        causal=a.causal,
+        page_size=step.page_size if cached else 0,
+        **features,
     )
     full_shape = {
         "batch": len(q_lens),
@@ -71,9 +101,9 @@ def softmax_attention(a: Attention, heads: int, kv_heads: int, step: Step) -> Dr
         "kv_len": q_lens[0] + prefixes[0],
         **shape,
         "causal": a.causal,
-        "window": window,
+        "window": features["window"],
     }
-    return _drafted(role, problem, full_shape)
+    return drafted(role, problem, full_shape)
 
 
 def _chunks(prefix: int, new: int, chunk: int) -> list[tuple[int, int]]:
@@ -84,10 +114,6 @@ def _chunks(prefix: int, new: int, chunk: int) -> list[tuple[int, int]]:
         pieces.append((end - at, at % chunk))
         at = end
     return pieces
-
-
-def _drafted(role: str, problem: Problem, shape: dict[str, int]) -> Draft:
-    return Draft(role, problem.operator, shape, problem.flops(), problem.bytes_moved(), problem=problem)
 
 
 def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
@@ -101,14 +127,14 @@ def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
     matrices = [m for m in mixer_matrices(a, hidden, step.tp) if not (absorbed and m.role == "kv_b_proj")]
     # In prefill the latents of the whole context are spread out, those of a cached prefix again.
     before, after = _split(replace(step, source=step.context).matrices(matrices))
-    drafts = [step.element_wise("norm", "norm", step.tokens, hidden, passes=4, flops=6), *before]
-    latent = a.kv_lora_rank + a.rope_dim
-    drafts.append(step.element_wise("latent_norm", "norm", step.tokens, a.q_lora_rank + a.kv_lora_rank, passes=2, flops=4))
-    drafts.append(step.element_wise("rope_and_cache", "rope", step.tokens, heads * a.rope_dim + latent, passes=2, flops=3))
+    drafts = [step.normed("norm", step.tokens, hidden, residual=True), *before]
+    drafts += [step.normed("latent_norm", step.tokens, rank, kind="rms") for rank in (a.q_lora_rank, a.kv_lora_rank) if rank]
+    cache = RopeCache(step.tokens, heads, 1, a.rope_dim, latent=a.kv_lora_rank, interleaved=True, page_size=LATENT_PAGE, dtype=step.dtype)
+    drafts.append(drafted("rope_and_cache", cache))
     if a.index_topk:
         drafts += _indexer(a, step)
     if not absorbed:
-        problem = PrefillAttention(
+        problem: Problem = PrefillAttention(
             (step.new,) * step.batch,
             heads,
             heads,
@@ -118,18 +144,23 @@ def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
             dtype=step.dtype,
         )
         shape = {"batch": step.batch, "q_len": step.new, "kv_len": step.context, "heads": heads, "kv_heads": heads}
-        return [*drafts, _drafted("attention", problem, {**shape, "head_dim": a.qk_dim, "head_dim_v": a.v_dim}), *after]
-    operator = "sparse_latent_attention" if sparse else "latent_attention"
-    pairs = sum(min(step.prefix + t + 1, a.index_topk or step.context) for t in range(step.new)) * step.batch
-    # Each key of the cache is read once; a sparse step of few queries reads only what they picked.
-    keys = min(step.batch * step.context, pairs) if sparse else step.batch * step.context
-    moved = step.size * (keys * latent + step.tokens * heads * (latent + a.kv_lora_rank))
+        return [*drafts, drafted("attention", problem, {**shape, "head_dim": a.qk_dim, "head_dim_v": a.v_dim}), *after]
+    ranks: dict[str, Any] = {
+        "heads": heads,
+        "kv_lora_rank": a.kv_lora_rank,
+        "rope_dim": a.rope_dim,
+        "qk_dim": a.qk_dim,
+        "page_size": LATENT_PAGE,
+    }
+    if sparse:
+        problem = SparseLatentAttention(step.tokens, step.context, a.index_topk, **ranks, sequences=step.batch, dtype=step.dtype)
+    else:
+        problem = LatentProblem((step.context,) * step.batch, **ranks, q_len=step.new, dtype=step.dtype)
     full = {"batch": step.batch, "q_len": step.new, "kv_len": step.context, "heads": heads, "latent": a.kv_lora_rank, "rope": a.rope_dim}
-    flops = 2.0 * pairs * heads * (latent + a.kv_lora_rank)
     return [
         *drafts,
         _per_head("q_absorb", step, heads, a.kv_lora_rank, a.nope_dim),
-        Draft("attention", operator, {**full, "topk": a.index_topk} if sparse else full, flops, moved, why=no_kernel(operator)),
+        drafted("attention", problem, {**full, "topk": a.index_topk} if sparse else full),
         _per_head("v_absorb", step, heads, a.v_dim, a.kv_lora_rank),
         *after,
     ]
@@ -137,21 +168,16 @@ def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
 
 def _per_head(role: str, step: Step, heads: int, n: int, k: int) -> Draft:
     """One small matrix per head: [heads] x (tokens, k) @ (k, n)."""
-    m = step.tokens
-    moved = float(step.size * heads * (m * k + n * k + m * n))
-    shape = {"batch": heads, "m": m, "n": n, "k": k}
-    return Draft(role, "batched_matmul", shape, 2.0 * heads * m * n * k, moved, why=no_kernel("batched_matmul"))
+    return drafted(role, BatchedMatmul(heads, step.tokens, n, k, step.dtype))
 
 
 def _indexer(a: LatentAttention, step: Step) -> list[Draft]:
     """Scores of every visible key by small heads, then the choice of the best."""
-    pairs = step.batch * (step.new * step.prefix + step.new * (step.new + 1) // 2)
-    moved = step.size * a.index_dim * (step.batch * step.context + step.tokens * a.index_heads) + 4.0 * pairs
-    shape = {"tokens": step.tokens, "kv_len": step.context, "heads": a.index_heads, "head_dim": a.index_dim}
-    return [
-        Draft("index_scores", "index_scores", shape, 2.0 * pairs * a.index_heads * a.index_dim, moved, why=no_kernel("index_scores")),
-        Draft("index_topk", "topk", {"tokens": step.tokens, "of": step.context}, 0.0, 4.0 * pairs, why=no_kernel("topk")),
-    ]
+    scores = IndexScores(step.batch, step.new, step.context, a.index_heads, a.index_dim, step.dtype)
+    drafts = [drafted("index_scores", scores)]
+    if step.context > a.index_topk:
+        drafts.append(drafted("index_topk", TopkSelect(step.tokens, step.context, a.index_topk)))
+    return drafts
 
 
 def linear_attention_rows(a: LinearAttention, hidden: int, step: Step) -> list[Draft]:
@@ -160,15 +186,15 @@ def linear_attention_rows(a: LinearAttention, hidden: int, step: Step) -> list[D
     heads = shard(a.value_heads, step.tp, "linear-attention value heads")
     before, after = _split(step.matrices(mixer_matrices(a, hidden, step.tp)))
     channels = 2 * key_heads * a.key_dim + heads * a.value_dim
-    state = heads * a.key_dim * a.value_dim
-    # Per token and head: decay the state, read it at k, add the correction, read it at q: 1 + 2 + 2 + 2 per element of the state.
-    flops = 7.0 * step.tokens * state + 2.0 * a.conv_width * step.tokens * channels
-    moved = step.size * step.tokens * (channels + heads * (a.value_dim + 2)) + 2.0 * step.batch * state * SIZE_BYTES.get(a.state_dtype, 4)
-    shape = {"batch": step.batch, "q_len": step.new, "heads": heads, "key_dim": a.key_dim, "value_dim": a.value_dim}
+    lens = (step.new,) * step.batch
+    shape = {"batch": step.batch, "q_len": step.new}
+    recurrence = GatedDeltaRule(lens, key_heads, heads, a.key_dim, a.value_dim, dtype=step.dtype, state_dtype=a.state_dtype)
+    heads_shape = {"heads": heads, "key_dim": a.key_dim, "value_dim": a.value_dim}
     return [
-        step.element_wise("norm", "norm", step.tokens, hidden, passes=4, flops=6),
+        step.normed("norm", step.tokens, hidden, residual=True),
         *before,
-        Draft("linear_attention", "gated_delta_net", shape, flops, moved, why=no_kernel("gated_delta_net")),
-        step.element_wise("gated_norm", "norm", step.tokens, heads * a.value_dim, passes=3, flops=8),
+        drafted("short_conv", CausalConv1d(lens, channels, a.conv_width, dtype=step.dtype), {**shape, "channels": channels}),
+        drafted("linear_attention", recurrence, {**shape, **heads_shape}),
+        step.normed("gated_norm", step.tokens * heads, a.value_dim, kind="rms", gated=True),
         *after,
     ]

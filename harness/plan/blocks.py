@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from klab.harness.catalog.architecture import JointAttention, ParallelBlock
 from klab.harness.catalog.matrices import mixer_matrices, shard
-from klab.harness.plan.feed_forward import activation
-from klab.harness.plan.step import Draft, Step
+from klab.harness.plan.step import Draft, Step, drafted
 from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.rope_cache.problem import RopeCache
 
 
 def joint_rows(a: JointAttention, hidden: int, step: Step) -> list[Draft]:
@@ -15,9 +15,9 @@ def joint_rows(a: JointAttention, hidden: int, step: Step) -> list[Draft]:
     intermediate = shard(a.intermediate, step.tp, "intermediate features")
     for stream, prefix in (("tokens", "image_"), ("text", "text_")):
         rows = step.rows_of(stream)
-        # Scale and shift by the modulation, twice each.
-        drafts.append(step.element_wise(prefix + "norm", "norm", 2 * rows, hidden, passes=2, flops=8))
-        drafts.append(activation(prefix + "activation", rows, intermediate, False, step))
+        # Each is followed by a scale and a shift, which engines fuse into it.
+        drafts += [step.normed(prefix + "norm", rows, hidden)] * 2
+        drafts.append(step.activated(prefix + "activation", rows, intermediate, "gelu_tanh", gated=False))
     return [*drafts, *_attention(a.heads, a.head_dim, step)]
 
 
@@ -25,9 +25,9 @@ def parallel_rows(a: ParallelBlock, hidden: int, step: Step) -> list[Draft]:
     """A single block: attention and MLP side by side over image and text tokens."""
     rows = step.rows_of("all")
     return [
-        step.element_wise("norm", "norm", rows, hidden, passes=2, flops=8),
+        step.normed("norm", rows, hidden),
         *step.matrices(mixer_matrices(a, hidden, step.tp)),
-        activation("activation", rows, shard(a.intermediate, step.tp, "intermediate features"), False, step),
+        step.activated("activation", rows, shard(a.intermediate, step.tp, "intermediate features"), "gelu_tanh", gated=False),
         *_attention(a.heads, a.head_dim, step),
     ]
 
@@ -47,7 +47,7 @@ def _attention(all_heads: int, head_dim: int, step: Step) -> list[Draft]:
         "causal": False,
     }
     return [
-        step.element_wise("qk_norm", "norm", rows, 2 * heads * head_dim, passes=2, flops=4),
-        step.element_wise("rope", "rope", rows, 2 * heads * head_dim, passes=2, flops=3),
-        Draft("attention", problem.operator, shape, problem.flops(), problem.bytes_moved(), problem=problem),
+        step.normed("qk_norm", rows * 2 * heads, head_dim, kind="rms"),
+        drafted("rope", RopeCache(rows, heads, heads, head_dim, interleaved=True, dtype=step.dtype)),
+        drafted("attention", problem, shape),
     ]

@@ -9,9 +9,17 @@ from klab.kernels.contract import Chip
 from klab.kernels.dtypes import SIZE_BYTES
 
 
-def weight_bytes(model: Model, dtype: str, tp: int = 1) -> float:
-    """Bytes of weights per GPU, as planned (a quantised checkpoint takes less)."""
-    return parameters(model).total * SIZE_BYTES[dtype] / tp
+# Bytes of a weight with its share of the scales: one float32 per 128 x 128 elements or per row is below 0.1%, one per 128 of a row 3%.
+FORMAT_BYTES = {"mxfp8": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "w4a16": 0.5 + 4 / 128}
+
+
+def weight_bytes(model: Model, dtype: str, tp: int = 1, quantization: str = "") -> float:
+    """Bytes of weights per GPU, as planned: with `quantization` all but the embedding and the head are in that format."""
+    size = float(SIZE_BYTES[dtype])
+    narrow = FORMAT_BYTES.get(quantization, 1.0) if quantization else size
+    total = parameters(model).total
+    tables = min(total, model.vocab * model.stack.hidden * (1 if model.tied else 2))
+    return ((total - tables) * narrow + tables * size) / tp
 
 
 def kv_bytes_per_token(model: Model, dtype: str) -> float:
@@ -53,13 +61,13 @@ def _cached(mixer: object, tp: int) -> int:
 def memory_notes(model: Model, chip: Chip, scenario: Scenario, dtype: str) -> list[Note]:
     """Warnings when weights, or weights and cache, exceed the memory of a chip, or the prompt the model's context."""
     notes = []
-    weights = weight_bytes(model, dtype, scenario.tp)
+    weights = weight_bytes(model, dtype, scenario.tp, scenario.quantization)
     free = chip.memory_bytes - weights
     if free < 0:
         words = f"{weights / 1e9:.0f} GB of weights per chip exceed its {chip.memory_bytes / 1e9:.0f} GB; a larger --tp divides them"
         notes.append(Note("memory", words, 1.0, "warning"))
     elif scenario.osl and scenario.batches:
-        one = cache_bytes(model, dtype, scenario.context, scenario.tp)
+        one = cache_bytes(model, scenario.kv_dtype or dtype, scenario.context, scenario.tp)
         too_many = [batch for batch in scenario.batches if batch * one > free]
         if too_many:
             words = f"a cache of {one / 1e9:.2f} GB per sequence does not fit beside the weights at batch {', '.join(map(str, too_many))}"

@@ -21,15 +21,21 @@ from klab.harness.plan.blocks import joint_rows, parallel_rows
 from klab.harness.plan.feed_forward import feed_forward_rows
 from klab.harness.plan.memory import kv_bytes_per_token, memory_notes, weight_bytes
 from klab.harness.plan.precision import planned_dtype
+from klab.harness.plan.quantization import check_format, quantised
 from klab.harness.plan.roofline import Roofline
 from klab.harness.plan.rows import Plan, Row
 from klab.harness.plan.scenario import Scenario, scenario_for
-from klab.harness.plan.step import Draft, Step, no_kernel
+from klab.harness.plan.step import Draft, Step, drafted, modelled
 from klab.kernels.contract import Chip
+from klab.kernels.conv1d.problem import Conv1d
+from klab.kernels.embedding.problem import Embedding
 from klab.kernels.errors import UsageError
+from klab.kernels.sampling.problem import Sampling
 
 # Engines pad the vocabulary so that every GPU's part is a multiple of this.
 VOCABULARY_MULTIPLE = 64
+# What model cards recommend most often (Qwen3: 20 and 0.95, Llama 3: none and 0.9, gpt-oss: none): both filters are exercised.
+SAMPLED_TOP_K, SAMPLED_TOP_P = 50, 0.95
 
 
 def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
@@ -42,11 +48,13 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
     scenario = scenario or scenario_for(model, chip)
     if scenario.tp > 1 and chip.link_gb_per_s is None:
         raise UsageError(f"chip {chip.name} has no link to another one (link_gb_per_s): plan it with --tp 1")
-    dtype, notes = planned_dtype(model, chip, scenario.dtype)
+    check_format(scenario.quantization)
+    dtype, notes = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
     roofline = Roofline(chip, dtype)
     rows: list[Row] = []
-    for step, drafts in _steps(model, scenario, dtype):
-        rows += _merged(step, drafts, roofline)
+    for step, layers in _steps(model, scenario, dtype):
+        narrow = [(count, [quantised(draft, scenario.quantization) for draft in drafts]) for count, drafts in layers]
+        rows += _merged(step, narrow, roofline)
     return Plan(
         model=model,
         chip=chip,
@@ -54,8 +62,8 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
         dtype=dtype,
         rows=tuple(rows),
         notes=(*model.notes, *notes, *memory_notes(model, chip, scenario, dtype)),
-        weight_bytes=weight_bytes(model, dtype, scenario.tp),
-        kv_bytes_per_token=kv_bytes_per_token(model, dtype),
+        weight_bytes=weight_bytes(model, dtype, scenario.tp, scenario.quantization),
+        kv_bytes_per_token=kv_bytes_per_token(model, scenario.kv_dtype or dtype),
     )
 
 
@@ -65,6 +73,7 @@ Layers = tuple[int, list[Draft]]
 
 def _steps(model: Model, s: Scenario, dtype: str) -> list[tuple[Step, list[Layers]]]:
     common = {"dtype": dtype, "tp": s.tp, "expert_parallel": s.expert_parallel, "page_size": s.page_size}
+    common |= {"kv_dtype": s.kv_dtype, "shared_prefix": s.shared_prefix}
     if model.kind == "diffusion_transformer":
         step = Step("denoise", s.prefill_batch, s.isl, 0, text=model.text_tokens, **common)  # type: ignore[arg-type]
         return [(step, _stack(model.stack, step))]
@@ -92,11 +101,15 @@ def _named(prefix: str, layers: list[Layers]) -> list[Layers]:
 
 def _stack(stack: Stack, step: Step) -> list[Layers]:
     """The layers of a stack and what surrounds them."""
+    step = replace(step, norm=stack.norm)
     once = []
     for p in stack.projections:
-        draft = step.linear(p.role, step.rows_of(p.stream), p.n, p.k)
-        if p.operator != "matmul":
-            draft = replace(draft, operator=p.operator, problem=None, why=no_kernel(p.operator))
+        if p.operator == "conv1d":
+            # Both convolutions of a Whisper encoder read 2 frames per token; the one that reads "frames" keeps them, the other halves.
+            frames, stride = 2 * step.new, 1 if p.stream == "frames" else 2
+            draft = drafted(p.role, Conv1d(step.batch, frames, p.k // 3, p.n, stride=stride, dtype=step.dtype))
+        else:
+            draft = step.linear(p.role, step.rows_of(p.stream), p.n, p.k)
         once += [draft] * p.count
     return [(1, once), *((group.count, _group(group, stack.hidden, step)) for group in stack.groups)]
 
@@ -129,21 +142,21 @@ def _mixer(mixer: Mixer, hidden: int, step: Step) -> list[Draft]:
 def _ends(model: Model, step: Step, sampled: int) -> list[Layers]:
     """Embedding before the layers; norm, output head and sampling behind them, for the `sampled` last tokens."""
     hidden = model.stack.hidden
-    drafts = [step.element_wise("embedding", "embedding", step.tokens, hidden, passes=2, flops=0), *step.all_reduce(step.tokens, hidden)]
-    if model.kind == "encoder":
-        return [(1, drafts)]
+    step = replace(step, norm=model.stack.norm)
     multiple = VOCABULARY_MULTIPLE * step.tp
     vocabulary = -(-model.vocab // multiple) * multiple
-    drafts.append(step.element_wise("final_norm", "norm", sampled, hidden, passes=2, flops=4))
+    table = Embedding(step.tokens, vocabulary // step.tp, hidden, step.dtype)
+    drafts = [drafted("embedding", table), *step.all_reduce(step.tokens, hidden)]
+    if model.kind == "encoder":
+        return [(1, drafts)]
+    drafts.append(step.normed("final_norm", sampled, hidden, residual=True))
     drafts.append(step.linear("lm_head", sampled, vocabulary // step.tp, hidden))
     if step.tp > 1:
         sent = (step.tp - 1) / step.tp * sampled * vocabulary * step.size
         shape = {"rows": sampled, "width": vocabulary, "gpus": step.tp}
         moved = float(sampled * vocabulary * step.size)
-        drafts.append(Draft("logits_gather", "all_gather", shape, 0.0, moved, sent, why=no_kernel("all_gather")))
-    # Engines sample from float32 logits: the cast, a pass for the maximum and the sum, a pass to choose.
-    drafts.append(Draft("sampling", "sampling", {"rows": sampled, "width": vocabulary}, 4.0 * sampled * vocabulary,
-                        sampled * vocabulary * (step.size + 12.0), why=no_kernel("sampling")))  # fmt: skip
+        drafts.append(Draft("logits_gather", "all_gather", shape, 0.0, moved, sent, why=modelled("all_gather")))
+    drafts.append(drafted("sampling", Sampling(sampled, vocabulary, top_k=SAMPLED_TOP_K, top_p=SAMPLED_TOP_P, dtype=step.dtype)))
     return [(1, drafts)]
 
 
@@ -170,7 +183,7 @@ def _merged(step: Step, layers: list[Layers], roofline: Roofline) -> list[Row]:
             draft.flops,
             draft.bytes_moved,
             draft.link_bytes,
-            *roofline.bound(draft.flops, draft.bytes_moved, draft.link_bytes),
+            *(roofline.of(draft.problem.math_dtype) if draft.problem else roofline).bound(draft.flops, draft.bytes_moved, draft.link_bytes),
             draft.problem,
             draft.why,
         )

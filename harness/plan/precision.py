@@ -9,7 +9,7 @@ from klab.kernels.dtypes import SHORT, long_name
 from klab.kernels.errors import UsageError
 
 
-def planned_dtype(model: Model, chip: Chip, wanted: str = "") -> tuple[str, list[Note]]:
+def planned_dtype(model: Model, chip: Chip, wanted: str = "", quantization: str = "") -> tuple[str, list[Note]]:
     """(dtype, notes): the one that is `wanted`, else the model's, else float32 where a CPU has no instructions for that.
 
     UsageError when the chip states no peak for it, so that no bound could be given.
@@ -17,10 +17,12 @@ def planned_dtype(model: Model, chip: Chip, wanted: str = "") -> tuple[str, list
     notes = []
     dtype = long_name(wanted) if wanted else model.dtype
     if dtype not in PLANNED_DTYPES:
-        notes.append(Note("dtype", f"{dtype} is planned as bf16: scaled_matmul is not measured yet", 1.0, "warning"))
+        notes.append(
+            Note("dtype", f"{dtype} is planned as bf16, unless a format is asked for: --with quantization=fp8_block", 1.0, "warning")
+        )
         dtype = "bfloat16"
-    if model.quantization:
-        words = f"the checkpoint is quantised ({model.quantization}); planned as {SHORT[dtype]}: scaled_matmul is not measured yet"
+    if model.quantization and not quantization:
+        words = f"the checkpoint is quantised ({model.quantization}); planned as {SHORT[dtype]} unless asked: --with quantization=fp8_block"
         notes.append(Note("quantization_config", words, 1.0, "warning"))
     if dtype in chip.peak_tflops:
         return dtype, notes

@@ -10,11 +10,16 @@ class Roofline:
 
     def __init__(self, chip: Chip, dtype: str) -> None:
         # A CPU multiplies a dtype that it has no instructions for in float32 (precision.py says so in a note).
+        self.chip = chip
         peak = chip.peak_flops(dtype) or chip.peak_flops("float32")
         assert peak is not None, "planned_dtype() lets only chips with a peak through"
         self.peak_flops = peak
         self.bytes_per_s = chip.memory_gb_per_s * 1e9
         self.link_bytes_per_s = (chip.link_gb_per_s or 0.0) * 1e9
+
+    def of(self, dtype: str) -> Roofline:
+        """The same chip's, by the peak of another dtype; this one where the chip has no instructions for that."""
+        return Roofline(self.chip, dtype) if self.chip.peak_flops(dtype) else self
 
     def bound(self, flops: float, bytes_moved: float, link_bytes: float = 0.0) -> tuple[float, str]:
         """(microseconds, which limit sets them: "compute", "memory" or "link")."""

@@ -11,6 +11,7 @@ from klab.kernels.dtypes import long_name
 from klab.kernels.errors import UsageError
 
 PLANNED_DTYPES = ("bfloat16", "float16", "float32")
+KV_DTYPES = ("", "float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Scenario(Record):
     `isl`: prompt tokens, of which `prefix_len` are in the cache already (for a diffusion transformer: latent tokens; for Whisper: tokens of
     the decoder's prompt). `osl`: tokens to generate. `batches`: sequences per decode step, one plan for each; `prefill_batch`: per
     prefill. `tp`: GPUs of one tensor-parallel group; with `expert_parallel` whole experts are spread over them instead of slices.
-    `dtype`: empty for the model's own. `q_len`: tokens per sequence and decode step, above 1 for verifying speculated tokens.
+    `dtype`: empty for the model's own. `kv_dtype`: of the cache ("float8_e4m3fn"; empty: as `dtype`). `shared_prefix`: prompt tokens that
+    all sequences of a decode step share (one system prompt). `q_len`: tokens per sequence and decode step, above 1 for verifying
+    speculated tokens. `quantization`: the format of the layers' weights (and activations, where the format has it), "fp8_block" say.
     """
 
     isl: int = 8192
@@ -33,17 +36,25 @@ class Scenario(Record):
     page_size: int = 16
     prefix_len: int = 0
     q_len: int = 1
+    kv_dtype: str = ""
+    shared_prefix: int = 0
+    quantization: str = ""
 
     def __post_init__(self) -> None:
-        for name, least in (("isl", 1), ("osl", 0), ("prefill_batch", 1), ("tp", 1), ("page_size", 1), ("prefix_len", 0), ("q_len", 1)):
+        least_of = {"isl": 1, "osl": 0, "prefill_batch": 1, "tp": 1, "page_size": 1, "prefix_len": 0, "q_len": 1, "shared_prefix": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} is at least {least}, not {getattr(self, name)}")
         if any(batch < 1 for batch in self.batches):
             raise UsageError(f"--batch takes numbers of at least 1, not {', '.join(map(str, self.batches))}")
         if self.prefix_len >= self.isl:
             raise UsageError(f"--prefix {self.prefix_len} is the cached part of the {self.isl} prompt tokens (--isl): it must be smaller")
+        if self.shared_prefix > self.isl:
+            raise UsageError(f"--shared-prefix {self.shared_prefix} is a part of the {self.isl} prompt tokens (--isl): it cannot be longer")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(f"--kv-dtype is fp8 (or nothing: as the model computes), not {self.kv_dtype}")
         if self.dtype and long_name(self.dtype) not in PLANNED_DTYPES:
-            raise UsageError(f"--dtype is bf16, fp16 or fp32, not {self.dtype}: scaled_matmul (fp8, int8, fp4) is not measured yet")
+            raise UsageError(f"--dtype is bf16, fp16 or fp32, not {self.dtype}: for narrower weights say --with quantization=fp8_block")
 
     @property
     def context(self) -> int:
@@ -80,6 +91,7 @@ def scenario_for(model: Model, chip: Chip, **given: object) -> Scenario:
     unknown = sorted(set(changes) - names)
     if unknown:
         raise UsageError(f"a scenario has no {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-    if changes.get("dtype"):
-        changes["dtype"] = long_name(str(changes["dtype"]))
+    for name in ("dtype", "kv_dtype"):
+        if changes.get(name):
+            changes[name] = long_name(str(changes[name]))
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]

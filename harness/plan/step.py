@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from klab.harness.catalog.matrices import Matrix
+from klab.kernels.activation.problem import Activation
 from klab.kernels.contract import Json, Problem, canonical_json
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.matmul.problem import Matmul
+from klab.kernels.norm.problem import Norm
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Draft:
 @dataclass(frozen=True)
 class Step:
     """`batch` sequences with `new` tokens each behind `prefix` cached ones. `source` tokens per sequence feed cross-attention, `text`
-    tokens are a diffusion model's prompt. `phase` is "prefill", "decode" or "denoise".
+    tokens are a diffusion model's prompt. `phase` is "prefill", "decode" or "denoise". `kv_dtype`: of the cache, where it differs from
+    `dtype`; `shared_prefix`: tokens that all sequences of a decode step have in the same pages; `norm`: the stack's.
     """
 
     phase: str
@@ -47,6 +50,9 @@ class Step:
     page_size: int = 16
     source: int = 0
     text: int = 0
+    kv_dtype: str = ""
+    shared_prefix: int = 0
+    norm: str = "rms"
 
     @property
     def tokens(self) -> int:
@@ -81,8 +87,7 @@ class Step:
 
     def linear(self, role: str, m: int, n: int, k: int) -> Draft:
         """x[m, k] @ W[n, k]^T."""
-        problem = Matmul(m, n, k, self.dtype)
-        return Draft(role, "matmul", {"m": m, "n": n, "k": k}, problem.flops(), problem.bytes_moved(), problem=problem)
+        return drafted(role, Matmul(m, n, k, self.dtype))
 
     def matrices(self, matrices: Sequence[Matrix], *, reduce: bool = True) -> list[Draft]:
         """The matrices of a part; behind a row-parallel one, the all-reduce of its partial sums."""
@@ -102,15 +107,24 @@ class Step:
             return []
         sent = 2 * (self.tp - 1) / self.tp * rows * width * self.size
         shape = {"rows": rows, "width": width, "gpus": self.tp}
-        return [Draft("all_reduce", "all_reduce", shape, 0.0, 2.0 * rows * width * self.size, sent, why=no_kernel("all_reduce"))]
+        return [Draft("all_reduce", "all_reduce", shape, 0.0, 2.0 * rows * width * self.size, sent, why=modelled("all_reduce"))]
 
-    def element_wise(self, role: str, operator: str, rows: int, width: int, *, passes: float, flops: float = 1.0) -> Draft:
-        """Something done to `rows` x `width` elements that moves `passes` times their bytes and does `flops` per element."""
-        elements = rows * width
-        shape = {"rows": rows, "width": width}
-        return Draft(role, operator, shape, flops * elements, passes * elements * self.size, why=no_kernel(operator))
+    def normed(self, role: str, rows: int, width: int, *, kind: str = "", residual: bool = False, gated: bool = False) -> Draft:
+        """The stack's norm (or `kind`) of `rows` rows; with `residual` fused with the addition before it, as engines do."""
+        return drafted(role, Norm(rows, width, kind or self.norm, residual=residual, gated=gated, dtype=self.dtype))
+
+    def activated(self, role: str, rows: int, width: int, kind: str, *, gated: bool) -> Draft:
+        """The activation behind an up projection (times the other half, where `gated`)."""
+        return drafted(role, Activation(rows, width, kind, gated=gated, dtype=self.dtype))
 
 
-def no_kernel(operator: str) -> str:
-    """The reason of a row whose operator has no folder under kernels/ yet."""
-    return f"no kernel yet: {operator}"
+def drafted(role: str, problem: Problem, shape: Mapping[str, Json] | None = None) -> Draft:
+    """The row of a problem that klab measures; its shape is the problem's fields unless something shorter is given."""
+    if shape is None:
+        shape = {name: value for name, value in problem.to_json().items() if name != "dtype"}
+    return Draft(role, problem.operator, shape, problem.flops(), problem.bytes_moved(), problem=problem)
+
+
+def modelled(operator: str) -> str:
+    """The reason of a row that takes several GPUs: `klab communication` measures those."""
+    return f"between GPUs: {operator} is modelled here and measured by klab communication"

@@ -131,6 +131,8 @@ class _Sequence:
 
 def fits(problem: DecodeAttention, config: CpuSplitKvConfig, chip: Chip) -> str | None:
     """Blocks of at least a page, no longer than the context; no more splits than blocks."""
+    if problem.sinks or problem.softcap or problem.kv_dtype:
+        return "sinks, a soft-cap and fp8 caches are not supported"
     if config.block_n < 1 or config.splits < 1:
         return "block_n and splits must be at least 1"
     if config.block_n > max(64, problem.max_kv_len):

@@ -320,6 +320,8 @@ def pieces(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> tuple[i
 
 def fits(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> str | None:
     """None when it can run; otherwise the reason in a few words."""
+    if problem.sinks or problem.softcap or problem.kv_dtype:
+        return "sinks, a soft-cap and fp8 caches are not supported"
     refused = refusal(problem, chip)
     if refused:
         return refused

@@ -63,7 +63,15 @@ def _padded(problem: DecodeAttention, rows: bool) -> Launch:
     return launch
 
 
+def _fits(problem: DecodeAttention, config: Config, chip: Chip) -> str | None:
+    if problem.sinks or problem.softcap or problem.kv_dtype:
+        return "sinks, a soft-cap and fp8 caches are not supported"
+    return None
+
+
 def _fits_padded(problem: DecodeAttention, config: Config, chip: Chip) -> str | None:
+    if _fits(problem, config, chip):
+        return _fits(problem, config, chip)
     copy = problem.batch * problem.max_kv_len * problem.kv_heads * (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.dtype]
     # The cache itself, the copy, and what the backend makes of it must fit together.
     return f"the padded copy of the cache takes {copy / 1e9:.0f} GB" if copy > chip.memory_bytes // 3 else None
@@ -81,7 +89,7 @@ def torch_sdpa_rows(problem: DecodeAttention, config: Config, chip: Chip) -> Lau
     return _padded(problem, rows=True)
 
 
-@kernel(DecodeAttention, backend="torch", kinds=("cuda", "cpu"), library=True)
+@kernel(DecodeAttention, backend="torch", fits=_fits, kinds=("cuda", "cpu"), library=True)
 def torch_sdpa_each(problem: DecodeAttention, config: Config, chip: Chip) -> Launch:
     """torch SDPA on gathered pages: one call per sequence (nothing padded, masked only if q_len > 1), a group's heads as query rows."""
     page = problem.page_size

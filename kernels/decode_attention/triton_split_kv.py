@@ -1,5 +1,3 @@
-# Triton's parameters have no Python types.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 """Split-KV flash decoding: each program reads one range of one sequence's keys for all query heads that share them.
 
 The query heads of a group, times q_len, are the rows of one matrix, so every key and value is read once. All warps of a program work
@@ -12,21 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-import triton
-import triton.language as tl
-
 from klab.kernels.contract import Chip, Config, Launch, kernel
-from klab.kernels.decode_attention._triton_ranges import (
-    locate,
-    pages_of,
+from klab.kernels.decode_attention._triton_launch import (
     ranges_launch,
     rows_of,
     rule_of,
     span_of,
     split_counts,
-    store_rows,
     unfit_splits,
 )
+from klab.kernels.decode_attention._triton_read import read_range
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.triton_support import KIB, next_power_of_2
@@ -50,138 +43,6 @@ class SplitKvConfig(Config):
     num_warps: int = 4
     num_stages: int = 3
     early_merge: bool = False
-
-
-@triton.jit
-def _read_range(
-    q,
-    k,
-    v,
-    block_table,
-    kv_lens,
-    out,
-    partial,
-    lse,
-    scale_log2,
-    splits,
-    blocks_per_split,
-    q_batch,
-    q_token,
-    q_head,
-    k_page,
-    k_token,
-    k_head,
-    v_page,
-    v_token,
-    v_head,
-    table_row,
-    out_batch,
-    out_token,
-    out_head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    Q_LEN: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    UNIT: tl.constexpr,
-    SAME_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    DIRECT: tl.constexpr,
-    SIGNAL: tl.constexpr,
-):
-    """One range of one sequence for BLOCK_M rows of one key/value head. Strides of k and v are in UNIT elements."""
-    ROW_TILES: tl.constexpr = (GROUP * Q_LEN + BLOCK_M - 1) // BLOCK_M
-    if SIGNAL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tile, split, sequence, length, begin, end = locate(kv_lens, splits, blocks_per_split, KV_HEADS * ROW_TILES, Q_LEN, WINDOW, BLOCK_N)
-    # Nobody reads the partial result of an empty range. Without splits the zeros of an empty sequence must be written.
-    if (not DIRECT) and (begin >= end):
-        return
-    kv_head = tile // ROW_TILES
-    row = tile % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
-    offs_n = tl.arange(0, BLOCK_N)
-    is_d = offs_d < HEAD_DIM
-    is_dv = offs_dv < DIM_V
-
-    q_rows = q + sequence.to(tl.int64) * q_batch + row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
-    queries = tl.load(q_rows[:, None] + offs_d[None, :], mask=(row < GROUP * Q_LEN)[:, None] & is_d[None, :], other=0.0)
-    k_of_head = k + kv_head.to(tl.int64) * k_head * UNIT
-    v_of_head = v + kv_head.to(tl.int64) * v_head * UNIT
-    pages = block_table + sequence.to(tl.int64) * table_row
-    # The last key that a row sees. Rows behind the last one compute on zeros and are never stored.
-    position = length - Q_LEN + row // GROUP
-
-    largest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    # Summed over the keys once, after the loop: a sum across warps in each step would cost three more barriers.
-    totals = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    values = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
-    # The page numbers are loaded one step ahead and carried over. Loaded in the step that uses them, they would take a stage of the
-    # software pipeline each: Triton 3.7 then has one block under way with 3 stages, instead of two.
-    page = pages_of(pages, begin, begin * BLOCK_N + offs_n, length, PAGE_SIZE, BLOCK_N)
-    for block in tl.range(begin, end):
-        key = block * BLOCK_N + offs_n
-        is_key = key < length
-        k_rows = (page.to(tl.int64) * k_page + key % PAGE_SIZE * k_token) * UNIT
-        v_rows = k_rows
-        if not SAME_ROWS:
-            v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
-        page = pages_of(pages, block + 1, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
-        if HEAD_DIM == BLOCK_D:
-            keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :], mask=is_key[:, None], other=0.0)
-        else:
-            keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :], mask=is_key[:, None] & is_d[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale_log2
-        visible = is_key[None, :]
-        if Q_LEN > 1:
-            visible = visible & (key[None, :] <= position[:, None])
-        if WINDOW:
-            visible = visible & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        # A row that has seen no key yet: -inf - -inf would be NaN.
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        decay = tl.exp2(largest - shift)
-        weights = tl.exp2(scores - shift[:, None])
-        totals = totals * decay[:, None] + weights
-        largest = larger
-        # Masked here too: what lies behind the end of a page may be NaN, and 0 * NaN is NaN.
-        if DIM_V == BLOCK_DV:
-            news = tl.load(v_of_head + v_rows[:, None] + offs_dv[None, :], mask=is_key[:, None], other=0.0)
-        else:
-            news = tl.load(v_of_head + v_rows[:, None] + offs_dv[None, :], mask=is_key[:, None] & is_dv[None, :], other=0.0)
-        values = tl.dot(weights.to(news.dtype), news, values * decay[:, None], input_precision="ieee")
-
-    total = tl.sum(totals, axis=1)
-    seen = total > 0.0
-    store_rows(
-        values / tl.where(seen, total, 1.0)[:, None],
-        tl.where(seen, largest + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
-        row,
-        sequence,
-        split,
-        kv_head,
-        out,
-        partial,
-        lse,
-        splits,
-        out_batch,
-        out_token,
-        out_head,
-        KV_HEADS,
-        GROUP,
-        Q_LEN,
-        DIM_V,
-        BLOCK_DV,
-        DIRECT,
-    )
 
 
 def block_m_of(problem: DecodeAttention) -> int:
@@ -261,7 +122,7 @@ def space(problem: DecodeAttention, chip: Chip) -> Iterator[SplitKvConfig]:
 def triton_split_kv(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> Launch:
     """Triton flash decoding over pages: grouped heads packed into rows, long contexts split and merged."""
     return ranges_launch(
-        _read_range,
+        read_range,
         problem,
         splits=split_count(problem, config, chip),
         early_merge=config.early_merge,

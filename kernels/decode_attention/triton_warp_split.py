@@ -18,17 +18,15 @@ import triton
 import triton.language as tl
 
 from klab.kernels.contract import Chip, Config, Launch, kernel
-from klab.kernels.decode_attention._triton_ranges import (
-    locate,
-    pages_of,
+from klab.kernels.decode_attention._triton_launch import (
     ranges_launch,
     rows_of,
     rule_of,
     span_of,
     split_counts,
-    store_rows,
     unfit_splits,
 )
+from klab.kernels.decode_attention._triton_ranges import capped, locate, pages_of, store_rows, unit_rows
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.triton_support import KIB, next_power_of_2
@@ -62,6 +60,9 @@ def _read_range_by_warps(
     q,
     k,
     v,
+    k_scale,
+    v_scale,
+    sinks,
     block_table,
     kv_lens,
     out,
@@ -69,6 +70,7 @@ def _read_range_by_warps(
     lse,
     scale_log2,
     splits,
+    columns,
     blocks_per_split,
     q_batch,
     q_token,
@@ -90,6 +92,11 @@ def _read_range_by_warps(
     DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    NARROW: tl.constexpr,
+    FIRST: tl.constexpr,
+    PREFIX_COLUMNS: tl.constexpr,
     UNIT: tl.constexpr,
     SAME_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,6 +105,7 @@ def _read_range_by_warps(
     BLOCK_DV: tl.constexpr,
     DIRECT: tl.constexpr,
     SIGNAL: tl.constexpr,
+    WAIT: tl.constexpr,
     WARPS: tl.constexpr,
 ):
     """One range of one sequence for BLOCK_M rows of one key/value head; dimension 0 is the warp. Strides of k and v are in UNITs."""
@@ -105,7 +113,8 @@ def _read_range_by_warps(
     WARP_N: tl.constexpr = BLOCK_N // WARPS
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
-    tile, split, sequence, length, begin, end = locate(kv_lens, splits, blocks_per_split, KV_HEADS * ROW_TILES, Q_LEN, WINDOW, BLOCK_N)
+    HEAD_TILES: tl.constexpr = KV_HEADS * ROW_TILES
+    tile, split, sequence, length, begin, end = locate(kv_lens, splits, blocks_per_split, HEAD_TILES, Q_LEN, WINDOW, FIRST, BLOCK_N)
     # Nobody reads the partial result of an empty range. Without splits the zeros of an empty sequence must be written.
     if (not DIRECT) and (begin >= end):
         return
@@ -120,32 +129,47 @@ def _read_range_by_warps(
 
     # Each warp has its own copy of the queries.
     q_rows = q + sequence.to(tl.int64) * q_batch + row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
-    q_rows = q_rows[None, :, None] + warp[:, None, None] * 0
-    queries = tl.load(q_rows + offs_d, mask=(row < GROUP * Q_LEN)[None, :, None] & is_d, other=0.0)
+    scale = scale_log2
+    if NARROW:
+        scale *= tl.load(k_scale + kv_head)
+        narrow_d = tl.arange(0, BLOCK_D)[None, :]
+        queries = tl.load(q_rows[:, None] + narrow_d, mask=(row < GROUP * Q_LEN)[:, None] & (narrow_d < HEAD_DIM), other=0.0)
+        queries, size = unit_rows(queries)
+        queries = tl.broadcast_to(queries[None, :, :], (WARPS, BLOCK_M, BLOCK_D))
+        scale *= size[None, :, None]
+    else:
+        q_rows = q_rows[None, :, None] + warp[:, None, None] * 0
+        queries = tl.load(q_rows + offs_d, mask=(row < GROUP * Q_LEN)[None, :, None] & is_d, other=0.0)
     k_of_head = k + kv_head.to(tl.int64) * k_head * UNIT
     v_of_head = v + kv_head.to(tl.int64) * v_head * UNIT
     pages = block_table + sequence.to(tl.int64) * table_row
     # The last key that a row sees. Rows behind the last one compute on zeros and are never stored.
     position = length - Q_LEN + row // GROUP
 
-    largest = tl.full((WARPS, BLOCK_M), float("-inf"), dtype=tl.float32)
+    largest = tl.full((WARPS, BLOCK_M), 0.0 if SINKS else float("-inf"), dtype=tl.float32)
     total = tl.zeros((WARPS, BLOCK_M), dtype=tl.float32)
     values = tl.zeros((WARPS, BLOCK_M, BLOCK_DV), dtype=tl.float32)
+    if SINKS:
+        # As if the sink had been the first key of the first warp, with a value of zero.
+        largest += (tl.load(sinks + kv_head * GROUP + row % GROUP) * 1.4426950408889634)[None, :]
+        total += tl.where(warp == 0, 1.0, 0.0)[:, None]
     # The page numbers are loaded one step ahead, so that they take no stage of the software pipeline.
-    page = pages_of(pages, begin, begin * BLOCK_N + offs_n, length, PAGE_SIZE, BLOCK_N)
+    first = FIRST + begin * BLOCK_N
+    page = pages_of(pages, first, first + offs_n, length, PAGE_SIZE, BLOCK_N)
     for block in tl.range(begin, end):
-        key = block * BLOCK_N + offs_n
+        first = FIRST + block * BLOCK_N
+        key = first + offs_n
         is_key = (key < length)[:, :, None]
         k_rows = (page.to(tl.int64) * k_page + key % PAGE_SIZE * k_token) * UNIT
         v_rows = k_rows
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
-        page = pages_of(pages, block + 1, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
+        page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
         if HEAD_DIM == BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, :, None] + offs_d, mask=is_key, other=0.0)
         else:
             keys = tl.load(k_of_head + k_rows[:, :, None] + offs_d, mask=is_key & is_d, other=0.0)
-        scores = tl.dot(queries, tl.permute(keys, (0, 2, 1))) * scale_log2
+        scores = capped(tl.dot(queries, tl.permute(keys.to(queries.dtype), (0, 2, 1))) * scale, SOFTCAP)
         visible = (key < length)[:, None, :]
         if Q_LEN > 1:
             visible = visible & (key[:, None, :] <= position[None, :, None])
@@ -165,6 +189,7 @@ def _read_range_by_warps(
             news = tl.load(v_of_head + v_rows[:, :, None] + offs_dv, mask=is_key, other=0.0)
         else:
             news = tl.load(v_of_head + v_rows[:, :, None] + offs_dv, mask=is_key & is_dv, other=0.0)
+        news = news.to(queries.dtype)
         values = tl.dot(weights.to(news.dtype), news, values * decay[:, :, None])
 
     top = tl.max(largest, axis=0)
@@ -172,17 +197,21 @@ def _read_range_by_warps(
     sums = tl.sum(total * weight, axis=0)
     seen = sums > 0.0
     weight = weight / tl.where(seen, sums, 1.0)[None, :]
+    if NARROW:
+        weight *= tl.load(v_scale + kv_head)
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     store_rows(
         tl.sum(values * weight[:, :, None], axis=0),
         tl.where(seen, top + tl.log2(tl.where(seen, sums, 1.0)), float("-inf")),
         row,
         sequence,
-        split,
+        PREFIX_COLUMNS + split,
         kv_head,
         out,
         partial,
         lse,
-        splits,
+        columns,
         out_batch,
         out_token,
         out_head,
@@ -202,7 +231,7 @@ def block_m_of(problem: DecodeAttention) -> int:
 
 def smem_bytes(problem: DecodeAttention, config: WarpSplitConfig) -> int:
     """Shared memory of one program, an upper bound: the stages, each warp's queries, and behind the loop each warp's values."""
-    size, rows, warps = SIZE_BYTES[problem.dtype], block_m_of(problem), config.num_warps
+    size, rows, warps = SIZE_BYTES[problem.cache_dtype], block_m_of(problem), config.num_warps
     dim, dim_v = next_power_of_2(problem.head_dim), next_power_of_2(problem.dim_v)
     loop = (max(1, config.num_stages - 1) * config.block_n * (dim + dim_v) + warps * rows * dim) * size
     # 8 bytes a key: row offsets on their way between the layouts of keys and scores.

@@ -36,6 +36,8 @@ def space(problem: PrefillAttention, chip: Chip) -> Iterator[CpuConfig]:
 
 def fits(problem: PrefillAttention, config: CpuConfig, chip: Chip) -> str | None:
     """Knobs that change nothing for this problem make no candidate."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     if problem.dtype == "float32" and not config.upcast:
         return "float32 is multiplied in float32 anyway"
     if problem.dtype == "float16" and not config.upcast:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cupy  # noqa: F401  absent CuPy makes this file "unavailable" when it is found, not when it is launched
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
-from klab.kernels.cuda_module import ELEMENT, CudaKernel
+from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
 from klab.kernels.mma_attention import MAX_GRID_YZ, over_budget, refusal, row_bytes, row_strides
 from klab.kernels.prefill_attention.problem import PrefillAttention
 
@@ -25,7 +25,8 @@ using namespace klab;
 constexpr int THREADS = 32 * WARPS;
 constexpr int WARP_ROWS = BLOCK_M / WARPS;
 constexpr int FRAGMENTS = WARP_ROWS / 16;        // 16-row tensor-core tiles that a warp stacks
-constexpr int K_STEPS = HEAD_DIM / 16;
+constexpr int K_STEPS = ceil_div(HEAD_DIM, 16);     // of 16 columns; the last one may end in 8 zeros
+constexpr int V_COLUMNS = 2 * ceil_div(HEAD_DIM_V, 16);
 constexpr int K_ROW = round_up(2 * HEAD_DIM, 128);    // bytes of a row in shared memory, for the swizzle
 constexpr int V_ROW = round_up(2 * HEAD_DIM_V, 128);
 constexpr int Q_BYTES = BLOCK_M * K_ROW;
@@ -79,12 +80,12 @@ KLAB_BOTH constexpr bool is_hidden(int key, int position, int count, int window)
     return (CAUSAL ? key > position : key >= count) || (WINDOWED && key <= position - window);
 }
 
-// All threads: `source` rows 0..ROWS-1 to a swizzled tile; rows from `valid_rows` on become zero.
+// All threads: `source` rows 0..ROWS-1 to a swizzled tile; rows from `valid_rows` on become zero, as columns behind the last one do.
 template <int ROWS, int DIM, int ROW_BYTES>
 KLAB_DEVICE void copy_rows(unsigned char* tile, const ELEMENT* source, int stride, int valid_rows) {
-    constexpr int CHUNKS = DIM / 8;
+    constexpr int CHUNKS = 2 * ceil_div(DIM, 16);
     uint32_t thread = opaque(thread_idx());
-    if constexpr (THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0) {
+    if constexpr (DIM % 16 == 0 && THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0) {
         // Every thread keeps its column. One stepping pointer, and comparing constants with one register, keep a register per row free.
         constexpr int STEP = THREADS / CHUNKS;
         int row = thread / CHUNKS, chunk = thread % CHUNKS, left = valid_rows - row;
@@ -98,27 +99,49 @@ KLAB_DEVICE void copy_rows(unsigned char* tile, const ELEMENT* source, int strid
     } else {
         for (uint32_t index = thread; index < ROWS * CHUNKS; index += THREADS) {
             int row = index / CHUNKS, chunk = index % CHUNKS;
-            cp_async_16(tile + swizzle<ROW_BYTES>(row, chunk), source + row * stride + chunk * 8, row < valid_rows);
+            cp_async_16(tile + swizzle<ROW_BYTES>(row, chunk), source + row * stride + chunk * 8, row < valid_rows && chunk < DIM / 8);
         }
     }
 }
 
+// The same for the keys first_key.. of a sequence whose pages are listed in `pages`; `cache` points to the head's column.
+template <int DIM, int ROW_BYTES>
+KLAB_DEVICE void copy_from_pages(unsigned char* tile, const ELEMENT* cache, const int* pages, int64_t page_stride, int stride, int first_key,
+                                 int valid_rows) {
+    constexpr int CHUNKS = 2 * ceil_div(DIM, 16);
+    for (uint32_t index = opaque(thread_idx()); index < BLOCK_N * CHUNKS; index += THREADS) {
+        int row = index / CHUNKS, chunk = index % CHUNKS, key = first_key + row;
+        bool valid = row < valid_rows;
+        int64_t page = valid ? pages[key / PAGE_SIZE] : 0;
+        cp_async_16(tile + swizzle<ROW_BYTES>(row, chunk), cache + page * page_stride + key % PAGE_SIZE * stride + chunk * 8,
+                    valid && chunk < DIM / 8);
+    }
+}
+
 KLAB_KERNEL(flash_forward, THREADS)(
-    const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* q_offsets, const int* kv_offsets, ELEMENT* out, int batch, int group,
-    int q_token, int q_head, int k_token, int k_head, int v_token, int v_head, int out_token, int out_head, int window, float scale_log2) {
+    const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* q_offsets, const int* kv_offsets, const int* block_table,
+    const float* sinks, ELEMENT* out, int batch, int group, int q_token, int q_head, int64_t k_page, int k_token, int k_head, int64_t v_page,
+    int v_token, int v_head, int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
     int warp = thread_idx() / 32, lane = thread_idx() % 32;
     int head = HEADS_INNER ? block_idx_x() : block_idx_y();
     QueryTile at = find_query_tile(q_offsets, batch, HEADS_INNER ? block_idx_y() : block_idx_x());
     int q_start = q_offsets[at.sequence] + at.first_row, kv_start = kv_offsets[at.sequence];
     int q_len = q_offsets[at.sequence + 1] - q_offsets[at.sequence], kv_len = kv_offsets[at.sequence + 1] - kv_start;
     int rows = min_of(BLOCK_M, q_len - at.first_row);
-    int position = kv_len - q_len + at.first_row;  // of the block's first query among the keys
+    int position = (CAUSAL ? kv_len - q_len : 0) + at.first_row;  // of the block's first query among the keys
     int begin = first_key(position, window), count = key_count(begin, position + rows - 1, kv_len);
     int warp_row = warp * WARP_ROWS, first = warp_row < rows ? position + warp_row - begin : -1;
 
     q += static_cast<int64_t>(q_start) * q_token + head * q_head;
-    k += static_cast<int64_t>(kv_start + begin) * k_token + head / group * k_head;
-    v += static_cast<int64_t>(kv_start + begin) * v_token + head / group * v_head;
+    k += head / group * k_head;
+    v += head / group * v_head;
+    const int* pages = block_table;
+    if (PAGE_SIZE) {
+        pages += static_cast<int64_t>(at.sequence) * table_width;
+    } else {
+        k += static_cast<int64_t>(kv_start + begin) * k_token;
+        v += static_cast<int64_t>(kv_start + begin) * v_token;
+    }
 
     unsigned char* smem = shared_memory<unsigned char>();
     // Needed again only at the end: the loop uses every register.
@@ -126,16 +149,22 @@ KLAB_KERNEL(flash_forward, THREADS)(
     if (thread_idx() == 0) *kept = q_start;
     auto copy_keys = [&](int i) {
         int key = i * BLOCK_N;
-        if (key < count)
-            copy_rows<BLOCK_N, HEAD_DIM, K_ROW>(smem + Q_BYTES + i % STAGES * K_BYTES, k + static_cast<int64_t>(key) * k_token, k_token,
-                                                count - key);
+        unsigned char* tile = smem + Q_BYTES + i % STAGES * K_BYTES;
+        if constexpr (PAGE_SIZE > 0) {
+            if (key < count) copy_from_pages<HEAD_DIM, K_ROW>(tile, k, pages, k_page, k_token, begin + key, count - key);
+        } else if (key < count) {
+            copy_rows<BLOCK_N, HEAD_DIM, K_ROW>(tile, k + static_cast<int64_t>(key) * k_token, k_token, count - key);
+        }
         cp_async_commit();
     };
     auto copy_values = [&](int i) {
         int key = i * BLOCK_N;
-        if (key < count)
-            copy_rows<BLOCK_N, HEAD_DIM_V, V_ROW>(smem + Q_BYTES + STAGES * K_BYTES + i % STAGES * V_BYTES,
-                                                  v + static_cast<int64_t>(key) * v_token, v_token, count - key);
+        unsigned char* tile = smem + Q_BYTES + STAGES * K_BYTES + i % STAGES * V_BYTES;
+        if constexpr (PAGE_SIZE > 0) {
+            if (key < count) copy_from_pages<HEAD_DIM_V, V_ROW>(tile, v, pages, v_page, v_token, begin + key, count - key);
+        } else if (key < count) {
+            copy_rows<BLOCK_N, HEAD_DIM_V, V_ROW>(tile, v + static_cast<int64_t>(key) * v_token, v_token, count - key);
+        }
         cp_async_commit();
     };
 
@@ -159,12 +188,13 @@ KLAB_KERNEL(flash_forward, THREADS)(
         for (int step = 0; step < (Q_IN_REGISTERS ? K_STEPS : 1); ++step) load_queries<K_ROW>(queries[step], smem, q_at, step);
     }
 
-    float sums[FRAGMENTS][HEAD_DIM_V / 8][4] = {};
+    float sums[FRAGMENTS][V_COLUMNS][4] = {};
     float row_max[FRAGMENTS][2], row_sum[FRAGMENTS][2];  // the maximum in units of log2; rows `quad` and `quad + 8`
     KLAB_UNROLL
     for (int f = 0; f < FRAGMENTS; ++f) {
-        row_max[f][0] = row_max[f][1] = -infinity();
-        row_sum[f][0] = row_sum[f][1] = 0.0f;
+        // A sink is a key before all others, without a value. Its weight counts once: in the share of the first of four lanes.
+        row_max[f][0] = row_max[f][1] = SINKS ? sinks[head] * LOG2_E : -infinity();
+        row_sum[f][0] = row_sum[f][1] = SINKS && lane % 4 == 0 ? 1.0f : 0.0f;
     }
 
     KLAB_NO_UNROLL
@@ -184,6 +214,7 @@ KLAB_KERNEL(flash_forward, THREADS)(
                 if (!Q_IN_REGISTERS) load_queries<K_ROW>(queries[held], smem, q_tile_at, step);
                 add_scores<ELEMENT, K_ROW>(scores, queries[held], smem, k_tile_at, step);
             }
+            if (SOFTCAP) cap_scores(scores, scale_log2, softcap);
             if (!sees_all(first, key, count, window)) {
                 // Counted from this lane's first key, so that every comparison is of one register with a constant.
                 int masker = opaque(thread_idx()) % 32, origin = key + 2 * (masker % 4), seen_from = first + masker / 4 - origin;
@@ -202,7 +233,7 @@ KLAB_KERNEL(flash_forward, THREADS)(
             for (int f = 0; f < FRAGMENTS; ++f) {
                 KLAB_UNROLL
                 for (int half = 0; half < 2; ++half)
-                    soften(scores[f], half, scale_log2, row_max[f][half], row_sum[f][half], sums[f]);
+                    soften(scores[f], half, SOFTCAP ? 1.0f : scale_log2, row_max[f][half], row_sum[f][half], sums[f]);
                 pack_weights<ELEMENT>(weights[f], scores[f]);
             }
         }
@@ -274,7 +305,7 @@ def registers(problem: PrefillAttention, config: FlashConfig) -> int:
     """
     fragments = config.block_m // config.warps // 16
     queries = problem.head_dim // 4 if config.q_in_registers else 4
-    return fragments * (problem.dim_v // 2 + config.block_n // 2 + queries) + 40
+    return fragments * (-(-problem.dim_v // 16) * 8 + config.block_n // 2 + queries) + 40
 
 
 def query_tiles(problem: PrefillAttention, config: FlashConfig) -> int:
@@ -284,7 +315,7 @@ def query_tiles(problem: PrefillAttention, config: FlashConfig) -> int:
 
 def fits(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> str | None:
     """None when it can run; otherwise the reason in a few words."""
-    refused = refusal(problem, chip)
+    refused = problem.unserved("sinks", "softcap", "page_size", "kv_tokens") or refusal(problem, chip, multiple=8)
     if refused:
         return refused
     if problem.dim_v > problem.head_dim:
@@ -315,7 +346,7 @@ def default(problem: PrefillAttention, chip: Chip) -> FlashConfig:
 
 @kernel(PrefillAttention, backend="cuda", config=FlashConfig, space=space, default=default, fits=fits)
 def cuda_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> Launch:
-    """FlashAttention-2 forward in CUDA C++ (mma.sync, cp.async), packed sequences, causal, window and GQA."""
+    """FlashAttention-2 forward in CUDA C++ (mma.sync, cp.async): packed sequences or pages, window, sinks, soft-cap, GQA."""
     flash = CudaKernel(
         SOURCE,
         "flash_forward",
@@ -332,17 +363,31 @@ def cuda_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> La
             "HEADS_INNER": int(config.heads_inner),
             "CAUSAL": int(problem.causal),
             "WINDOWED": int(problem.window > 0),
+            "SINKS": int(problem.sinks),
+            "SOFTCAP": int(problem.softcap > 0),
+            "PAGE_SIZE": problem.page_size,
         },
         smem_bytes(problem, config),
     )
     tiles = query_tiles(problem, config)
     scale_log2 = problem.scale * math.log2(math.e)
 
+    keys, values = ("k_cache", "v_cache") if problem.page_size else ("k", "v")
+
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
-        strides = [s for name, tensor in zip("qkvo", (q, k, v, out), strict=True) for s in row_strides("cuda_flash", name, tensor)]
-        shape = [len(problem.q_lens), problem.heads // problem.kv_heads, *strides, problem.window, scale_log2]
-        grid = (problem.heads, tiles, 1) if config.heads_inner else (tiles, problem.heads, 1)
-        flash.launch(grid, 32 * config.warps, [q, k, v, inputs["q_offsets"], inputs["kv_offsets"], out, *shape])
+        tensors = {"q": inputs["q"], keys: inputs[keys], values: inputs[values], "out": outputs["out"]}
+        strides = {name: row_strides("cuda_flash", name, tensor) for name, tensor in tensors.items()}
+        pages = [strides[name].pop(0) if problem.page_size else 0 for name in (keys, values)]
+        # What the code of this problem does not read is any pointer.
+        table, sinks = inputs.get("block_table", inputs["q_offsets"]), inputs.get("sinks", inputs["q"])
+        flash.launch(
+            (problem.heads, tiles, 1) if config.heads_inner else (tiles, problem.heads, 1),
+            32 * config.warps,
+            [
+                inputs["q"], inputs[keys], inputs[values], inputs["q_offsets"], inputs["kv_offsets"], table, sinks, outputs["out"],
+                len(problem.q_lens), problem.heads // problem.kv_heads, *strides["q"], Int64(pages[0]), *strides[keys], Int64(pages[1]),
+                *strides[values], *strides["out"], table.stride(0), problem.window, scale_log2, float(problem.softcap),
+            ],
+        )  # fmt: skip
 
     return launch

@@ -118,6 +118,8 @@ def _too_large(what: str, needed_bytes: int, chip: Chip) -> str | None:
 
 def cudnn_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """cuDNN's limits as torch 2.11 to 2.13 check them (sdp_utils.cpp)."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     if problem.dtype == "float32":
         return "cuDNN attention takes 16-bit types"
     dims = (problem.head_dim, problem.dim_v)
@@ -141,6 +143,8 @@ def torch_sdpa_cudnn(problem: PrefillAttention, config: Config, chip: Chip) -> L
 
 def flash_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """FlashAttention 2 in torch: equal head dimensions, on a GPU at most 256 and 16 bits."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     if problem.head_dim != problem.dim_v:
         return "torch's flash attention takes values of the same head dimension only"
     if chip.kind == "cpu":
@@ -175,6 +179,8 @@ def torch_sdpa_flash(problem: PrefillAttention, config: Config, chip: Chip) -> L
 
 def efficient_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """Rows of 16 bytes."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     if any(dim * SIZE_BYTES[problem.dtype] % 16 for dim in (problem.head_dim, problem.dim_v)):
         return "memory-efficient attention takes heads of a multiple of 16 bytes"
     return None
@@ -200,6 +206,8 @@ def torch_sdpa_efficient(problem: PrefillAttention, config: Config, chip: Chip) 
 
 def math_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """The scores exist in memory, in float32, about three times at once (scores, weights, and one of them on its way)."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     largest = max(call.batch * call.q_len * call.kv_len for call in calls(problem))
     return _too_large("the score matrices", 3 * 4 * problem.heads * largest, chip)
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +15,16 @@ import triton.language as tl
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.prefill_attention._triton_softmax import (
+    LOG2_E,
+    feature_constants,
+    first_sums,
+    keys_seen,
+    scales_of,
+    soften,
+    store_rows,
+    work_of,
+)
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.prefill_tiles import Tiles, padded, split_dim
 from klab.kernels.triton_support import pipeline_smem_bytes
@@ -38,18 +47,34 @@ class FlashConfig(Config):
 
 
 @triton.jit
-def _load(base, row, stride, rows, WIDTH: tl.constexpr, REAL: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """[len(row), WIDTH] from `base`; columns from REAL on are zero, and with CHECK_ROWS rows from `rows` on are."""
-    column = tl.arange(0, WIDTH)
-    at = base + row[:, None] * stride + column[None, :]
-    if CHECK_ROWS and REAL < WIDTH:
-        block = tl.load(at, mask=(row < rows)[:, None] & (column < REAL)[None, :], other=0.0)
-    elif CHECK_ROWS:
-        block = tl.load(at, mask=(row < rows)[:, None], other=0.0)
-    elif REAL < WIDTH:
-        block = tl.load(at, mask=(column < REAL)[None, :], other=0.0)
+def _rows(base, table, row, rows, stride_page, stride, PAGE: tl.constexpr, CHECK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers [BLOCK_N] to rows row.. of a sequence: packed behind `base`, or in pages of the cache at `base`."""
+    n = tl.arange(0, BLOCK_N)
+    if PAGE == 0:
+        at = base + tl.cast(row, tl.int64) * stride + n * stride
+    elif PAGE % BLOCK_N == 0:
+        page = tl.load(table + row // PAGE)
+        at = base + page.to(tl.int64) * stride_page + (row % PAGE + n) * stride
     else:
-        block = tl.load(at)
+        token = row + n
+        page = tl.load(table + token // PAGE, mask=token < rows, other=0) if CHECK_ROWS else tl.load(table + token // PAGE)
+        at = base + page.to(tl.int64) * stride_page + token % PAGE * stride
+    return at
+
+
+@triton.jit
+def _load(at, n, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, REAL: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """[len(at), WIDTH] from column FIRST of the rows `at`; columns from REAL on are zero, and with CHECK_ROWS rows n from `rows` on are."""
+    column = FIRST + tl.arange(0, WIDTH)
+    block_at = at[:, None] + column[None, :]
+    if CHECK_ROWS and REAL < FIRST + WIDTH:
+        block = tl.load(block_at, mask=(n < rows)[:, None] & (column < REAL)[None, :], other=0.0)
+    elif CHECK_ROWS:
+        block = tl.load(block_at, mask=(n < rows)[:, None], other=0.0)
+    elif REAL < FIRST + WIDTH:
+        block = tl.load(block_at, mask=(column < REAL)[None, :], other=0.0)
+    else:
+        block = tl.load(block_at)
     return block
 
 
@@ -62,7 +87,10 @@ def _attend(
     q1,
     k,
     v,
+    table,
+    stride_kp,
     stride_kt,
+    stride_vp,
     stride_vt,
     first,
     last,
@@ -72,6 +100,8 @@ def _attend(
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -83,32 +113,23 @@ def _attend(
     """Fold keys [first, last) into the running output, sum and maximum (logits in units of log2). MASKED: some pairs are hidden.
 
     PRECISION matters to float32 alone: exact products ("ieee") have no tensor core and unroll into 8 KB of spills at head dimension
-    256; three TF32 products ("tf32x3") keep 21 bits, 40 times finer than the tolerance.
+    256; three TF32 products ("tf32x3") keep 21 bits, 40 times finer than the tolerance. Narrow keys and values are exact in 16 bits.
     """
     n = tl.arange(0, BLOCK_N)
     for start in tl.range(first, last, BLOCK_N):
-        k_block = k + tl.cast(start, tl.int64) * stride_kt
-        k0 = _load(k_block, n, stride_kt, kv_len - start, D0, D0, MASKED)
+        k_at = _rows(k, table, start, kv_len, stride_kp, stride_kt, PAGE, MASKED, BLOCK_N)
+        k0 = _load(k_at, n, kv_len - start, 0, D0, D, MASKED).to(q0.dtype)
         logits = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
-            k1 = _load(k_block + D0, n, stride_kt, kv_len - start, D1, D - D0, MASKED)
+            k1 = _load(k_at, n, kv_len - start, D0, D1, D, MASKED).to(q0.dtype)
             logits = tl.dot(q1, tl.trans(k1), logits, input_precision=PRECISION)
-        if MASKED:
-            key = (start + n)[None, :]
-            # A query's own position is below kv_len, so the causal bound covers the end of the keys too.
-            seen = key <= position[:, None] if CAUSAL else key < kv_len
-            if WINDOW > 0:
-                seen = seen & (key > position[:, None] - WINDOW)
-            logits = tl.where(seen, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1) * log2_scale)
-        weights = tl.exp2(logits * log2_scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, total, top = soften(
+            logits, total, top, start, position, kv_len, log2_scale, MASKED, CAUSAL, WINDOW, SOFTCAP, BLOCK_N
+        )
         acc = acc * decay[:, None]
-        v_block = v + tl.cast(start, tl.int64) * stride_vt
-        values = _load(v_block, n, stride_vt, kv_len - start, DV_PAD, DV, MASKED)
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-        top = new_top
+        v_at = _rows(v, table, start, kv_len, stride_vp, stride_vt, PAGE, MASKED, BLOCK_N)
+        values = _load(v_at, n, kv_len - start, 0, DV_PAD, DV, MASKED).to(q0.dtype)
+        acc = tl.dot(weights.to(q0.dtype), values, acc, input_precision=PRECISION)
     return acc, total, top
 
 
@@ -119,14 +140,21 @@ def flash_forward(
     v,
     out,
     tiles,
+    table,
+    sinks,
+    k_scale,
+    v_scale,
     stride_qt,
     stride_qh,
+    stride_kp,
     stride_kt,
     stride_kh,
+    stride_vp,
     stride_vt,
     stride_vh,
     stride_ot,
     stride_oh,
+    stride_table,
     tile_count,
     log2_scale,
     UNITS: tl.constexpr,
@@ -134,6 +162,10 @@ def flash_forward(
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    NARROW: tl.constexpr,
+    PAGE: tl.constexpr,
     HEADS_FASTEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,81 +176,56 @@ def flash_forward(
     DV_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees."""
-    program = tl.program_id(0)
-    if HEADS_FASTEST:
-        tile = program // UNITS
-        unit = program % UNITS
-    else:
-        tile = program % tile_count
-        unit = program // tile_count
-    q_start = tl.load(tiles + tile * 5)
-    q_len = tl.load(tiles + tile * 5 + 1)
-    kv_start = tl.load(tiles + tile * 5 + 2)
-    kv_len = tl.load(tiles + tile * 5 + 3)
-    block = tl.load(tiles + tile * 5 + 4)
-    prefix = kv_len - q_len
+    """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees.
 
+    k and v are packed tensors, or caches of pages whose numbers are in `table`.
+    """
+    unit, q_start, q_len, kv_start, kv_len, block, sequence = work_of(tiles, tile_count, UNITS, HEADS_FASTEST)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // ROWS_PER_TOKEN
     head = unit * ROWS_PER_TOKEN + row % ROWS_PER_TOKEN
     inside = (token < q_len)[:, None]
-    position = prefix + token
+    position = kv_len - q_len + token
     q_row = q + (q_start + token).to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh
     d0 = tl.arange(0, D0)[None, :]
-    q0 = tl.load(q_row + d0, mask=inside, other=0.0)
+    q0 = tl.load(q_row + d0, mask=inside & (d0 < D), other=0.0) if D < D0 else tl.load(q_row + d0, mask=inside, other=0.0)
     q1 = q0
     if D1 > 0:
         d1 = D0 + tl.arange(0, D1)[None, :]
         q1 = tl.load(q_row + d1, mask=inside & (d1 < D), other=0.0)
 
     kv_head = unit * ROWS_PER_TOKEN // GROUP
-    k += kv_start.to(tl.int64) * stride_kt + kv_head * stride_kh
-    v += kv_start.to(tl.int64) * stride_vt + kv_head * stride_vh
-
-    # Keys [begin, end) are seen by some row, [full_begin, full_end) by every row: only the rest pays for masks.
-    first_position = prefix + block * BLOCK_M // ROWS_PER_TOKEN
-    last_position = prefix + tl.minimum(q_len - 1, (block * BLOCK_M + BLOCK_M - 1) // ROWS_PER_TOKEN)
-    begin = 0
-    full_begin = 0
-    end = kv_len
-    full_end = kv_len // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(kv_len, last_position + 1)
-        full_end = (first_position + 1) // BLOCK_N * BLOCK_N
-    if WINDOW > 0:
-        begin = tl.maximum(0, first_position + 1 - WINDOW) // BLOCK_N * BLOCK_N
-        full_begin = (tl.maximum(0, last_position + 1 - WINDOW) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-
+    k += kv_head * stride_kh
+    v += kv_head * stride_vh
+    if PAGE == 0:
+        k += kv_start.to(tl.int64) * stride_kt
+        v += kv_start.to(tl.int64) * stride_vt
+    else:
+        table += sequence * stride_table
+    log2_scale, value_scale = scales_of(k_scale, v_scale, kv_head, log2_scale, NARROW)
+    begin, full_begin, full_end, end = keys_seen(q_len, kv_len, block, ROWS_PER_TOKEN, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, DV_PAD], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    # Finite, below any logit: a row whose window begins after the first block would otherwise take -inf from -inf.
-    top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    top, total = first_sums(sinks, head, SINKS, BLOCK_M)
     if WINDOW > 0:
         acc, total, top = _attend(
-            acc, total, top, q0, q1, k, v, stride_kt, stride_vt, begin, tl.minimum(full_begin, end), position, kv_len, log2_scale,
-            True, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+            acc, total, top, q0, q1, k, v, table, stride_kp, stride_kt, stride_vp, stride_vt, begin, tl.minimum(full_begin, end),
+            position, kv_len, log2_scale, True, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
         )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q0, q1, k, v, stride_kt, stride_vt, full_begin, full_end, position, kv_len, log2_scale,
-        False, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+        acc, total, top, q0, q1, k, v, table, stride_kp, stride_kt, stride_vp, stride_vt, full_begin, full_end,
+        position, kv_len, log2_scale, False, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q0, q1, k, v, stride_kt, stride_vt, tl.maximum(full_begin, full_end), end, position, kv_len, log2_scale,
-        True, CAUSAL, WINDOW, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
+        acc, total, top, q0, q1, k, v, table, stride_kp, stride_kt, stride_vp, stride_vt, tl.maximum(full_begin, full_end), end,
+        position, kv_len, log2_scale, True, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D, D0, D1, DV, DV_PAD, PRECISION,
     )  # fmt: skip
-
-    dv = tl.arange(0, DV_PAD)[None, :]
-    out_row = out + (q_start + token).to(tl.int64)[:, None] * stride_ot + head[:, None] * stride_oh
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    if DV < DV_PAD:
-        tl.store(out_row + dv, result, mask=inside & (dv < DV))
-    else:
-        tl.store(out_row + dv, result, mask=inside)
+    store_rows(out, acc, total, value_scale, q_start, token, head, inside, stride_ot, stride_oh, DV, DV_PAD)
 
 
 def fits(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> str | None:
     """Shared memory holds the queries and the pipeline's key and value blocks; registers hold logits, weights and output."""
+    if lacking := problem.unserved("sinks", "softcap", "kv_dtype", "page_size", "kv_tokens"):
+        return lacking
     size = SIZE_BYTES[problem.dtype]
     d, dv = sum(split_dim(problem.head_dim)), padded(problem.dim_v)
     if problem.scale <= 0:
@@ -265,19 +272,14 @@ def triton_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> 
     tiles = Tiles(problem, config.block_m, rows)
     units = problem.heads // rows
     d0, d1 = split_dim(problem.head_dim)
-    constants: dict[str, Any] = {
+    constants: dict[str, Any] = feature_constants(problem) | {
         "UNITS": units,
         "ROWS_PER_TOKEN": rows,
-        "GROUP": problem.heads // problem.kv_heads,
-        "CAUSAL": problem.causal,
-        "WINDOW": problem.window,
         "HEADS_FASTEST": config.heads_fastest,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "D": problem.head_dim,
         "D0": d0,
         "D1": d1,
-        "DV": problem.dim_v,
         "DV_PAD": padded(problem.dim_v),
         "PRECISION": "tf32x3" if problem.dtype == "float32" else "ieee",
         "num_warps": config.num_warps,
@@ -285,10 +287,14 @@ def triton_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> 
     }
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
+        q, out = inputs["q"], outputs["out"]
+        k, v = (inputs[f"{name}_cache" if problem.page_size else name] for name in "kv")
+        # What the code of this problem does not read is any pointer.
+        table, sinks, k_scale, v_scale = (inputs.get(name, q) for name in ("block_table", "sinks", "k_scale", "v_scale"))
+        k_strides, v_strides = ((0, *x.stride())[-4:-1] for x in (k, v))
         flash_forward[(len(tiles) * units,)](
-            q, k, v, out, tiles.on(q.device), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            len(tiles), problem.scale * math.log2(math.e), **constants,
+            q, k, v, out, tiles.on(q.device), table, sinks, k_scale, v_scale, *q.stride()[:2], *k_strides, *v_strides, *out.stride()[:2],
+            table.stride(0), len(tiles), problem.scale * LOG2_E, **constants,
         )  # fmt: skip
 
     return launch

@@ -150,11 +150,11 @@ def flash_forward_tma(
     else:
         tile = program % tile_count
         unit = program // tile_count
-    q_start = tl.load(tiles + tile * 5)
-    q_len = tl.load(tiles + tile * 5 + 1)
-    kv_start = tl.load(tiles + tile * 5 + 2)
-    kv_len = tl.load(tiles + tile * 5 + 3)
-    block = tl.load(tiles + tile * 5 + 4)
+    q_start = tl.load(tiles + tile * 6)
+    q_len = tl.load(tiles + tile * 6 + 1)
+    kv_start = tl.load(tiles + tile * 6 + 2)
+    kv_len = tl.load(tiles + tile * 6 + 3)
+    block = tl.load(tiles + tile * 6 + 4)
     prefix = kv_len - q_len
 
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -252,6 +252,8 @@ def rows_per_token(problem: PrefillAttention, config: TmaConfig) -> int:
 
 def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None:
     """What descriptors need, what the compiler really specialises, shared and tensor memory, registers (measured with Triton 3.7.1)."""
+    if lacking := problem.unserved("kv_tokens"):
+        return lacking
     size = SIZE_BYTES[problem.dtype]
     if chip.target < 90:
         return "tensor descriptors need Hopper or newer"

@@ -87,7 +87,9 @@ def test_layer_patterns():
     assert [g.mixers[0].chunk for g in (dense, chunked, full)] == [8192, 8192, 0]
     first, rest = find_model("deepseek-v3").stack.groups
     assert (first.count, first.mlp, rest.count) == (3, Mlp(18432), 58)
-    assert rest.mlp == Experts(experts=256, top_k=8, intermediate=2048, shared_intermediate=2048)
+    assert rest.mlp == Experts(
+        experts=256, top_k=8, intermediate=2048, shared_intermediate=2048, scoring="sigmoid", groups=8, topk_groups=4
+    )
     assert first.mixers == (LatentAttention(128, 1536, 512, 128, 64, 128),)
 
 

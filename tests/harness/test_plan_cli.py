@@ -71,8 +71,12 @@ def test_plan(klab):
     rows = lines(out)
     assert code == 0 and {row["type"] for row in rows} == {"plan", "row", "totals", "note"}
     assert [row["phase"] for row in rows if row["type"] == "totals"] == ["prefill", "decode"]
-    assert any(row["why"] == "no kernel yet: latent_attention" for row in rows if row["type"] == "row")
-    assert any("scaled_matmul" in row["message"] for row in rows if row["type"] == "note")
+    assert {row["operator"] for row in rows if row["type"] == "row" and row["why"]} == {"all_reduce", "all_gather"}
+    assert any("quantization=fp8_block" in row["message"] for row in rows if row["type"] == "note")
+    code, out, _ = klab(
+        "plan", "-m", "deepseek-v3", "-c", "b200", "--tp", "8", "--with", "quantization=fp8_block", "--with", "q_len=2", "--json"
+    )
+    assert code == 0 and any(row.get("operator") == "scaled_matmul" for row in lines(out))
 
 
 def test_plan_on_this_machines_cpu(klab):
@@ -87,7 +91,10 @@ def test_plan_on_this_machines_cpu(klab):
         (("plan", "-m", "llama-3.1-8b", "-c", "h300"), "did you mean h200"),
         (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--tp", "3"), "does not divide"),
         (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--batch", "1,x"), "--batch"),
-        (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--dtype", "fp8"), "scaled_matmul"),
+        (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--dtype", "fp8"), "quantization=fp8_block"),
+        (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--with", "q_len"), "NAME=VALUE"),
+        (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--with", "q_len=two"), "whole number"),
+        (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--with", "quantization=fp5"), "fp8_block"),
         (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--isl", "0"), "--isl"),
         (("plan", "-m", "llama-3.1-8b", "-c", "h200", "--isl", "many"), "--isl"),
         (("plan", "-c", "h200"), "--model"),

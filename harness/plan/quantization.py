@@ -1,0 +1,43 @@
+"""A plan in a narrower format: the weights of the layers are replaced, by whatever approximates them in that format."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from klab.harness.plan.step import Draft, drafted
+from klab.kernels.contract import Problem
+from klab.kernels.discover import approximations_of
+from klab.kernels.errors import UsageError
+from klab.kernels.fused_moe.problem import FusedMoe
+from klab.kernels.matmul.problem import Matmul
+
+# What checkpoints leave wide: the head, and the small matrices that decide where a token goes.
+WIDE_ROLES = frozenset({"lm_head", "router", "shared_gate", "index_weights_proj"})
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that some operator has for a linear layer or for experts."""
+    layer, experts = Matmul(256, 256, 256), FusedMoe(256, 256, 256, 8, 2)
+    return tuple(sorted({format_of(p) for wide in (layer, experts) for p in approximations_of(wide)} - {""}))
+
+
+def check_format(name: str) -> None:
+    """UsageError for a format that no operator has."""
+    if name and name not in formats():
+        raise UsageError(f"quantization is one of {', '.join(formats())}, not {name!r}")
+
+
+def quantised(draft: Draft, name: str) -> Draft:
+    """The draft in the format `name`, where its operator has that; the same draft where not."""
+    if not name or draft.problem is None or draft.role in WIDE_ROLES:
+        return draft
+    for problem in approximations_of(draft.problem):
+        if format_of(problem) == name:
+            return drafted(draft.role, problem)
+    return draft
+
+
+def format_of(problem: Problem) -> str:
+    """The name of the narrower format of a problem, or an empty string."""
+    return str(getattr(problem, "quantization", "") or getattr(problem, "format", ""))
