@@ -9,8 +9,16 @@ float32 (Dao et al., Flash-Decoding, 2023). Lengths are read on the device: prog
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from klab.kernels.contract import Launch, Tensors
+from klab.kernels.latent_tiles import LatentShape
+from klab.kernels.triton_support import INTERPRETED, cdiv, next_power_of_2
+
+LOG2_E = 1.4426950408889634
+MERGE_ELEMENTS = 4096  # partial values that a merge program holds at once: 32 registers with 4 warps
 
 
 @triton.jit
@@ -189,3 +197,82 @@ def merge_latents(
     values = values / tl.where(total > 0.0, total, 1.0)
     to = out + sequence * out_batch + program // HEADS % Q_LEN * out_token + program % HEADS * out_head
     tl.store(to + offs_rank, values.to(out.dtype.element_ty))
+
+
+def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, early_merge: bool, **tile: int) -> Launch:
+    """The launch of `read_latents` over all ranges and, where there are several per sequence, of the merge.
+
+    `tile`: block_m, block_n, num_warps, num_stages. inputs: q, kv_cache, and block_table with kv_lens, or indices; kv_scale where narrow.
+    """
+    early = early_merge and not INTERPRETED
+    workspaces: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        q, cache, out = inputs["q"], inputs["kv_cache"], outputs["out"]
+        slots = inputs["indices"] if shape.listed else inputs["block_table"]
+        lens = slots if shape.listed else inputs["kv_lens"]
+        partial = lse = out
+        if splits > 1:
+            if out.device not in workspaces:
+                entries = shape.rows * shape.sequences * splits
+                new = torch.empty(entries * (shape.rank + 1), dtype=torch.float32, device=out.device)
+                workspaces[out.device] = new[: entries * shape.rank], new[entries * shape.rank :]
+            partial, lse = workspaces[out.device]
+        # Triton sees alignment only in multiples of 16 elements. Counted in 16-byte units, rows padded by 16 bytes load as wide.
+        per_16_bytes = 16 // cache.element_size()
+        unit = per_16_bytes if all(stride % per_16_bytes == 0 for stride in cache.stride()[:2]) else 1
+        # A sparse query is a batch of one token each.
+        q_strides, out_strides = ((t.stride(0), *t.stride()[-3:-1]) for t in (q, out))
+        read_latents[(shape.sequences * cdiv(shape.rows, tile["block_m"]) * splits,)](
+            q,
+            cache,
+            slots,
+            lens,
+            inputs["kv_scale"] if shape.narrow else lse,
+            out,
+            partial,
+            lse,
+            shape.scale * LOG2_E,
+            splits,
+            blocks_per_split,
+            *q_strides,
+            *(stride // unit for stride in cache.stride()[:2]),
+            slots.stride(0),
+            *out_strides,
+            HEADS=shape.heads,
+            Q_LEN=shape.q_len,
+            RANK=shape.rank,
+            ROPE=shape.rope,
+            PAGE_SIZE=shape.page_size,
+            LISTED=shape.listed,
+            SCALED=shape.narrow,
+            UNIT=unit,
+            BLOCK_M=tile["block_m"],
+            BLOCK_N=tile["block_n"],
+            DIRECT=splits == 1,
+            SIGNAL=early,
+            num_warps=tile["num_warps"],
+            num_stages=tile["num_stages"],
+        )
+        if splits > 1:
+            merge_latents[(shape.sequences * shape.rows,)](
+                partial,
+                lse,
+                lens,
+                out,
+                splits,
+                blocks_per_split,
+                slots.stride(0),
+                *out_strides,
+                HEADS=shape.heads,
+                Q_LEN=shape.q_len,
+                RANK=shape.rank,
+                LISTED=shape.listed,
+                BLOCK_N=tile["block_n"],
+                BLOCK_S=max(1, min(next_power_of_2(splits), MERGE_ELEMENTS // shape.rank)),
+                WAIT=early,
+                num_warps=4,
+                launch_pdl=early,
+            )
+
+    return launch

@@ -6,11 +6,12 @@ value = fp8 * scale; the largest magnitude of a row or group becomes 448.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from klab.kernels.dtypes import SIZE_BYTES, UNIT_ROUNDOFF, torch_dtype
 from klab.kernels.errors import UsageError
-from klab.kernels.quantize import quantize_fp8
+from klab.kernels.quantize import FP8_MAX, LEAST_AMAX, quantize_fp8
 
 if TYPE_CHECKING:
     import torch
@@ -66,3 +67,20 @@ def fp8_tolerance(elements: int, dtype: str) -> float:
 def scale_tolerance(dtype: str) -> float:
     """A scale is the largest magnitude times a constant: as exact as the values, which may have been rounded to `dtype` once."""
     return max(UNIT_ROUNDOFF[dtype], 1e-5)
+
+
+def eager(wide: torch.Tensor, quantize: str, outputs: Mapping[str, torch.Tensor]) -> None:
+    """Write what `reference` defines with torch's operators, for the baselines: `wide` [rows, width] in float32 or its own dtype."""
+    import torch
+
+    if not quantize:
+        outputs["out"].copy_(wide)
+        return
+    rows, width = wide.shape
+    group = GROUP if quantize == "fp8_group" else width
+    wide = wide.float()
+    padded = torch.nn.functional.pad(wide, (0, -width % group)) if width % group else wide
+    blocks = padded.reshape(rows, -1, group)
+    scale = blocks.abs().amax(dim=-1).clamp_min(LEAST_AMAX) / FP8_MAX
+    outputs["scale"].copy_(scale)
+    outputs["out"].copy_((blocks / scale[..., None]).reshape(rows, -1)[:, :width])

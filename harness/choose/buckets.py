@@ -164,7 +164,7 @@ def fill(
         candidates: dict[str, Candidate] = {}
         values: dict[str, dict[str, float]] = {}
         for problem in line.problems:
-            here = {canonical_json(list(c.name)): c for c in selected.candidates(problem.problem_key)}
+            here = {canonical_json(list(c.name[:3])): c for c in selected.candidates(problem.problem_key)}
             candidates |= here
             values[problem.problem_key] = {name: value(c.row, objective).median for name, c in here.items()}
         by_key = {p.problem_key: (p, size) for p, size in zip(line.problems, line.sizes, strict=True)}

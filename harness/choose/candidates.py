@@ -24,6 +24,7 @@ class Candidate:
     config: str
     source_digest: str
     rows: tuple[Result, ...]
+    problem_key: str = ""
 
     @property
     def row(self) -> Result:
@@ -36,9 +37,9 @@ class Candidate:
         return next((row for row in reversed(self.rows) if energy(row) is not None), self.row)
 
     @property
-    def name(self) -> tuple[str, str, str]:
+    def name(self) -> tuple[str, str, str, str]:
         """What makes it this candidate; the last resort of every order."""
-        return self.kernel, self.config, self.source_digest
+        return self.kernel, self.config, self.source_digest, self.problem_key
 
 
 def why_not(result: Result, objective: Objective = LATENCY) -> str | None:
@@ -79,8 +80,8 @@ def state(result: Result) -> tuple[bool, str, int, str]:
 
 
 def candidates(rows: Iterable[Result], sources: Mapping[str, str] | None = None) -> list[Candidate]:
-    """The candidates of one problem from its valid rows: of the state with the device as it is, that is cold, has most candidates,
-    and is newest, in that order.
+    """The candidates of one problem (and of what approximates it, where such rows are given) from its valid rows: of the state with the
+    device as it is, that is cold, has most candidates, and is newest, in that order.
 
     `sources` maps kernel ids to the digest of their code now. Rows of older code stand only where the kernel has none of its present
     code (or, where that is unknown, of its newest).
@@ -105,8 +106,9 @@ def _grouped(rows: list[Result], sources: Mapping[str, str]) -> list[Candidate]:
     for row in rows:
         if sources.get(row.kernel) == row.source_digest:
             standing[row.kernel] = row.source_digest
-    found: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
+    found: dict[tuple[str, str, str, str], list[Result]] = defaultdict(list)
     for row in rows:
         if row.source_digest == standing[row.kernel]:
-            found[(row.kernel, canonical_json(row.config), row.source_digest)].append(row)
-    return sorted((Candidate(*name, rows=tuple(group)) for name, group in found.items()), key=lambda c: c.name)
+            found[(row.kernel, canonical_json(row.config), row.source_digest, row.problem_key)].append(row)
+    made = (Candidate(kernel, config, code, tuple(group), key) for (kernel, config, code, key), group in found.items())
+    return sorted(made, key=lambda c: c.name)

@@ -36,6 +36,7 @@ def choose(
     defaults: Defaults | None = None,
     current_only: bool = False,
     finals: Finals | None = None,
+    max_error: float | None = None,
 ) -> Profile:
     """Choose for each of `problems` (None: each that has a result) among the results of one chip. The order of results does not matter.
 
@@ -43,14 +44,20 @@ def choose(
     chip: needed when the results are of several. device: results of another device of that chip are set aside (default: the device of
     the newest valid result). sources: digest of each kernel's code now; a choice of older code is marked stale, or with `current_only`
     not made. defaults: a kernel's default configuration for a row. finals: who won a final, which is the choice where it may be
-    chosen. Where a wrong result stands, `wrong.distrust` says what it refuses.
+    chosen. max_error: kernels in narrower formats compete for a problem too, those whose output is no further than this from the
+    unquantised one (||out - wide|| / ||wide||); a tie goes to the unquantised. Where a wrong result stands, `wrong.distrust` says what
+    it refuses.
     UsageError for an unknown objective, or when the chip is not given and not plain.
     """
     goal = as_objective(objective)
-    selected = Selection(results, goal, chip=chip, device=device, sources=sources, defaults=defaults, current_only=current_only)
+    selected = Selection(
+        results, goal, chip=chip, device=device, sources=sources, defaults=defaults, current_only=current_only, max_error=max_error
+    )
     notes = selected.notes
     if goal.name == "cost":
         notes.append(f"by {goal}")
+    if max_error is not None:
+        notes.append(f"narrower formats may be chosen up to an error of {max_error:g} against the unquantised problem")
     wanted = list(problems) if problems is not None else wanted_from(selected.rows)
     choices: list[Choice] = []
     unsolved: list[Open] = []
@@ -104,7 +111,7 @@ def _choose_one(
     final: tuple[str, Mapping[str, Json], str] | None,
 ) -> Choice:
     fastest = best(found, objective)
-    tied = tie_set(found, fastest, objective)
+    tied = _unquantised(tie_set(found, fastest, objective), wanted.problem_key)
     winner = _winner(found, final) if final else None
     if winner is not None:
         chosen, settled_by = winner, "final"
@@ -112,7 +119,7 @@ def _choose_one(
         chosen, settled_by = settle(tied, objective, previous.chosen(wanted.problem_key) if previous else None, defaults)
     row = chosen.row
 
-    def order(c: Candidate) -> tuple[float, tuple[str, str, str]]:
+    def order(c: Candidate) -> tuple[float, tuple[str, str, str, str]]:
         return value(c.row, objective).median, c.name
 
     others = sorted((c for c in found if c is not chosen), key=order)
@@ -148,9 +155,27 @@ def _choose_one(
         recorded_at=row.recorded_at,
         versions={name: row.environment[name] for name in VERSIONS if row.environment.get(name)},
         final_reason=final[2] if final and winner is not None else "",
+        wide_error=row.wide_error,
     )
+    narrower = row.problem_key != wanted.problem_key
     stale = (sources or {}).get(row.kernel, row.source_digest) != row.source_digest
-    return Choice(wanted, row.kernel, row.backend, row.library, dict(row.config), row.source_digest, stale, evidence)
+    return Choice(
+        wanted,
+        row.kernel,
+        row.backend,
+        row.library,
+        dict(row.config),
+        row.source_digest,
+        stale,
+        evidence,
+        instead=row.problem_label if narrower else "",
+        instead_problem=dict(row.problem) if narrower else {},
+    )
+
+
+def _unquantised(tied: list[Candidate], problem_key: str) -> list[Candidate]:
+    """Those of a tie that solve the problem itself, where there are any: what is no slower is not given up for nothing."""
+    return [c for c in tied if c.row.problem_key == problem_key] or tied
 
 
 def _winner(found: Sequence[Candidate], final: tuple[str, Mapping[str, Json], str]) -> Candidate | None:

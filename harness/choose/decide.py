@@ -27,11 +27,13 @@ def decide(
     current_only: bool = False,
     limits: Chip | None = None,
     finals: Finals | None = None,
+    max_error: float | None = None,
 ) -> Profile:
     """The profile of a plan (None: of every problem that has a result on the chip), not yet written.
 
     catalogue: the kernels as they are now; with it stale choices are marked and default configurations known. limits: the chip, for the
     defaults (default: the plan's). finals: who won the finals of this run; where such a winner may be chosen, it is the choice.
+    max_error: as of `choose`.
     """
     rows = [row for row in results if row.chip == chip]
     limits = limits or (plan.chip if plan else None)
@@ -46,6 +48,7 @@ def decide(
         defaults=defaults_of(catalogue, limits) if catalogue and limits else None,
         current_only=current_only,
         finals=finals,
+        max_error=max_error,
     )
     return for_plan(found, plan) if plan else found
 

@@ -62,7 +62,7 @@ class Rival:
 @dataclass(frozen=True)
 class Evidence:
     """Why a choice stands. Intervals are 95%. `settled_by`: "alone", "energy", "latency", "previous choice", "simplicity"
-    or "final" (a final of `klab tune` decided; `final_reason` is what it said).
+    or "final" (a final of `klab tune` decided; `final_reason` is what it said). `wide_error`: distance from the unquantised output.
 
     `tied` are the others that could not be told apart (`tied_count` of them, the nearest listed). `library` is the best library
     kernel; `library_reason` says why there is none to compare with.
@@ -93,11 +93,16 @@ class Evidence:
     recorded_at: str
     versions: Mapping[str, Json] = field(default_factory=dict)
     final_reason: str = ""
+    wide_error: float | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel and configuration for one problem. `stale`: the kernel's code has changed since it was measured."""
+    """The kernel and configuration for one problem. `stale`: the kernel's code has changed since it was measured.
+
+    `instead` is the label of the problem in a narrower format that is run in place of the wanted one (`instead_problem`: its fields), and
+    empty where nothing is given up; `evidence.wide_error` is what it costs in accuracy.
+    """
 
     wanted: Wanted
     kernel: str
@@ -107,6 +112,8 @@ class Choice:
     source_digest: str
     stale: bool
     evidence: Evidence
+    instead: str = ""
+    instead_problem: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

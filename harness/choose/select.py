@@ -30,7 +30,9 @@ class Selection:
         sources: Mapping[str, str] | None = None,
         defaults: Defaults | None = None,
         current_only: bool = False,
+        max_error: float | None = None,
     ) -> None:
+        self._max_error = max_error
         rows = sorted(results, key=age)
         self.objective, self._sources, self._current_only = objective, sources, current_only
         self.chip = chip or _only_chip(rows)
@@ -47,6 +49,8 @@ class Selection:
         self._by_problem: dict[str, list[Result]] = defaultdict(list)
         for row in rows:
             self._by_problem[row.problem_key].append(row)
+            if max_error is not None and row.wide_key:
+                self._by_problem[row.wide_key].append(row)
         self._doubt = distrust(rows, defaults)
 
     def candidates(self, problem_key: str) -> list[Candidate]:
@@ -68,7 +72,16 @@ class Selection:
         reason = why_not(row, self.objective) or self._doubt(row)
         if reason is None and self._current_only and (self._sources or {}).get(row.kernel, row.source_digest) != row.source_digest:
             reason = "the kernel's code has changed since"
-        return reason
+        return reason or too_far(row, self._max_error)
+
+
+def too_far(row: Result, max_error: float | None) -> str | None:
+    """Why a result in a narrower format may not be chosen: further from the unquantised problem than `max_error`, or not known."""
+    if max_error is None or not row.wide_key:
+        return None
+    if row.wide_error is None:
+        return "its error against the unquantised problem was not measured"
+    return f"an error of {row.wide_error:.2g} against the unquantised problem" if row.wide_error > max_error else None
 
 
 def _only_chip(rows: list[Result]) -> str:

@@ -53,7 +53,7 @@ def _not_slower(left: list[Candidate], objective: Objective, defaults: Defaults 
     return [c for c in left if value(c.row, objective).median <= most]
 
 
-def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, bool, int, tuple[str, str, str]]:
+def _complexity(candidate: Candidate, defaults: Defaults | None) -> tuple[bool, bool, int, tuple[str, str, str, str]]:
     """A library before a kernel of one's own to maintain, the default before any other configuration, then fewer fields that differ
     from it, then the name. An unknown default counts every field.
     """

@@ -38,6 +38,15 @@ With = Annotated[
 Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for everything: 90s, 8m, 1.5h. Default: until done.")]
 
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-error",
+        help="Let kernels in narrower formats (fp8, int8, fp4, int4) compete for each problem, up to this distance from the unquantised "
+        "output, ||out - wide|| / ||wide||: 0.03 say.",
+    ),
+]
+
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
@@ -51,6 +60,13 @@ def seconds(text: str | None, option: str = "--budget") -> float | None:
     value = float(found.group(1)) * _UNITS[found.group(2)]
     if value <= 0:
         raise UsageError(f"{option} {text}: nothing can be measured in no time; give at least a few seconds")
+    return value
+
+
+def checked_error(value: float | None) -> float | None:
+    """--max-error as it was given; UsageError unless it is a positive share."""
+    if value is not None and not 0 < value < 1:
+        raise UsageError(f"--max-error {value:g}: a relative error lies between 0 and 1; fp8 costs about 0.03, fp4 about 0.15")
     return value
 
 

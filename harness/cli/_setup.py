@@ -48,13 +48,17 @@ def look_up(
     candidates: str = "default",
     phase: str | None = None,
     further: list[str] | None = None,
+    narrower: bool = False,
 ) -> Setup:
-    """Find everything by name; UsageError for what does not exist. Kernel files that could not be used are told on stderr."""
+    """Find everything by name; UsageError for what does not exist. Kernel files that could not be used are told on stderr.
+
+    narrower: what approximates the plan's problems in narrower formats is measured too.
+    """
     from klab.harness.catalog import find_chip, find_model
     from klab.harness.plan import plan as make_plan
     from klab.harness.plan import scenario_for
     from klab.harness.plan.trials import trials as make_trials
-    from klab.kernels.discover import discover
+    from klab.kernels.discover import approximations_of, discover
     from klab.kernels.errors import UsageError
 
     found_model, found_chip = find_model(model), find_chip(chip)
@@ -70,6 +74,8 @@ def look_up(
     kernels = catalogue.select(only) if only else sorted(catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
     rows = [row for row in plan.rows if row.problem and (phase is None or row.phase == phase)]
     problems = {row.problem.key: row.problem for row in rows if row.problem}
+    if narrower:
+        problems |= {p.key: p for wide in list(problems.values()) for p in approximations_of(wide)}
     made = make_trials(problems.values(), kernels, found_chip, candidates=candidates)
     if not made.trials:
         why = "; ".join(dict.fromkeys(f"{s.kernel}: {s.reason}" for s in made.skipped)) or "no kernel for any operator of the plan"

@@ -65,6 +65,7 @@ def command(app: typer.Typer) -> None:
         kernels: KernelDirs = None,
         out: Out = None,
         current_only: Current = False,
+        max_error: _options.MaxError = None,
         bucket: ForBucket = None,
         buckets: HowMany = 1,
         bucket_by: Along = None,
@@ -116,6 +117,7 @@ def command(app: typer.Typer) -> None:
             previous=previous,
             current_only=current_only,
             limits=found_chip,
+            max_error=_options.checked_error(max_error),
         )
         # A profile without choices would replace one that has some.
         written = path if profile.choices else None
@@ -197,7 +199,9 @@ def _cells(choice: Choice) -> tuple[object, ...]:
     config = " ".join(f"{name}={value}" for name, value in choice.config.items()) or "-"
     return (
         choice.wanted.label,
-        choice.kernel.partition("/")[2] + (" (stale)" if choice.stale else ""),
+        (choice.kernel if choice.instead else choice.kernel.partition("/")[2])
+        + (f" as {choice.instead} (error {evidence.wide_error:.2g})" if choice.instead and evidence.wide_error is not None else "")
+        + (" (stale)" if choice.stale else ""),
         config,
         f"{evidence.median_us:.5g}",
         f"{evidence.interval_us[0]:.5g}..{evidence.interval_us[1]:.5g}",

@@ -41,6 +41,7 @@ def command(app: typer.Typer) -> None:
         dtype: _options.Dtype = None,
         further: _options.With = None,
         phase: Phase = None,
+        max_error: _options.MaxError = None,
         objective: Objective = "latency",
         usd_per_hour: UsdPerHour = None,
         usd_per_kwh: UsdPerKwh = None,
@@ -72,6 +73,7 @@ def command(app: typer.Typer) -> None:
             only=kernel,
             candidates=candidates,
             phase=phase,
+            narrower=_options.checked_error(max_error) is not None,
         )
         for note in setup.plan.notes:
             talk.print(f"{note.level}: {note.text}", style="yellow" if note.level == "warning" else None, markup=False, soft_wrap=True)
@@ -79,17 +81,26 @@ def command(app: typer.Typer) -> None:
             show_trials(setup, as_json=as_json)
             return
         job = measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
-        _choose(setup, job, goal, out, as_json=as_json)
+        _choose(setup, job, goal, out, max_error, as_json=as_json)
         _report(setup, job, report or job.folder / "report.html", as_json=as_json)
 
 
-def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, *, as_json: bool) -> None:
+def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, max_error: float | None, *, as_json: bool) -> None:
     from klab.harness.choose.decide import decide, same_choice
     from klab.harness.choose.profile import profile_path, read_profile, write_text
 
     path = out or profile_path(setup.chip.name, setup.plan.model.name, goal.name)
     previous = read_profile(path)
-    profile = decide(job.stored(), setup.plan, setup.chip.name, goal, catalogue=setup.catalogue, previous=previous, limits=setup.chip)
+    profile = decide(
+        job.stored(),
+        setup.plan,
+        setup.chip.name,
+        goal,
+        catalogue=setup.catalogue,
+        previous=previous,
+        limits=setup.chip,
+        max_error=max_error,
+    )
     if profile.choices:
         write_text(path, profile.to_text())
     show_profile(profile, as_json=as_json)

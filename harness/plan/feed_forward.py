@@ -8,7 +8,6 @@ from klab.harness.plan.step import Draft, Step, drafted
 from klab.kernels.fused_moe.problem import FusedMoe
 from klab.kernels.topk_routing.problem import TopkRouting
 
-
 # gpt-oss clamps gate and up at 7 (swiglu_limit of its configuration).
 SWIGLU_LIMIT = 7.0
 

@@ -8,7 +8,6 @@ from klab.harness.plan.scenario import Scenario
 from klab.kernels.contract import Chip
 from klab.kernels.dtypes import SIZE_BYTES
 
-
 # Bytes of a weight with its share of the scales: one float32 per 128 x 128 elements or per row is below 0.1%, one per 128 of a row 3%.
 FORMAT_BYTES = {"mxfp8": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "w4a16": 0.5 + 4 / 128}
 

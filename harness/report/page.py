@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from klab.harness.report.figures import roofline, sweep, where_time_goes
+from klab.harness.report.figures import cost_and_error, roofline, sweep, where_time_goes
 from klab.harness.report.figures.style import Figure, colours
 from klab.harness.report.html import Markup, data_script, el
 from klab.harness.report.sections import failures, glossary, method, steps, strip, winners
@@ -26,6 +26,9 @@ def figures(subject: Subject) -> list[Figure]:
         panels = sweep.data(rows, along)
         if panels:
             found.append(sweep.draw(panels, along, f"{_slug(subject)}-{along.identity}", hues))
+    formats = cost_and_error.data(rows)
+    if formats:
+        found.append(cost_and_error.draw(formats, f"{_slug(subject)}-error", hues))
     parts = where_time_goes.data(subject.profile)
     if parts:
         found.append(where_time_goes.draw(parts, subject.profile, f"{_slug(subject)}-time"))

@@ -14,7 +14,7 @@ from klab.harness.report.page import render
 from klab.harness.report.subject import Story, tell
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result
-from klab.kernels.discover import Catalogue
+from klab.kernels.discover import Catalogue, approximations_of
 from klab.kernels.errors import KlabError
 
 
@@ -69,7 +69,9 @@ def story_of(
 
 
 def _keys(plan: Plan) -> set[str]:
-    return {problem.key for problem in plan.problems()}
+    """The plan's problems, and what approximates them in narrower formats."""
+    problems = plan.problems()
+    return {p.key for p in problems} | {p.key for wide in problems for p in approximations_of(wide)}
 
 
 def _previous(plan: Plan | None) -> Profile | None:

@@ -12,6 +12,7 @@ from klab.kernels.contract import Chip, Launch, Tensors
 from klab.kernels.decode_attention._triton_ranges import merge_ranges
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.errors import UsageError
 from klab.kernels.split_rule import COMBINE_TILES, MERGE_TILES, OVERHEAD_TILES, choose_splits, tiles_per_split
 from klab.kernels.triton_support import INTERPRETED, KIB, cdiv, next_power_of_2
 
@@ -91,15 +92,25 @@ def split_counts(chosen: int) -> list[int]:
     return [0, *sorted(near - {chosen})]
 
 
-def cache_strides(problem: DecodeAttention, k: torch.Tensor, v: torch.Tensor) -> tuple[list[int], int]:
-    """(strides of pages, tokens and heads of k, then of v, in units; elements of a unit).
+def width_of(problem: DecodeAttention, dim: int) -> int:
+    """Elements of a row of a tile that holds `dim` columns of the cache: pairs of columns in fp8."""
+    return next_power_of_2(dim // 2 if problem.kv_dtype else dim)
+
+
+def caches(problem: DecodeAttention, inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor, list[int], int]:
+    """(k, v, strides of pages, tokens and heads of k, then of v, in units; elements of a unit). fp8 comes as pairs in int16.
 
     Triton sees alignment only in multiples of 16 elements. Counted in 16-byte units, rows padded by 16 bytes load as wide.
     """
+    k, v = inputs["k_cache"], inputs["v_cache"]
+    if problem.kv_dtype:
+        if any(stride % 2 for stride in (*k.stride()[:3], *v.stride()[:3])):
+            raise UsageError(f"fp8 caches are read in pairs of columns: make their strides even ({k.stride()}, {v.stride()})")
+        k, v = k.view(torch.int16), v.view(torch.int16)
     strides = [*k.stride()[:3], *v.stride()[:3]]
-    per_16_bytes = 16 // SIZE_BYTES[problem.cache_dtype]
+    per_16_bytes = 16 // k.element_size()
     unit = per_16_bytes if all(stride % per_16_bytes == 0 for stride in strides) else 1
-    return [stride // unit for stride in strides], unit
+    return k, v, [stride // unit for stride in strides], unit
 
 
 Prefix = Callable[[Tensors, torch.Tensor, torch.Tensor, int], None]
@@ -137,8 +148,7 @@ def ranges_launch(
     workspaces: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v, out = inputs["q"], inputs["k_cache"], inputs["v_cache"], outputs["out"]
-        table, lens = inputs["block_table"], inputs["kv_lens"]
+        q, table, lens, out = inputs["q"], inputs["block_table"], inputs["kv_lens"], outputs["out"]
         sinks, k_scale, v_scale = (inputs.get(name, q) for name in ("sinks", "k_scale", "v_scale"))
         partial = lse = out
         if columns > 1:
@@ -148,7 +158,7 @@ def ranges_launch(
             partial, lse = workspaces[out.device]
         if prefix is not None:
             prefix(inputs, partial, lse, columns)
-        strides, unit = cache_strides(problem, k, v)
+        k, v, strides, unit = caches(problem, inputs)
         read_range[(programs_of(problem, block_m) * splits,)](
             q,
             k,
@@ -185,8 +195,8 @@ def ranges_launch(
             SAME_ROWS=strides[:2] == strides[3:5],
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_D=next_power_of_2(problem.head_dim),
-            BLOCK_DV=block_dv,
+            BLOCK_D=width_of(problem, problem.head_dim),
+            BLOCK_DV=width_of(problem, problem.dim_v),
             DIRECT=columns == 1,
             SIGNAL=early,
             WAIT=overlaps,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from klab.kernels.decode_attention._triton_ranges import capped, locate, pages_of, store_rows, unit_rows
+from klab.kernels.decode_attention._triton_ranges import capped, halved_queries, locate, pages_of, store_rows, two_of
 
 
 @triton.jit
@@ -62,7 +62,10 @@ def read_range(
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """One range of one sequence for BLOCK_M rows of one key/value head. Strides of k and v are in UNIT elements."""
+    """One range of one sequence for BLOCK_M rows of one key/value head.
+
+    Strides of k and v are in UNIT elements. NARROW: an element of k and v is a pair of fp8 columns, and so are BLOCK_D and BLOCK_DV.
+    """
     ROW_TILES: tl.constexpr = (GROUP * Q_LEN + BLOCK_M - 1) // BLOCK_M
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -76,17 +79,18 @@ def read_range(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     offs_n = tl.arange(0, BLOCK_N)
-    is_d = offs_d < HEAD_DIM
-    is_dv = offs_dv < DIM_V
+    PACK: tl.constexpr = 2 if NARROW else 1
+    is_d = offs_d < HEAD_DIM // PACK
+    is_dv = offs_dv < DIM_V // PACK
 
     q_rows = q + sequence.to(tl.int64) * q_batch + row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
-    queries = tl.load(q_rows[:, None] + offs_d[None, :], mask=(row < GROUP * Q_LEN)[:, None] & is_d[None, :], other=0.0)
+    is_row = row < GROUP * Q_LEN
     scale = scale_log2
     if NARROW:
-        scale *= tl.load(k_scale + kv_head)
-        if queries.dtype != tl.float32:
-            queries, size = unit_rows(queries)
-            scale *= size[:, None]
+        queries, odd_queries, size = halved_queries(q_rows, is_row, HEAD_DIM, BLOCK_D)
+        scale = scale_log2 * tl.load(k_scale + kv_head) * size[:, None]
+    else:
+        queries = tl.load(q_rows[:, None] + offs_d[None, :], mask=is_row[:, None] & is_d[None, :], other=0.0)
     k_of_head = k + kv_head.to(tl.int64) * k_head * UNIT
     v_of_head = v + kv_head.to(tl.int64) * v_head * UNIT
     pages = block_table + sequence.to(tl.int64) * table_row
@@ -97,6 +101,7 @@ def read_range(
     # Summed over the keys once, after the loop: a sum across warps in each step would cost three more barriers.
     totals = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     values = tl.zeros((BLOCK_M, BLOCK_DV), dtype=tl.float32)
+    odd_values = values
     if SINKS:
         # As if the sink had been the first key, with a value of zero.
         largest += tl.load(sinks + kv_head * GROUP + row % GROUP) * 1.4426950408889634
@@ -114,12 +119,17 @@ def read_range(
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
         page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
-        if HEAD_DIM == BLOCK_D:
+        if HEAD_DIM == PACK * BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :], mask=is_key[:, None], other=0.0)
         else:
             keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :], mask=is_key[:, None] & is_d[None, :], other=0.0)
-        scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
-        scores = capped(scores, SOFTCAP)
+        if NARROW:
+            keys, odd_keys = two_of(keys)
+            scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee")
+            scores = tl.dot(odd_queries, tl.trans(odd_keys.to(queries.dtype)), scores, input_precision="ieee")
+        else:
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        scores = capped(scores * scale, SOFTCAP)
         visible = is_key[None, :]
         if Q_LEN > 1:
             visible = visible & (key[None, :] <= position[:, None])
@@ -135,18 +145,23 @@ def read_range(
         totals = totals * decay[:, None] + weights
         largest = larger
         # Masked here too: what lies behind the end of a page may be NaN, and 0 * NaN is NaN.
-        if DIM_V == BLOCK_DV:
+        if DIM_V == PACK * BLOCK_DV:
             news = tl.load(v_of_head + v_rows[:, None] + offs_dv[None, :], mask=is_key[:, None], other=0.0)
         else:
             news = tl.load(v_of_head + v_rows[:, None] + offs_dv[None, :], mask=is_key[:, None] & is_dv[None, :], other=0.0)
-        news = news.to(queries.dtype)
-        values = tl.dot(weights.to(news.dtype), news, values * decay[:, None], input_precision="ieee")
+        values *= decay[:, None]
+        weights = weights.to(queries.dtype)
+        if NARROW:
+            news, odd_news = two_of(news)
+            odd_values *= decay[:, None]
+            odd_values = tl.dot(weights, odd_news.to(queries.dtype), odd_values, input_precision="ieee")
+        values = tl.dot(weights, news.to(queries.dtype), values, input_precision="ieee")
 
     total = tl.sum(totals, axis=1)
     seen = total > 0.0
-    values = values / tl.where(seen, total, 1.0)[:, None]
     if NARROW:
-        values *= tl.load(v_scale + kv_head)
+        values = tl.interleave(values, odd_values) * tl.load(v_scale + kv_head)
+    values = values / tl.where(seen, total, 1.0)[:, None]
     if WAIT:
         tl.extra.cuda.gdc_wait()
     store_rows(
@@ -167,6 +182,6 @@ def read_range(
         GROUP,
         Q_LEN,
         DIM_V,
-        BLOCK_DV,
+        PACK * BLOCK_DV,
         DIRECT,
     )

@@ -67,9 +67,7 @@ class DecodeAttention(Problem):
             raise UsageError(f"decode_attention needs lengths of 0 or more and one cached token, not kv_lens={self.kv_lens}")
         sizes = (self.heads, self.kv_heads, self.head_dim, self.q_len, self.page_size)
         if min(sizes) < 1 or min(self.window, self.head_dim_v, self.softcap, self.shared_prefix) < 0 or self.logit_gain <= 0:
-            raise UsageError(
-                f"decode_attention needs positive sizes and gain, window, cap and prefix of 0 or more: {self.to_json()}"
-            )
+            raise UsageError(f"decode_attention needs positive sizes and gain, window, cap and prefix of 0 or more: {self.to_json()}")
         if self.shared_prefix % self.page_size:
             raise UsageError(f"a shared prefix is whole pages of {self.page_size} tokens, not {self.shared_prefix} tokens")
         if any(0 < length < self.shared_prefix + self.q_len for length in self.kv_lens):

@@ -55,10 +55,10 @@ def smem_bytes(problem: DecodeAttention, config: SplitKvConfig) -> int:
 
     Triton keeps one stage less than `num_stages` in shared memory, but all of them for the warp-group instructions of 64 rows.
     """
-    size, rows = SIZE_BYTES[problem.dtype], block_m_of(problem)
+    size, cache, rows = SIZE_BYTES[problem.dtype], SIZE_BYTES[problem.cache_dtype], block_m_of(problem)
     dim, dim_v = next_power_of_2(problem.head_dim), next_power_of_2(problem.dim_v)
     buffers = config.num_stages if rows == 64 and config.num_warps >= 4 and size == 2 else max(1, config.num_stages - 1)
-    loop = (buffers * config.block_n * (dim + dim_v) + rows * dim + rows * config.block_n) * size
+    loop = buffers * config.block_n * (dim + dim_v) * cache + rows * (dim + config.block_n) * size
     return max(loop, rows * dim_v * 4) + KIB
 
 
@@ -83,6 +83,8 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
         return "block_n is 16 to 512, num_warps 1 to 16, num_stages at least 1"
     if max(problem.head_dim, problem.dim_v) > 256 or min(problem.head_dim, problem.dim_v) < 16:
         return "head dimensions are 16 to 256"
+    if problem.kv_dtype and (min(problem.head_dim, problem.dim_v) < 32 or (problem.head_dim | problem.dim_v) % 2):
+        return "fp8 caches are read in pairs: head dimensions are even and at least 32"
     if smem_bytes(problem, config) > chip.smem_per_block_bytes:
         return "too much shared memory"
     if warps * 8 > max(block_n, next_power_of_2(problem.dim_v)):
@@ -90,7 +92,7 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
     threads, rows = 32 * warps, block_m_of(problem)
     widest = next_power_of_2(max(problem.head_dim, problem.dim_v))
     # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
-    loads = block_n * widest * SIZE_BYTES[problem.dtype] // 16 // threads
+    loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
     sums = rows * (next_power_of_2(problem.dim_v) + 2 * block_n) // threads
     if loads > 16 or sums + 4 * loads > MAX_REGISTERS_FOR_TILES:
         return "the tile would spill registers"
@@ -102,7 +104,7 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
 
 def default(problem: DecodeAttention, chip: Chip) -> SplitKvConfig:
     """About 32 KiB of keys and values per step, which three stages keep on their way."""
-    row_bytes = (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.dtype]
+    row_bytes = (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype]
     block_n = max(16, min(128, 32 * KIB // next_power_of_2(row_bytes), next_power_of_2(span_of(problem, problem.max_kv_len))))
     # More rows, or multiply-adds without tensor cores, need more threads to hold their sums.
     wide = block_m_of(problem) > 32 or (problem.dtype == "float32" and block_n > 16)

@@ -26,7 +26,7 @@ from klab.kernels.decode_attention._triton_launch import (
     split_counts,
     unfit_splits,
 )
-from klab.kernels.decode_attention._triton_ranges import capped, locate, pages_of, store_rows, unit_rows
+from klab.kernels.decode_attention._triton_ranges import capped, halved_queries, locate, pages_of, store_rows, two_of
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.triton_support import KIB, next_power_of_2
@@ -108,7 +108,10 @@ def _read_range_by_warps(
     WAIT: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """One range of one sequence for BLOCK_M rows of one key/value head; dimension 0 is the warp. Strides of k and v are in UNITs."""
+    """One range of one sequence for BLOCK_M rows of one key/value head; dimension 0 is the warp.
+
+    Strides of k and v are in UNIT elements. NARROW: an element of k and v is a pair of fp8 columns, and so are BLOCK_D and BLOCK_DV.
+    """
     ROW_TILES: tl.constexpr = (GROUP * Q_LEN + BLOCK_M - 1) // BLOCK_M
     WARP_N: tl.constexpr = BLOCK_N // WARPS
     if SIGNAL:
@@ -124,22 +127,22 @@ def _read_range_by_warps(
     offs_d = tl.arange(0, BLOCK_D)[None, None, :]
     offs_dv = tl.arange(0, BLOCK_DV)[None, None, :]
     offs_n = warp[:, None] * WARP_N + tl.arange(0, WARP_N)[None, :]
-    is_d = offs_d < HEAD_DIM
-    is_dv = offs_dv < DIM_V
+    PACK: tl.constexpr = 2 if NARROW else 1
+    is_d = offs_d < HEAD_DIM // PACK
+    is_dv = offs_dv < DIM_V // PACK
 
     # Each warp has its own copy of the queries.
     q_rows = q + sequence.to(tl.int64) * q_batch + row // GROUP * q_token + (kv_head * GROUP + row % GROUP) * q_head
+    is_row = row < GROUP * Q_LEN
     scale = scale_log2
     if NARROW:
-        scale *= tl.load(k_scale + kv_head)
-        narrow_d = tl.arange(0, BLOCK_D)[None, :]
-        queries = tl.load(q_rows[:, None] + narrow_d, mask=(row < GROUP * Q_LEN)[:, None] & (narrow_d < HEAD_DIM), other=0.0)
-        queries, size = unit_rows(queries)
+        queries, odd_queries, size = halved_queries(q_rows, is_row, HEAD_DIM, BLOCK_D)
         queries = tl.broadcast_to(queries[None, :, :], (WARPS, BLOCK_M, BLOCK_D))
-        scale *= size[None, :, None]
+        odd_queries = tl.broadcast_to(odd_queries[None, :, :], (WARPS, BLOCK_M, BLOCK_D))
+        scale = scale_log2 * tl.load(k_scale + kv_head) * size[None, :, None]
     else:
         q_rows = q_rows[None, :, None] + warp[:, None, None] * 0
-        queries = tl.load(q_rows + offs_d, mask=(row < GROUP * Q_LEN)[None, :, None] & is_d, other=0.0)
+        queries = tl.load(q_rows + offs_d, mask=is_row[None, :, None] & is_d, other=0.0)
     k_of_head = k + kv_head.to(tl.int64) * k_head * UNIT
     v_of_head = v + kv_head.to(tl.int64) * v_head * UNIT
     pages = block_table + sequence.to(tl.int64) * table_row
@@ -149,6 +152,7 @@ def _read_range_by_warps(
     largest = tl.full((WARPS, BLOCK_M), 0.0 if SINKS else float("-inf"), dtype=tl.float32)
     total = tl.zeros((WARPS, BLOCK_M), dtype=tl.float32)
     values = tl.zeros((WARPS, BLOCK_M, BLOCK_DV), dtype=tl.float32)
+    odd_values = values
     if SINKS:
         # As if the sink had been the first key of the first warp, with a value of zero.
         largest += (tl.load(sinks + kv_head * GROUP + row % GROUP) * 1.4426950408889634)[None, :]
@@ -165,11 +169,17 @@ def _read_range_by_warps(
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
         page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
-        if HEAD_DIM == BLOCK_D:
+        if HEAD_DIM == PACK * BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, :, None] + offs_d, mask=is_key, other=0.0)
         else:
             keys = tl.load(k_of_head + k_rows[:, :, None] + offs_d, mask=is_key & is_d, other=0.0)
-        scores = capped(tl.dot(queries, tl.permute(keys.to(queries.dtype), (0, 2, 1))) * scale, SOFTCAP)
+        if NARROW:
+            keys, odd_keys = two_of(keys)
+            scores = tl.dot(queries, tl.permute(keys, (0, 2, 1)))
+            scores = tl.dot(odd_queries, tl.permute(odd_keys, (0, 2, 1)), scores)
+        else:
+            scores = tl.dot(queries, tl.permute(keys, (0, 2, 1)))
+        scores = capped(scores * scale, SOFTCAP)
         visible = (key < length)[:, None, :]
         if Q_LEN > 1:
             visible = visible & (key[:, None, :] <= position[None, :, None])
@@ -185,12 +195,15 @@ def _read_range_by_warps(
         total = total * decay + tl.sum(weights, axis=2)
         largest = larger
         # Masked here too: what lies behind the end of a page may be NaN, and 0 * NaN is NaN.
-        if DIM_V == BLOCK_DV:
+        if DIM_V == PACK * BLOCK_DV:
             news = tl.load(v_of_head + v_rows[:, :, None] + offs_dv, mask=is_key, other=0.0)
         else:
             news = tl.load(v_of_head + v_rows[:, :, None] + offs_dv, mask=is_key & is_dv, other=0.0)
-        news = news.to(queries.dtype)
-        values = tl.dot(weights.to(news.dtype), news, values * decay[:, :, None])
+        values *= decay[:, :, None]
+        if NARROW:
+            news, odd_news = two_of(news)
+            odd_values = tl.dot(weights.to(tl.float16), odd_news, odd_values * decay[:, :, None])
+        values = tl.dot(weights.to(queries.dtype), news, values)
 
     top = tl.max(largest, axis=0)
     weight = tl.exp2(largest - tl.where(top == float("-inf"), 0.0, top)[None, :])
@@ -201,8 +214,11 @@ def _read_range_by_warps(
         weight *= tl.load(v_scale + kv_head)
     if WAIT:
         tl.extra.cuda.gdc_wait()
+    merged = tl.sum(values * weight[:, :, None], axis=0)
+    if NARROW:
+        merged = tl.interleave(merged, tl.sum(odd_values * weight[:, :, None], axis=0))
     store_rows(
-        tl.sum(values * weight[:, :, None], axis=0),
+        merged,
         tl.where(seen, top + tl.log2(tl.where(seen, sums, 1.0)), float("-inf")),
         row,
         sequence,
@@ -219,7 +235,7 @@ def _read_range_by_warps(
         GROUP,
         Q_LEN,
         DIM_V,
-        BLOCK_DV,
+        PACK * BLOCK_DV,
         DIRECT,
     )
 
@@ -231,9 +247,9 @@ def block_m_of(problem: DecodeAttention) -> int:
 
 def smem_bytes(problem: DecodeAttention, config: WarpSplitConfig) -> int:
     """Shared memory of one program, an upper bound: the stages, each warp's queries, and behind the loop each warp's values."""
-    size, rows, warps = SIZE_BYTES[problem.cache_dtype], block_m_of(problem), config.num_warps
+    size, cache, rows, warps = SIZE_BYTES[problem.dtype], SIZE_BYTES[problem.cache_dtype], block_m_of(problem), config.num_warps
     dim, dim_v = next_power_of_2(problem.head_dim), next_power_of_2(problem.dim_v)
-    loop = (max(1, config.num_stages - 1) * config.block_n * (dim + dim_v) + warps * rows * dim) * size
+    loop = max(1, config.num_stages - 1) * config.block_n * (dim + dim_v) * cache + warps * rows * dim * size
     # 8 bytes a key: row offsets on their way between the layouts of keys and scores.
     return max(loop + 8 * config.block_n, warps * rows * dim_v * 4) + KIB
 
@@ -258,11 +274,13 @@ def fits(problem: DecodeAttention, config: WarpSplitConfig, chip: Chip) -> str |
         return "warp_n is 16, 32 or 64, num_warps 1, 2, 4 or 8, num_stages at least 1"
     if max(problem.head_dim, problem.dim_v) > 256 or min(problem.head_dim, problem.dim_v) < 16:
         return "head dimensions are 16 to 256"
+    if problem.kv_dtype and (min(problem.head_dim, problem.dim_v) < 32 or (problem.head_dim | problem.dim_v) % 2):
+        return "fp8 caches are read in pairs: head dimensions are even and at least 32"
     if rows_of(problem) > MAX_ROWS:
         return f"more than {MAX_ROWS} query rows would read the keys too often"
     # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
     sums = block_m_of(problem) * (next_power_of_2(problem.dim_v) + 2 * config.warp_n) // 32
-    loads = config.warp_n * next_power_of_2(max(problem.head_dim, problem.dim_v)) * 2 // 16 // 32
+    loads = config.warp_n * next_power_of_2(max(problem.head_dim, problem.dim_v)) * SIZE_BYTES[problem.cache_dtype] // 16 // 32
     if sums + 4 * loads > MAX_REGISTERS_FOR_TILES:
         return "the tile would spill registers"
     if smem_bytes(problem, config) > chip.smem_per_block_bytes:

@@ -19,6 +19,8 @@ from klab.kernels.triton_support import cdiv, next_power_of_2
 
 # Elements of the state that one thread holds. 128 compile to 200 registers of 255.
 MAX_STATE_PER_THREAD = 128
+# Each token waits for the one before it, about a microsecond: chunks are faster from a few dozen on.
+MAX_TOKENS = 64
 MAX_GRID_Y = 65535
 
 
@@ -120,6 +122,8 @@ def fits(problem: GatedDeltaRule, config: RecurrentConfig, chip: Chip) -> str | 
         return "the state would spill registers"
     if held * SIZE_BYTES[problem.state_dtype] < 16 and warps > 1:
         return "less than 16 bytes of the state for each thread"
+    if max(problem.seq_lens) > MAX_TOKENS:
+        return f"a sequence of more than {MAX_TOKENS} tokens is faster in chunks"
     if problem.batch > MAX_GRID_Y:
         return f"more than {MAX_GRID_Y} sequences"
     return None

@@ -106,8 +106,8 @@ KLAB_DEVICE void copy_rows(unsigned char* tile, const ELEMENT* source, int strid
 
 // The same for the keys first_key.. of a sequence whose pages are listed in `pages`; `cache` points to the head's column.
 template <int DIM, int ROW_BYTES>
-KLAB_DEVICE void copy_from_pages(unsigned char* tile, const ELEMENT* cache, const int* pages, int64_t page_stride, int stride, int first_key,
-                                 int valid_rows) {
+KLAB_DEVICE void copy_from_pages(unsigned char* tile, const ELEMENT* cache, const int* pages, int64_t page_stride, int stride,
+                                 int first_key, int valid_rows) {
     constexpr int CHUNKS = 2 * ceil_div(DIM, 16);
     for (uint32_t index = opaque(thread_idx()); index < BLOCK_N * CHUNKS; index += THREADS) {
         int row = index / CHUNKS, chunk = index % CHUNKS, key = first_key + row;
@@ -120,8 +120,8 @@ KLAB_DEVICE void copy_from_pages(unsigned char* tile, const ELEMENT* cache, cons
 
 KLAB_KERNEL(flash_forward, THREADS)(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* q_offsets, const int* kv_offsets, const int* block_table,
-    const float* sinks, ELEMENT* out, int batch, int group, int q_token, int q_head, int64_t k_page, int k_token, int k_head, int64_t v_page,
-    int v_token, int v_head, int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
+    const void* sinks, ELEMENT* out, int batch, int group, int q_token, int q_head, int64_t k_page, int k_token, int k_head,
+    int64_t v_page, int v_token, int v_head, int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
     int warp = thread_idx() / 32, lane = thread_idx() % 32;
     int head = HEADS_INNER ? block_idx_x() : block_idx_y();
     QueryTile at = find_query_tile(q_offsets, batch, HEADS_INNER ? block_idx_y() : block_idx_x());
@@ -146,7 +146,7 @@ KLAB_KERNEL(flash_forward, THREADS)(
     unsigned char* smem = shared_memory<unsigned char>();
     // Needed again only at the end: the loop uses every register.
     int* kept = reinterpret_cast<int*>(smem + Q_BYTES + STAGES * (K_BYTES + V_BYTES));
-    if (thread_idx() == 0) *kept = q_start;
+    if (thread_idx() == 0) kept[0] = q_start, kept[1] = rows;
     auto copy_keys = [&](int i) {
         int key = i * BLOCK_N;
         unsigned char* tile = smem + Q_BYTES + i % STAGES * K_BYTES;
@@ -193,7 +193,7 @@ KLAB_KERNEL(flash_forward, THREADS)(
     KLAB_UNROLL
     for (int f = 0; f < FRAGMENTS; ++f) {
         // A sink is a key before all others, without a value. Its weight counts once: in the share of the first of four lanes.
-        row_max[f][0] = row_max[f][1] = SINKS ? sinks[head] * LOG2_E : -infinity();
+        row_max[f][0] = row_max[f][1] = SINKS ? static_cast<const float*>(sinks)[head] * LOG2_E : -infinity();
         row_sum[f][0] = row_sum[f][1] = SINKS && lane % 4 == 0 ? 1.0f : 0.0f;
     }
 
@@ -262,11 +262,10 @@ KLAB_KERNEL(flash_forward, THREADS)(
     }
     sync_warp();
     constexpr int CHUNKS = HEAD_DIM_V / 8;
-    out += static_cast<int64_t>(*kept) * out_token + head * out_head;
+    out += static_cast<int64_t>(kept[0]) * out_token + head * out_head;
     for (int index = writer % 32; index < WARP_ROWS * CHUNKS; index += 32) {
         int row = index / CHUNKS, chunk = index % CHUNKS;
-        // No query of the block stands at position `count` or behind it.
-        if (first >= 0 && first + row < count)
+        if (warp_row + row < kept[1])
             store_16(out + static_cast<int64_t>(warp_row + row) * out_token + chunk * 8, load_16(staged + swizzle<K_ROW>(row, chunk)));
     }
 }

@@ -25,6 +25,7 @@ BLOCKS = {
 MICRO = {"mxfp8": quantize.MX_BLOCK, "mxfp4": quantize.MX_BLOCK, "nvfp4": quantize.NVFP4_BLOCK}
 PACKED = ("mxfp4", "nvfp4")
 FORMATS = (*BLOCKS, *MICRO)
+MAX_INT8_K = 2**31 // 127**2
 # The logarithm (base 2) of a weight row's size varies by this much, as that of trained output channels does: blocks then have scales
 # that differ, and a kernel that takes its neighbour's is found out.
 CHANNEL_SPREAD = 0.5
@@ -63,6 +64,8 @@ class ScaledMatmul(Problem):
         block = MICRO.get(self.format, 1)
         if self.k % block:
             raise UsageError(f"{self.format} needs k in multiples of {block}, not {self.k}")
+        if self.format == "int8_row" and self.k > MAX_INT8_K:
+            raise UsageError(f"int8_row needs k of at most {MAX_INT8_K}, so that no sum of products passes 2^31")
 
     @property
     def math_dtype(self) -> str:
@@ -175,6 +178,12 @@ class ScaledMatmul(Problem):
         # Only whole blocks: what hardware scales has no ragged edge.
         formats = [name for name in FORMATS if name not in MICRO or wide.k % MICRO[name] == 0]
         return [cls(wide.m, wide.n, wide.k, wide.dtype, name) for name in formats]
+
+    @classmethod
+    def approximations(cls, wide: Problem) -> list[Problem]:
+        if not isinstance(wide, Matmul) or wide.layout != "nt":
+            return []
+        return [cls(wide.m, wide.n, wide.k, wide.dtype, format) for format in FORMATS if wide.k % MICRO.get(format, 1) == 0]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

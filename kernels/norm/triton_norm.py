@@ -1,0 +1,196 @@
+"""Norms in Triton with a row in registers: what is read is read once; several short rows per program."""
+
+# Triton functions take no annotations but tl.constexpr.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import triton
+import triton.language as tl
+
+from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.norm.problem import Norm
+from klab.kernels.row_quantize import scales_per_row
+from klab.kernels.row_tiles import is_power_of_2, persistent_programs, refusal, warps_for
+from klab.kernels.triton_fp8 import to_fp8
+from klab.kernels.triton_support import cdiv, next_power_of_2
+
+LEAST_TILE = 512
+
+
+@dataclass(frozen=True)
+class RowConfig(Config):
+    """A program norms `rows` rows at once. per_sm > 0: so many programs per SM walk all rows, and `num_stages` steps are under way at once."""
+
+    rows: int = 1
+    num_warps: int = 4
+    per_sm: int = 0
+    num_stages: int = 1
+
+
+@triton.jit
+def _norm_rows(
+    x_ptr,
+    residual_ptr,
+    gate_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    scale_ptr,
+    sum_ptr,
+    rows,
+    width,
+    x_stride,
+    residual_stride,
+    gate_stride,
+    out_stride,
+    sum_stride,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    LAYER: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEAST_AMAX: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    if LAYER:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        # Rows in 64 bits: 256k rows of 16384 are more than 2^31 elements.
+        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        here = inside if EVEN_ROWS else inside & (row < rows)
+        h = tl.load(x_ptr + row * x_stride + columns, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if RESIDUAL:
+            h += tl.load(residual_ptr + row * residual_stride + columns, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            rounded = h.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + row * sum_stride + columns, rounded, mask=here)
+            h = rounded.to(tl.float32)
+        if GATED:
+            gate = tl.load(gate_ptr + row * gate_stride + columns, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if LAYER:
+            h = tl.where(inside, h - tl.sum(h, axis=1, keep_dims=True) / width, 0.0)
+        h = h * tl.rsqrt(tl.sum(h * h, axis=1, keep_dims=True) / width + eps)
+        y = h * weight.to(tl.float32)
+        if LAYER:
+            y += bias.to(tl.float32)
+        if GATED:
+            y = y * gate / (1.0 + tl.exp2(gate * -1.4426950408889634))
+        if GROUP:
+            # BLOCK / GROUP groups, of which the padding's are not stored.
+            grouped = tl.reshape(y, (ROWS, BLOCK // GROUP, GROUP))
+            largest = tl.maximum(tl.max(tl.abs(grouped), axis=2, keep_dims=True), LEAST_AMAX)
+            y = tl.reshape(grouped * (448.0 / largest), (ROWS, BLOCK))
+            group = tl.arange(0, BLOCK // GROUP)[None, :]
+            stored = (group < GROUPS) & (row < rows)
+            tl.store(scale_ptr + row * GROUPS + group, tl.reshape(largest, (ROWS, BLOCK // GROUP)) * (1.0 / 448.0), mask=stored)
+            tl.store(out_ptr + row * out_stride + columns, to_fp8(y), mask=here)
+        else:
+            tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def block_of(problem: Norm) -> int:
+    """Columns of a tile: a whole row, and whole groups of it."""
+    return max(next_power_of_2(problem.width), 128 if problem.quantize else 1)
+
+
+def wholes(problem: Norm) -> int:
+    """Tensors of a row's size that are alive at once: the values, the weights, and what else is read."""
+    return 2 + (problem.kind == "layer") + problem.gated
+
+
+def fits(problem: Norm, config: RowConfig, chip: Chip) -> str | None:
+    """A tile is held in registers."""
+    c, elements = config, config.rows * block_of(problem)
+    if not is_power_of_2(c.rows):
+        return "rows must be a power of two"
+    if c.rows > 1 and (c.rows >= 2 * problem.rows or elements > 16384):
+        return "a tile of several rows is larger than the problem or than 16384 elements"
+    if c.per_sm < 0 or c.num_stages < 1 or (c.num_stages > 1 and c.per_sm == 0):
+        return "stages need programs that walk: per_sm above 0"
+    if c.num_stages > 1:
+        read = (1 + problem.residual + problem.gated) * SIZE_BYTES[problem.dtype] * elements
+        if c.num_stages * read * c.per_sm > chip.smem_per_sm_bytes - 4096 * c.per_sm:
+            return "the stages need too much shared memory"
+    return refusal(elements, c.num_warps, wholes(problem))
+
+
+def default(problem: Norm, chip: Chip) -> RowConfig:
+    """16 elements a thread: four 16-byte loads of two tensors under way; tiles of at least 2048 elements where rows are short and many."""
+    block, rows = block_of(problem), 1
+    while rows * block < 2048 and 2 * rows <= problem.rows and cdiv(problem.rows, rows) >= 8 * chip.sm_count:
+        rows *= 2
+    per_thread = 16 if wholes(problem) < 3 or rows * block <= 8192 else 8
+    warps = warps_for(rows * block, per_thread)
+    while warps > 1 and rows * block < 32 * warps:
+        warps //= 2
+    return RowConfig(rows, warps)
+
+
+def space(problem: Norm, chip: Chip) -> Iterator[RowConfig]:
+    """Rows per program, warps, and programs that walk with loads under way."""
+    block = block_of(problem)
+    for rows, warps, (per_sm, stages) in product(
+        (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), ((0, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+    ):  # fmt: skip
+        if 32 * warps * 4 > rows * block and warps > 1:
+            continue  # fewer than four elements a thread leave loads narrow
+        tiles = cdiv(problem.rows, rows)
+        if per_sm and tiles < 2 * per_sm * chip.sm_count:
+            continue  # a program would have no second tile to fetch ahead
+        yield RowConfig(rows, warps, per_sm, stages)
+
+
+@kernel(Norm, backend="triton", config=RowConfig, space=space, default=default, fits=fits)
+def triton_norm(problem: Norm, config: RowConfig, chip: Chip) -> Launch:
+    """Triton, one pass with the rows in registers; sum, gate and fp8 fused."""
+    p, c = problem, config
+    block = block_of(p)
+    group = {"": 0, "fp8_row": block, "fp8_group": 128}[p.quantize]
+    grid = (persistent_programs(cdiv(p.rows, c.rows), c.per_sm, chip),)
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        x, out = inputs["x"], outputs["out"]
+        residual, gate, added = inputs.get("residual", x), inputs.get("gate", x), outputs.get("residual", out)
+        _norm_rows[grid](
+            x,
+            residual,
+            gate,
+            inputs["weight"],
+            inputs.get("bias", x),
+            out,
+            outputs.get("scale", out),
+            added,
+            p.rows,
+            p.width,
+            x.stride(0),
+            residual.stride(0),
+            gate.stride(0),
+            out.stride(0),
+            added.stride(0),
+            p.eps,
+            ROWS=c.rows,
+            BLOCK=block,
+            EVEN_ROWS=p.rows % c.rows == 0,
+            LAYER=p.kind == "layer",
+            RESIDUAL=p.residual,
+            GATED=p.gated,
+            GROUP=group,
+            GROUPS=scales_per_row(p.width, p.quantize),
+            LEAST_AMAX=1e-12,
+            STAGES=c.num_stages,
+            num_warps=c.num_warps,
+        )
+
+    return launch

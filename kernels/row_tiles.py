@@ -1,0 +1,39 @@
+"""What the Triton kernels on rows of activations share: how wide a tile is, and when it would spill."""
+
+from __future__ import annotations
+
+from klab.kernels.contract import Chip
+from klab.kernels.triton_support import cdiv, next_power_of_2
+
+# Float32 values that a thread can hold of a tile beside what it loads and its addresses: 64 compile to 100-170 registers, 128 spill.
+MAX_PER_THREAD = 64
+MAX_WARPS = 32
+
+
+def is_power_of_2(*values: int) -> bool:
+    """Whether all are, and at least 1."""
+    return all(value >= 1 and value & (value - 1) == 0 for value in values)
+
+
+def warps_for(elements: int, per_thread: int) -> int:
+    """Warps with about `per_thread` elements of a tile for each thread: 1 to 32."""
+    return max(1, min(MAX_WARPS, next_power_of_2(cdiv(elements, 32 * per_thread))))
+
+
+def refusal(elements: int, num_warps: int, wholes: int) -> str | None:
+    """Why a tile of so many elements, `wholes` tensors wide, cannot be held by so many warps, or None."""
+    if not is_power_of_2(num_warps) or num_warps > MAX_WARPS:
+        return "num_warps must be a power of two of at most 32"
+    per_thread = elements // (32 * num_warps)
+    if per_thread < 1:
+        return "too many warps for the tile"
+    # With more than 16 warps a thread has 64 registers.
+    limit = MAX_PER_THREAD if num_warps <= 8 else 32 if num_warps == 16 else 16
+    if per_thread * max(1, wholes - 1) > limit:
+        return "the tile would spill registers"
+    return None
+
+
+def persistent_programs(tiles: int, per_sm: int, chip: Chip) -> int:
+    """Programs of a grid that walks `tiles`: one per tile, or `per_sm` (if above 0) for each SM."""
+    return tiles if per_sm == 0 else min(tiles, per_sm * chip.sm_count)

@@ -1,0 +1,35 @@
+"""PyTorch's int8 product: cuBLASLt on a GPU, oneDNN on a CPU; the scales are applied by a second pass."""
+
+from __future__ import annotations
+
+import torch
+
+from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.scaled_matmul.problem import ScaledMatmul
+
+
+def fits(problem: ScaledMatmul, config: Config, chip: Chip) -> str | None:
+    """int8; on a GPU more than 16 rows, and k and n in multiples of 8 (the checks of torch._int_mm)."""
+    if problem.format != "int8_row":
+        return "is for int8_row"
+    if chip.kind == "cuda" and (problem.m <= 16 or problem.k % 8 or problem.n % 8):
+        return "torch._int_mm needs more than 16 rows, and k and n in multiples of 8"
+    return None
+
+
+@kernel(ScaledMatmul, backend="torch", fits=fits, kinds=("cuda", "cpu"), library=True)
+def torch_int_mm(problem: ScaledMatmul, config: Config, chip: Chip) -> Launch:
+    """torch._int_mm into int32, then scaled in two more passes over the output."""
+    sums: dict[torch.device, torch.Tensor] = {}
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        x, out = inputs["x"], outputs["out"]
+        if out.device not in sums:
+            sums[out.device] = torch.empty((problem.m, problem.n, 2), dtype=torch.int32, device=out.device)
+        products, scaled = sums[out.device].view(2, problem.m, problem.n)
+        torch._int_mm(x, inputs["w"].t(), out=products)
+        # In float32 between the two, so that the output is rounded once.
+        torch.mul(products, inputs["x_scale"], out=scaled.view(torch.float32))
+        torch.mul(scaled.view(torch.float32), inputs["w_scale"].t(), out=out)
+
+    return launch
