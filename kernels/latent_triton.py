@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from klab.kernels.contract import Launch, Tensors
-from klab.kernels.latent_tiles import LatentShape
+from klab.kernels.latent_tiles import LatentConfig, LatentShape
 from klab.kernels.triton_support import INTERPRETED, cdiv, next_power_of_2
 
 LOG2_E = 1.4426950408889634
@@ -31,6 +31,13 @@ def slots_of(slots, block, key, length, LISTED: tl.constexpr, PAGE_SIZE: tl.cons
     else:
         found = tl.load(slots + key // PAGE_SIZE, mask=key < length, other=0)
     return found
+
+
+@triton.jit
+def rows_at(page, row, cache_page, cache_row, UNIT: tl.constexpr):
+    """Where a cached row begins, in elements. Counted in 16 bytes, 32 bits reach 34 GB of one layer's cache, and save registers."""
+    wide = UNIT == 1
+    return page.to(tl.int64) * cache_page + row * cache_row if wide else (page * cache_page + row * cache_row).to(tl.int64) * UNIT
 
 
 @triton.jit
@@ -67,8 +74,9 @@ def read_latents(
     BLOCK_N: tl.constexpr,
     DIRECT: tl.constexpr,
     SIGNAL: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
 ):
-    """One range of one sequence (LISTED: of one token's list of `slots_row` slots) for BLOCK_M rows. Cache strides are in UNIT elements."""
+    """One range of one sequence (LISTED > 0: of one token's list of so many slots) for BLOCK_M rows. Cache strides are in UNIT elements."""
     ROW_TILES: tl.constexpr = (HEADS * Q_LEN + BLOCK_M - 1) // BLOCK_M
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -76,7 +84,7 @@ def read_latents(
     program = tl.program_id(0)
     split = program // ROW_TILES % splits
     sequence = (program // ROW_TILES // splits).to(tl.int64)
-    length = slots_row
+    length = LISTED
     if not LISTED:
         length = tl.load(lens + sequence)
     begin = split * blocks_per_split
@@ -105,15 +113,15 @@ def read_latents(
     values = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     # Looked up one step ahead and carried over: loaded in the step that uses it, it would take a stage of the software pipeline.
     found = slots_of(own, begin, begin * BLOCK_N + offs_n, length, LISTED, PAGE_SIZE, BLOCK_N)
-    for block in tl.range(begin, end):
+    for block in tl.range(begin, end, disable_licm=RECOMPUTE):
         key = block * BLOCK_N + offs_n
         if LISTED:
             is_key = found >= 0
             slot = tl.where(is_key, found, 0)
-            rows = ((slot // PAGE_SIZE).to(tl.int64) * cache_page + slot % PAGE_SIZE * cache_row) * UNIT
+            rows = rows_at(slot // PAGE_SIZE, slot % PAGE_SIZE, cache_page, cache_row, UNIT)
         else:
             is_key = key < length
-            rows = (found.to(tl.int64) * cache_page + key % PAGE_SIZE * cache_row) * UNIT
+            rows = rows_at(found, key % PAGE_SIZE, cache_page, cache_row, UNIT)
         found = slots_of(own, block + 1, key + BLOCK_N, length, LISTED, PAGE_SIZE, BLOCK_N)
         latent = tl.load(cache + rows[:, None] + offs_rank[None, :], mask=is_key[:, None], other=0.0)
         rope = tl.load(cache + RANK + rows[:, None] + offs_rope[None, :], mask=is_key[:, None], other=0.0)
@@ -156,7 +164,6 @@ def merge_latents(
     out,
     splits,
     blocks_per_split,
-    slots_row,
     out_batch,
     out_token,
     out_head,
@@ -171,7 +178,7 @@ def merge_latents(
     """The weighted mean of one query row's partial results; zeros for an empty sequence."""
     program = tl.program_id(0)
     sequence = (program // (Q_LEN * HEADS)).to(tl.int64)
-    length = slots_row
+    length = LISTED
     if not LISTED:
         length = tl.load(lens + sequence)
     ranges = tl.cdiv(tl.cdiv(length, BLOCK_N), blocks_per_split)
@@ -199,12 +206,12 @@ def merge_latents(
     tl.store(to + offs_rank, values.to(out.dtype.element_ty))
 
 
-def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, early_merge: bool, **tile: int) -> Launch:
+def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, config: LatentConfig) -> Launch:
     """The launch of `read_latents` over all ranges and, where there are several per sequence, of the merge.
 
-    `tile`: block_m, block_n, num_warps, num_stages. inputs: q, kv_cache, and block_table with kv_lens, or indices; kv_scale where narrow.
+    inputs: q, kv_cache, and block_table with kv_lens, or indices; kv_scale where the cache is fp8.
     """
-    early = early_merge and not INTERPRETED
+    early = config.early_merge and not INTERPRETED
     workspaces: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
@@ -223,7 +230,7 @@ def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, ea
         unit = per_16_bytes if all(stride % per_16_bytes == 0 for stride in cache.stride()[:2]) else 1
         # A sparse query is a batch of one token each.
         q_strides, out_strides = ((t.stride(0), *t.stride()[-3:-1]) for t in (q, out))
-        read_latents[(shape.sequences * cdiv(shape.rows, tile["block_m"]) * splits,)](
+        read_latents[(shape.sequences * cdiv(shape.rows, config.block_m) * splits,)](
             q,
             cache,
             slots,
@@ -244,15 +251,16 @@ def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, ea
             RANK=shape.rank,
             ROPE=shape.rope,
             PAGE_SIZE=shape.page_size,
-            LISTED=shape.listed,
+            LISTED=shape.lengths[0] if shape.listed else 0,
             SCALED=shape.narrow,
             UNIT=unit,
-            BLOCK_M=tile["block_m"],
-            BLOCK_N=tile["block_n"],
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             DIRECT=splits == 1,
             SIGNAL=early,
-            num_warps=tile["num_warps"],
-            num_stages=tile["num_stages"],
+            RECOMPUTE=config.recompute,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
         if splits > 1:
             merge_latents[(shape.sequences * shape.rows,)](
@@ -262,13 +270,12 @@ def latents_launch(shape: LatentShape, *, splits: int, blocks_per_split: int, ea
                 out,
                 splits,
                 blocks_per_split,
-                slots.stride(0),
                 *out_strides,
                 HEADS=shape.heads,
                 Q_LEN=shape.q_len,
                 RANK=shape.rank,
-                LISTED=shape.listed,
-                BLOCK_N=tile["block_n"],
+                LISTED=shape.lengths[0] if shape.listed else 0,
+                BLOCK_N=config.block_n,
                 BLOCK_S=max(1, min(next_power_of_2(splits), MERGE_ELEMENTS // shape.rank)),
                 WAIT=early,
                 num_warps=4,

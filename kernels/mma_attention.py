@@ -19,9 +19,9 @@ MAX_HEAD_DIM = 256
 MAX_GRID_YZ = 65535
 
 
-def row_bytes(dim: int) -> int:
-    """Bytes of a 16-bit row in shared memory, padded to whole lines of 32 banks (128 bytes) for the swizzle."""
-    return -(-2 * dim // 128) * 128
+def row_bytes(dim: int, size: int = 2) -> int:
+    """Bytes of a row of `dim` elements in shared memory, padded to whole lines of 32 banks (128 bytes) for the swizzle."""
+    return -(-size * dim // 128) * 128
 
 
 def refusal(problem: PrefillAttention | DecodeAttention, chip: Chip, *, multiple: int = 16) -> str | None:
@@ -48,6 +48,6 @@ def over_budget(smem_bytes: int, registers: int, warps: int, chip: Chip) -> str 
 def row_strides(kernel: str, name: str, tensor: torch.Tensor) -> list[int]:
     """Elements from one index to the next, for all dimensions but the last; UsageError unless rows are dense and start at 16 bytes."""
     *outer, dim = tensor.stride()
-    if dim != 1 or any(stride % 8 for stride in outer) or tensor.data_ptr() % 16:
+    if dim != 1 or any(stride * tensor.element_size() % 16 for stride in outer) or tensor.data_ptr() % 16:
         raise UsageError(f"{kernel} copies 16 bytes at a time: make rows of {name} dense and 16-byte aligned (strides {tensor.stride()})")
     return outer

@@ -1,7 +1,7 @@
 // Split-KV decoding: which keys form a piece, and the kernel that merges the pieces' results.
 //
 // Defines: TILE (keys of one step of a block) and WINDOWED (0 or 1). The merging kernel is there where COMBINE_THREADS is defined; it
-// also needs HEAD_DIM_V (a multiple of 4, at most 4 COMBINE_THREADS) and ELEMENT (of the output).
+// also needs HEAD_DIM_V (a multiple of 4, at most 4 COMBINE_THREADS), ELEMENT (of the output) and SINKS (0 or 1).
 #pragma once
 
 #include "device.cuh"
@@ -17,8 +17,8 @@ KLAB_BOTH constexpr int piece_count(int tiles, int tiles_per_piece) { return max
 #if defined(COMBINE_THREADS)
 // One block per query row (sequence, token, head): a column of threads takes every COLUMNth piece, 4 values per thread.
 KLAB_KERNEL(combine_pieces, COMBINE_THREADS)(
-    const float* partial_sums, const float* partial_stats, const int* kv_lens, ELEMENT* out, int rows_per_sequence, int q_len, int window,
-    int tiles_per_piece, int max_pieces) {
+    const float* partial_sums, const float* partial_stats, const float* sinks, const int* kv_lens, ELEMENT* out, int rows_per_sequence,
+    int q_len, int window, int tiles_per_piece, int max_pieces) {
     constexpr int WIDTH = HEAD_DIM_V / 4;
     constexpr int COLUMNS = COMBINE_THREADS / WIDTH;
     int kv_len = kv_lens[block_idx_x() / rows_per_sequence];
@@ -30,6 +30,11 @@ KLAB_KERNEL(combine_pieces, COMBINE_THREADS)(
     const float* sums = partial_sums + row * max_pieces * HEAD_DIM_V + at;
 
     float highest = -infinity(), total = 0.0f, values[4] = {};
+    if (SINKS && column == 0) {
+        // A further piece, of one key whose value is zero.
+        highest = sinks[block_idx_x() % (rows_per_sequence / q_len)] * 1.44269504f;
+        total = 1.0f;
+    }
     if (column < COLUMNS) {
         for (int piece = column; piece < pieces; piece += COLUMNS) {
             float piece_max = stats[2 * piece], piece_sum = stats[2 * piece + 1];

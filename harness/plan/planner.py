@@ -67,6 +67,15 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
     )
 
 
+def step_of(model: Model, chip: Chip, scenario: Scenario, phase: str) -> Step:
+    """The prefill or the (first) decode step of a plan. UsageError for a phase that the model has not."""
+    dtype, _ = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
+    for step, _layers in _steps(model, scenario, dtype):
+        if step.phase == phase:
+            return replace(step, norm=model.stack.norm)
+    raise UsageError(f"{model.name} has no {phase} step in this scenario")
+
+
 Layers = tuple[int, list[Draft]]
 """How many layers are alike, and the drafts of one of them."""
 

@@ -59,10 +59,10 @@ def _place(
     else:
         count = tl.zeros((BINS,), dtype=tl.int32)
         before = tl.zeros((BINS,), dtype=tl.int32)
-        for other in range(CHUNKS):
-            found = tl.load(counts + other * BINS + bins)
+        for one in range(CHUNKS):
+            found = tl.load(counts + one * BINS + bins)
             count += found
-            before += tl.where(other < chunk, found, 0)
+            before += tl.where(one < chunk, found, 0)
     count = tl.where(bins < LOCAL, count, 0)
     blocks = (count + BLOCK_M - 1) // BLOCK_M
     end = tl.cumsum(blocks, axis=0)
@@ -133,7 +133,7 @@ def align(ids: torch.Tensor, local: int, block_m: int, to: Aligned) -> None:
         CHUNK=chunk,
         CHUNKS=chunks,
         BLOCK_M=block_m,
-        RANKED=min(chunk, 32),
+        RANKED=16 if chunk > 512 else min(chunk, 32),
         num_warps=8,
     )
 

@@ -98,11 +98,11 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
 
 
 def default(problem: GatedDeltaRule, chip: Chip) -> ChunkedConfig:
-    """Chunks of 64; columns as wide as still give every multiprocessor a program of the scan, at least 16."""
+    """Chunks of 64; columns as wide as still give most multiprocessors a program of the scan, at least 16."""
     longest = max(problem.seq_lens)
     config = ChunkedConfig(chunk=16 if longest <= 16 else 32 if longest <= 32 or problem.dtype == "float32" else 64)
     block_v = min(64, problem.value_dim)
-    while block_v > 16 and problem.batch * problem.value_heads * cdiv(problem.value_dim, block_v) < chip.sm_count:
+    while block_v > 16 and problem.batch * problem.value_heads * cdiv(problem.value_dim, block_v) < 3 * chip.sm_count // 4:
         block_v //= 2
     config = replace(config, block_v=block_v, prepare_warps=4 if config.chunk > 16 else 2, output_warps=4 if config.chunk > 16 else 2)
     # Where the columns fill the chip, memory is the limit, and the states need not go through it.
@@ -128,11 +128,9 @@ def triton_chunked(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -
     p, c = problem, config
     chunks = Chunks(p, c.chunk)
     workspace = Workspace(p, len(chunks), c.chunk, weights=c.fuse_output, states=not c.fuse_output)
-    # The inverse is float32 and multiplied as TF32, whose 11 bits are as many as float16 has and more than bfloat16.
-    precision = "ieee" if p.dtype == "float32" else "tf32"
     shape = {
         "HEADS": p.value_heads, "GROUP": p.value_heads // p.key_heads, "KEY_DIM": p.key_dim, "VALUE_DIM": p.value_dim, "CHUNK": c.chunk,
-        "QK_NORM": p.qk_norm, "PRECISION": precision,
+        "QK_NORM": p.qk_norm,
     }  # fmt: skip
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
@@ -143,7 +141,7 @@ def triton_chunked(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -
         of_qk = (*q.stride()[:2], *k.stride()[:2])
         prepare[(len(chunks), p.value_heads)](
             q, k, v, g, beta, rows, w["corrections"], w["keys"], w["gates"], w["weights"], *of_qk, *v.stride()[:2], g.stride(0),
-            beta.stride(0), LOG2_E, NORM_EPSILON, WEIGHTS=c.fuse_output, num_warps=c.prepare_warps, num_stages=1, **shape,
+            beta.stride(0), LOG2_E, NORM_EPSILON, WEIGHTS=c.fuse_output, LEVELS=c.chunk.bit_length() - 1, num_warps=c.prepare_warps, num_stages=1, **shape,
         )  # fmt: skip
         scan[(p.value_dim // c.block_v, p.value_heads, p.batch)](
             q, k, state, sequences, w["corrections"], w["keys"], w["gates"], w["weights"], w["states"], out, final_state, *of_qk,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from klab.kernels.contract import Chip, Launch, kernel
+from klab.kernels.latent_attention.problem import LatentAttention
 from klab.kernels.latent_tiles import LatentConfig, per_split, shape_of, triton_default, triton_fits, triton_space, triton_splits
 from klab.kernels.latent_triton import latents_launch
-from klab.kernels.latent_attention.problem import LatentAttention
 
 
 def fits(problem: LatentAttention, config: LatentConfig, chip: Chip) -> str | None:
@@ -30,13 +30,4 @@ def triton_split_latent(problem: LatentAttention, config: LatentConfig, chip: Ch
     """Triton MLA decoding over pages: all heads are rows of one tile, a cached row is key and value, long contexts split and merged."""
     shape = shape_of(problem)
     splits = triton_splits(shape, config, chip)
-    return latents_launch(
-        shape,
-        splits=splits,
-        blocks_per_split=per_split(shape, config.block_n, splits),
-        early_merge=config.early_merge,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    return latents_launch(shape, splits=splits, blocks_per_split=per_split(shape, config.block_n, splits), config=config)

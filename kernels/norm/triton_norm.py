@@ -15,12 +15,11 @@ import triton.language as tl
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.norm.problem import Norm
-from klab.kernels.row_quantize import scales_per_row
+from klab.kernels.quantize import LEAST_AMAX
+from klab.kernels.row_quantize import GROUP, scales_per_row
 from klab.kernels.row_tiles import is_power_of_2, persistent_programs, refusal, warps_for
-from klab.kernels.triton_fp8 import to_fp8
+from klab.kernels.triton_fp8 import FP8_MAX, to_fp8
 from klab.kernels.triton_support import cdiv, next_power_of_2
-
-LEAST_TILE = 512
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,11 @@ class RowConfig(Config):
     num_warps: int = 4
     per_sm: int = 0
     num_stages: int = 1
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(tl.sum(x, axis=2, keep_dims=True), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -57,19 +61,20 @@ def _norm_rows(
     LAYER: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
-    GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr,
     LEAST_AMAX: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK)[None, :]
+    # A row is groups of COLUMNS, each with a scale of its own: laid out so from the start, no value moves to another thread.
+    columns = tl.arange(0, BLOCK // COLUMNS)[None, :, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     inside = columns < width
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if LAYER:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         # Rows in 64 bits: 256k rows of 16384 are more than 2^31 elements.
-        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        row = (tile * ROWS + tl.arange(0, ROWS)[:, None, None]).to(tl.int64)
         here = inside if EVEN_ROWS else inside & (row < rows)
         h = tl.load(x_ptr + row * x_stride + columns, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if RESIDUAL:
@@ -80,34 +85,30 @@ def _norm_rows(
         if GATED:
             gate = tl.load(gate_ptr + row * gate_stride + columns, mask=here, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if LAYER:
-            h = tl.where(inside, h - tl.sum(h, axis=1, keep_dims=True) / width, 0.0)
-        h = h * tl.rsqrt(tl.sum(h * h, axis=1, keep_dims=True) / width + eps)
-        y = h * weight.to(tl.float32)
+            h = tl.where(inside, h - _row_sum(h) / width, 0.0)
+        y = h * tl.rsqrt(_row_sum(h * h) / width + eps) * weight.to(tl.float32)
         if LAYER:
             y += bias.to(tl.float32)
         if GATED:
             y = y * gate / (1.0 + tl.exp2(gate * -1.4426950408889634))
-        if GROUP:
-            # BLOCK / GROUP groups, of which the padding's are not stored.
-            grouped = tl.reshape(y, (ROWS, BLOCK // GROUP, GROUP))
-            largest = tl.maximum(tl.max(tl.abs(grouped), axis=2, keep_dims=True), LEAST_AMAX)
-            y = tl.reshape(grouped * (448.0 / largest), (ROWS, BLOCK))
-            group = tl.arange(0, BLOCK // GROUP)[None, :]
-            stored = (group < GROUPS) & (row < rows)
-            tl.store(scale_ptr + row * GROUPS + group, tl.reshape(largest, (ROWS, BLOCK // GROUP)) * (1.0 / 448.0), mask=stored)
-            tl.store(out_ptr + row * out_stride + columns, to_fp8(y), mask=here)
+        if GROUPS:
+            largest = tl.maximum(tl.max(tl.abs(y), axis=2, keep_dims=True), LEAST_AMAX)
+            tl.store(out_ptr + row * out_stride + columns, to_fp8(y * (FP8_MAX / largest)), mask=here)
+            group = tl.arange(0, BLOCK // COLUMNS)[None, :, None]
+            # The padding has groups too.
+            tl.store(scale_ptr + row * GROUPS + group, largest * (1.0 / FP8_MAX), mask=(group < GROUPS) & (row < rows))
         else:
             tl.store(out_ptr + row * out_stride + columns, y.to(out_ptr.dtype.element_ty), mask=here)
 
 
 def block_of(problem: Norm) -> int:
     """Columns of a tile: a whole row, and whole groups of it."""
-    return max(next_power_of_2(problem.width), 128 if problem.quantize else 1)
+    return max(next_power_of_2(problem.width), GROUP if problem.quantize == "fp8_group" else 1)
 
 
-def wholes(problem: Norm) -> int:
-    """Tensors of a row's size that are alive at once: the values, the weights, and what else is read."""
-    return 2 + (problem.kind == "layer") + problem.gated
+def held_bytes(problem: Norm) -> int:
+    """Bytes per element that are alive beside the float32 value: what is read of a row, and the weights."""
+    return SIZE_BYTES[problem.dtype] * (2 + (problem.kind == "layer") + problem.gated)
 
 
 def fits(problem: Norm, config: RowConfig, chip: Chip) -> str | None:
@@ -123,7 +124,7 @@ def fits(problem: Norm, config: RowConfig, chip: Chip) -> str | None:
         read = (1 + problem.residual + problem.gated) * SIZE_BYTES[problem.dtype] * elements
         if c.num_stages * read * c.per_sm > chip.smem_per_sm_bytes - 4096 * c.per_sm:
             return "the stages need too much shared memory"
-    return refusal(elements, c.num_warps, wholes(problem))
+    return refusal(elements, c.num_warps, held_bytes(problem))
 
 
 def default(problem: Norm, chip: Chip) -> RowConfig:
@@ -131,11 +132,7 @@ def default(problem: Norm, chip: Chip) -> RowConfig:
     block, rows = block_of(problem), 1
     while rows * block < 2048 and 2 * rows <= problem.rows and cdiv(problem.rows, rows) >= 8 * chip.sm_count:
         rows *= 2
-    per_thread = 16 if wholes(problem) < 3 or rows * block <= 8192 else 8
-    warps = warps_for(rows * block, per_thread)
-    while warps > 1 and rows * block < 32 * warps:
-        warps //= 2
-    return RowConfig(rows, warps)
+    return RowConfig(rows, warps_for(rows * block, 16))
 
 
 def space(problem: Norm, chip: Chip) -> Iterator[RowConfig]:
@@ -157,7 +154,6 @@ def triton_norm(problem: Norm, config: RowConfig, chip: Chip) -> Launch:
     """Triton, one pass with the rows in registers; sum, gate and fp8 fused."""
     p, c = problem, config
     block = block_of(p)
-    group = {"": 0, "fp8_row": block, "fp8_group": 128}[p.quantize]
     grid = (persistent_programs(cdiv(p.rows, c.rows), c.per_sm, chip),)
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
@@ -186,9 +182,9 @@ def triton_norm(problem: Norm, config: RowConfig, chip: Chip) -> Launch:
             LAYER=p.kind == "layer",
             RESIDUAL=p.residual,
             GATED=p.gated,
-            GROUP=group,
+            COLUMNS=GROUP if p.quantize == "fp8_group" else block,
             GROUPS=scales_per_row(p.width, p.quantize),
-            LEAST_AMAX=1e-12,
+            LEAST_AMAX=LEAST_AMAX,
             STAGES=c.num_stages,
             num_warps=c.num_warps,
         )

@@ -10,6 +10,7 @@ import torch
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import torch_dtype
+from klab.kernels.prefill_attention._torch_cache import Cache
 from klab.kernels.prefill_attention.problem import PrefillAttention, offsets
 from klab.kernels.prefill_tiles import key_span
 
@@ -36,13 +37,11 @@ def space(problem: PrefillAttention, chip: Chip) -> Iterator[CpuConfig]:
 
 def fits(problem: PrefillAttention, config: CpuConfig, chip: Chip) -> str | None:
     """Knobs that change nothing for this problem make no candidate."""
-    if lacking := problem.unserved("kv_tokens"):
-        return lacking
     if problem.dtype == "float32" and not config.upcast:
         return "float32 is multiplied in float32 anyway"
     if problem.dtype == "float16" and not config.upcast:
         return "a block's weighted sum of values would overflow float16"
-    if problem.logit_gain > 4 and not config.upcast:
+    if (problem.logit_gain > 4 or problem.softcap) and not config.upcast:
         return "logits this large must not be rounded to 16 bits"
     if problem.kv_heads == 1 and not config.all_heads:
         return "there is one key head only"
@@ -55,18 +54,20 @@ def cpu_flash(problem: PrefillAttention, config: CpuConfig, chip: Chip) -> Launc
     compute = torch.float32 if config.upcast else torch_dtype(problem.dtype)
     heads_at_once = problem.kv_heads if config.all_heads else 1
     q_at, kv_at = offsets(problem.q_lens), offsets(problem.kv_lens)
+    cache = Cache(problem)
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
+        keys, values = cache.packed(inputs)
         for i, q_len in enumerate(problem.q_lens):
             q = inputs["q"][q_at[i] : q_at[i + 1]]
             # [key heads, keys, dim]; a copy in float32, or the packed tensor seen otherwise.
-            k, v = (inputs[name][kv_at[i] : kv_at[i + 1]].to(compute).transpose(0, 1) for name in ("k", "v"))
+            k, v = (x[kv_at[i] : kv_at[i + 1]].to(compute).transpose(0, 1) for x in (keys, values))
             out = outputs["out"][q_at[i] : q_at[i + 1]]
             for first in range(0, q_len, config.block_q):
                 last = min(q_len, first + config.block_q) - 1
                 for head in range(0, problem.kv_heads, heads_at_once):
                     heads = slice(head, head + heads_at_once)
-                    _block(problem, config, i, first, last, heads, q, k[heads], v[heads], out)
+                    _block(problem, config, i, first, last, heads, q, k[heads], v[heads], inputs.get("sinks"), out)
 
     return launch
 
@@ -81,6 +82,7 @@ def _block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Attention of query tokens first..last over all keys they see, for these key heads; writes into `out`."""
@@ -95,10 +97,16 @@ def _block(
     total = torch.zeros(k.shape[0], tokens * group, 1)
     # Finite, below any logit: a row whose window begins after the first block would otherwise take -inf from -inf.
     top = torch.full((k.shape[0], tokens * group, 1), -1e30)
+    if sinks is not None:  # a key before all others, without a value
+        total.fill_(1.0)
+        of_rows = sinks.view(problem.kv_heads, 1, group)[heads].expand(-1, tokens, -1)
+        top.copy_(of_rows.reshape(top.shape))
     begin, end = key_span(problem, sequence, first, last)
     for start in range(begin, end, config.block_kv):
         stop = min(end, start + config.block_kv)
         weights = torch.bmm(rows, k[:, start:stop].transpose(1, 2)).float()
+        if problem.softcap:
+            weights.div_(problem.softcap).tanh_().mul_(problem.softcap)
         hides_later = problem.causal and stop - 1 > problem.prefixes[sequence] + first
         hides_earlier = problem.window and start <= problem.prefixes[sequence] + last - problem.window
         if hides_later or hides_earlier:

@@ -1,5 +1,7 @@
 """torch's scaled dot product attention, each of its backends forced on its own: the libraries to beat.
 
+None reads a paged or an fp8 cache: keys and values are copied to packed 16-bit tensors first, which is timed. None knows sinks or caps.
+
 All but the flash backend on a GPU allocate their output, and a launch must write into ours, so one copy of the output is in their time:
 134 MB read and written at 8192 tokens x 32 heads x 128 in bf16, by arithmetic about 33 us of 0.9 ms on an H200. A lead over cuDNN of less
 than 4% is therefore none.
@@ -16,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
+from klab.kernels.prefill_attention._torch_cache import Cache
 from klab.kernels.prefill_attention.problem import PrefillAttention, offsets
 
 # A mask or a score matrix may take this share of the memory: inputs are rotated through copies beside it.
@@ -68,7 +71,7 @@ def additive_mask(problem: PrefillAttention, call: Call, device: torch.device) -
 
 def forced(problem: PrefillAttention, backend: SDPBackend) -> Launch:
     """The public function with one backend allowed; torch raises where that backend cannot serve. Masks are made at the first call."""
-    plan = calls(problem)
+    plan, cache = calls(problem), Cache(problem)
     group = problem.heads // problem.kv_heads
     masks: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
@@ -81,7 +84,8 @@ def forced(problem: PrefillAttention, backend: SDPBackend) -> Launch:
         return masks[key]
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
+        q, out = inputs["q"], outputs["out"]
+        k, v = cache.packed(inputs)
         with sdpa_kernel(backend):
             for call in plan:
                 result = scaled_dot_product_attention(
@@ -118,7 +122,7 @@ def _too_large(what: str, needed_bytes: int, chip: Chip) -> str | None:
 
 def cudnn_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """cuDNN's limits as torch 2.11 to 2.13 check them (sdp_utils.cpp)."""
-    if lacking := problem.unserved("kv_tokens"):
+    if lacking := problem.unserved("kv_tokens", "page_size", "kv_dtype"):
         return lacking
     if problem.dtype == "float32":
         return "cuDNN attention takes 16-bit types"
@@ -143,7 +147,7 @@ def torch_sdpa_cudnn(problem: PrefillAttention, config: Config, chip: Chip) -> L
 
 def flash_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """FlashAttention 2 in torch: equal head dimensions, on a GPU at most 256 and 16 bits."""
-    if lacking := problem.unserved("kv_tokens"):
+    if lacking := problem.unserved("kv_tokens", "page_size", "kv_dtype"):
         return lacking
     if problem.head_dim != problem.dim_v:
         return "torch's flash attention takes values of the same head dimension only"
@@ -165,9 +169,10 @@ def torch_sdpa_flash(problem: PrefillAttention, config: Config, chip: Chip) -> L
     in_place: Callable[..., torch.Tensor] | None = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)
     window = {"window_size_left": problem.window - 1, "window_size_right": 0} if problem.window else {}
     lens = (max(problem.q_lens), max(problem.kv_lens))
+    cache = Cache(problem)
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        tensors = (inputs["q"], inputs["k"], inputs["v"], inputs["q_offsets"], inputs["kv_offsets"])
+        tensors = (inputs["q"], *cache.packed(inputs), inputs["q_offsets"], inputs["kv_offsets"])
         options = (*lens, 0.0, problem.causal, False)
         if in_place is not None:
             in_place(outputs["out"], *tensors, *options, scale=problem.scale, **window)
@@ -179,7 +184,7 @@ def torch_sdpa_flash(problem: PrefillAttention, config: Config, chip: Chip) -> L
 
 def efficient_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """Rows of 16 bytes."""
-    if lacking := problem.unserved("kv_tokens"):
+    if lacking := problem.unserved("kv_tokens", "page_size", "kv_dtype"):
         return lacking
     if any(dim * SIZE_BYTES[problem.dtype] % 16 for dim in (problem.head_dim, problem.dim_v)):
         return "memory-efficient attention takes heads of a multiple of 16 bytes"
@@ -190,13 +195,14 @@ def efficient_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str
 def torch_sdpa_efficient(problem: PrefillAttention, config: Config, chip: Chip) -> Launch:
     """torch's memory-efficient attention, one variable-length call; with GQA it needs keys and values repeated, which is timed too."""
     group = problem.heads // problem.kv_heads
+    cache = Cache(problem)
     lower_right_causal = 2 if problem.causal else 0
     lens = (max(problem.q_lens), max(problem.kv_lens))
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v = (inputs[name] if name == "q" or group == 1 else inputs[name].repeat_interleave(group, dim=1) for name in ("q", "k", "v"))
+        k, v = (x if group == 1 else x.repeat_interleave(group, dim=1) for x in cache.packed(inputs))
         result = torch.ops.aten._efficient_attention_forward(
-            q[None], k[None], v[None], None, inputs["q_offsets"], inputs["kv_offsets"], *lens, 0.0, lower_right_causal,
+            inputs["q"][None], k[None], v[None], None, inputs["q_offsets"], inputs["kv_offsets"], *lens, 0.0, lower_right_causal,
             scale=problem.scale, window_size=problem.window or None,
         )  # fmt: skip
         outputs["out"].copy_(result[0][0])
@@ -206,7 +212,7 @@ def torch_sdpa_efficient(problem: PrefillAttention, config: Config, chip: Chip) 
 
 def math_fits(problem: PrefillAttention, config: Config, chip: Chip) -> str | None:
     """The scores exist in memory, in float32, about three times at once (scores, weights, and one of them on its way)."""
-    if lacking := problem.unserved("kv_tokens"):
+    if lacking := problem.unserved("kv_tokens", "page_size", "kv_dtype"):
         return lacking
     largest = max(call.batch * call.q_len * call.kv_len for call in calls(problem))
     return _too_large("the score matrices", 3 * 4 * problem.heads * largest, chip)

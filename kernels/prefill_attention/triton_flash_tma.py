@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +18,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.errors import UsageError
+from klab.kernels.prefill_attention._triton_softmax import (
+    LOG2_E,
+    feature_constants,
+    first_sums,
+    keys_seen,
+    scales_of,
+    soften,
+    store_rows,
+    work_of,
+)
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.prefill_tiles import Tiles, padded, split_dim
 from klab.kernels.triton_support import ensure_allocator, pipeline_smem_bytes, row_is_aligned
@@ -53,7 +62,8 @@ def _attend(
     k0_blocks,
     k1_blocks,
     v_blocks,
-    row,
+    table,
+    first_row,
     k_column,
     v_column,
     first,
@@ -64,6 +74,8 @@ def _attend(
     MASKED: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -72,32 +84,24 @@ def _attend(
 ):
     """Fold keys [first, last) into the running output, sum and maximum (logits in units of log2). MASKED: some pairs are hidden.
 
-    SHARED: the descriptors span several sequences, and not this one alone.
+    SHARED: rows behind the sequence's end, which the descriptors reach, are not zero.
     """
     for start in tl.range(first, last, BLOCK_N, warp_specialize=SPECIALIZE):
-        k0 = k0_blocks.load([row + start, k_column])
+        row = first_row + start if PAGE == 0 else tl.load(table + start // PAGE) * PAGE + start % PAGE
+        k0 = k0_blocks.load([row, k_column]).to(q0.dtype)
         logits = tl.dot(q0, k0.T)
         if D1 > 0:
-            k1 = k1_blocks.load([row + start, k_column + D0])
+            k1 = k1_blocks.load([row, k_column + D0]).to(q0.dtype)
             logits = tl.dot(q1, k1.T, logits)
-        if MASKED:
-            key = (start + tl.arange(0, BLOCK_N))[None, :]
-            # A query's own position is below kv_len, so the causal bound covers the end of the keys too.
-            seen = key <= position[:, None] if CAUSAL else key < kv_len
-            if WINDOW > 0:
-                seen = seen & (key > position[:, None] - WINDOW)
-            logits = tl.where(seen, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1) * log2_scale)
-        weights = tl.exp2(logits * log2_scale - new_top[:, None])
-        decay = tl.exp2(top - new_top)
-        total = total * decay + tl.sum(weights, 1)
+        weights, decay, total, top = soften(
+            logits, total, top, start, position, kv_len, log2_scale, MASKED, CAUSAL, WINDOW, SOFTCAP, BLOCK_N
+        )
         acc = acc * decay[:, None]
-        values = v_blocks.load([row + start, v_column])
+        values = v_blocks.load([row, v_column]).to(q0.dtype)
         if MASKED and SHARED:
-            # Rows behind the end belong to the next sequence. Their weight is 0, but 0 times its infinity would be NaN here.
+            # Their weight is 0, but 0 times an infinity of the next sequence, or of a slot that was never written, would be NaN here.
             values = tl.where((start + tl.arange(0, BLOCK_N) < kv_len)[:, None], values, 0.0)
-        acc = tl.dot(weights.to(values.dtype), values, acc)
-        top = new_top
+        acc = tl.dot(weights.to(q0.dtype), values, acc)
     return acc, total, top
 
 
@@ -109,6 +113,10 @@ def flash_forward_tma(
     v,
     out,
     tiles,
+    table,
+    sinks,
+    k_scale,
+    v_scale,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -117,6 +125,7 @@ def flash_forward_tma(
     stride_vh,
     stride_ot,
     stride_oh,
+    stride_table,
     tile_count,
     log2_scale,
     SPECIALIZE: tl.constexpr,
@@ -127,6 +136,10 @@ def flash_forward_tma(
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    NARROW: tl.constexpr,
+    PAGE: tl.constexpr,
     HEADS_FASTEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,30 +151,17 @@ def flash_forward_tma(
 ):
     """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees.
 
-    k0, k1 and v are descriptors over [all tokens, all heads x columns] made on the host: a block may hold rows of the next sequence,
-    which the mask hides. Hopper's specialisation takes neither these nor a second loop nor queries loaded by pointers: with ONE_LOOP
-    k0, k1 and v are pointers, each program makes descriptors of its own sequence (rows past its end read as zero), and every
+    k0, k1 and v are descriptors over [all tokens or slots, all heads x columns] made on the host: a block may hold rows of the next
+    sequence, which the mask hides. Hopper's specialisation takes neither these nor a second loop nor queries loaded by pointers: with
+    ONE_LOOP k0, k1 and v are pointers, each program makes descriptors of its own sequence (rows past its end read as zero), and every
     block pays for the mask.
     """
-    program = tl.program_id(0)
-    if HEADS_FASTEST:
-        tile = program // UNITS
-        unit = program % UNITS
-    else:
-        tile = program % tile_count
-        unit = program // tile_count
-    q_start = tl.load(tiles + tile * 6)
-    q_len = tl.load(tiles + tile * 6 + 1)
-    kv_start = tl.load(tiles + tile * 6 + 2)
-    kv_len = tl.load(tiles + tile * 6 + 3)
-    block = tl.load(tiles + tile * 6 + 4)
-    prefix = kv_len - q_len
-
+    unit, q_start, q_len, kv_start, kv_len, block, sequence = work_of(tiles, tile_count, UNITS, HEADS_FASTEST)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // ROWS_PER_TOKEN
     head = unit * ROWS_PER_TOKEN + row % ROWS_PER_TOKEN
     inside = (token < q_len)[:, None]
-    position = prefix + token
+    position = kv_len - q_len + token
     kv_head = unit * ROWS_PER_TOKEN // GROUP
     if ONE_LOOP:
         q_head = q + q_start.to(tl.int64) * stride_qt + unit * stride_qh
@@ -192,57 +192,37 @@ def flash_forward_tma(
         first_row = kv_start
         k_column = kv_head * stride_kh
         v_column = kv_head * stride_vh
+    if PAGE > 0:
+        table += sequence * stride_table
 
-    # Keys [begin, end) are seen by some row, [full_begin, full_end) by every row: only the rest pays for masks.
-    first_position = prefix + block * BLOCK_M // ROWS_PER_TOKEN
-    last_position = prefix + tl.minimum(q_len - 1, (block * BLOCK_M + BLOCK_M - 1) // ROWS_PER_TOKEN)
-    begin = 0
-    full_begin = 0
-    end = kv_len
-    full_end = kv_len // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(kv_len, last_position + 1)
-        full_end = (first_position + 1) // BLOCK_N * BLOCK_N
-    if WINDOW > 0:
-        begin = tl.maximum(0, first_position + 1 - WINDOW) // BLOCK_N * BLOCK_N
-        full_begin = (tl.maximum(0, last_position + 1 - WINDOW) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-
+    log2_scale, value_scale = scales_of(k_scale, v_scale, kv_head, log2_scale, NARROW)
+    begin, full_begin, full_end, end = keys_seen(q_len, kv_len, block, ROWS_PER_TOKEN, CAUSAL, WINDOW, BLOCK_M, BLOCK_N)
     acc = tl.zeros([BLOCK_M, DV_PAD], dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    # Finite, below any logit: a row whose window begins after the first block would otherwise take -inf from -inf.
-    top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
+    top, total = first_sums(sinks, head, SINKS, BLOCK_M)
     if ONE_LOOP:
         acc, total, top = _attend(
-            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
+            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, table, first_row, k_column, v_column,
             begin, end, position, kv_len, log2_scale,
-            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
+            True, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
     else:
         if WINDOW > 0:
             acc, total, top = _attend(
-                acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
+                acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, table, first_row, k_column, v_column,
                 begin, tl.minimum(full_begin, end), position, kv_len, log2_scale,
-                True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
+                True, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
             )  # fmt: skip
         acc, total, top = _attend(
-            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
+            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, table, first_row, k_column, v_column,
             full_begin, full_end, position, kv_len, log2_scale,
-            False, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
+            False, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
         acc, total, top = _attend(
-            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, first_row, k_column, v_column,
+            acc, total, top, q0, q1, k0_blocks, k1_blocks, v_blocks, table, first_row, k_column, v_column,
             tl.maximum(full_begin, full_end), end, position, kv_len, log2_scale,
-            True, CAUSAL, WINDOW, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
+            True, CAUSAL, WINDOW, SOFTCAP, PAGE, BLOCK_N, D0, D1, SPECIALIZE, SHARED,
         )  # fmt: skip
-
-    # Stored by pointers: a descriptor's store could reach into the next sequence.
-    dv = tl.arange(0, DV_PAD)[None, :]
-    out_row = out + (q_start + token).to(tl.int64)[:, None] * stride_ot + head[:, None] * stride_oh
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    if DV < DV_PAD:
-        tl.store(out_row + dv, result, mask=inside & (dv < DV))
-    else:
-        tl.store(out_row + dv, result, mask=inside)
+    store_rows(out, acc, total, value_scale, q_start, token, head, inside, stride_ot, stride_oh, DV, DV_PAD)
 
 
 def rows_per_token(problem: PrefillAttention, config: TmaConfig) -> int:
@@ -252,15 +232,16 @@ def rows_per_token(problem: PrefillAttention, config: TmaConfig) -> int:
 
 def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None:
     """What descriptors need, what the compiler really specialises, shared and tensor memory, registers (measured with Triton 3.7.1)."""
-    if lacking := problem.unserved("kv_tokens"):
-        return lacking
     size = SIZE_BYTES[problem.dtype]
     if chip.target < 90:
         return "tensor descriptors need Hopper or newer"
     if problem.dtype == "float32":
         return "is for 16-bit types (triton_flash runs float32)"
-    if not (row_is_aligned(problem.head_dim, size) and row_is_aligned(problem.dim_v, size)):
+    kv_size = SIZE_BYTES[problem.kv_dtype or problem.dtype]
+    if not all(row_is_aligned(dim, kv_size) and row_is_aligned(dim, size) for dim in (problem.head_dim, problem.dim_v)):
         return "descriptors need heads of a multiple of 16 bytes"
+    if problem.page_size % config.block_n:
+        return f"a block of {config.block_n} keys must lie in one page, not {problem.page_size}"
     if sum(split_dim(problem.head_dim)) != problem.head_dim or padded(problem.dim_v) != problem.dim_v:
         return "columns padded to a power of two would be another head's"
     if problem.scale <= 0:
@@ -271,6 +252,8 @@ def fits(problem: PrefillAttention, config: TmaConfig, chip: Chip) -> str | None
         return "a warp holds at least 16 rows, else every maximum goes through shared memory"
     if config.warp_specialize and chip.target >= 100 and len(problem.q_lens) > 1:
         return "the values of a neighbouring sequence must be masked, which the compiler does not specialise"
+    if config.warp_specialize and (problem.page_size or problem.kv_dtype):
+        return "neither a page's number nor narrow keys pass through the compiler's specialisation"
     hopper_split = config.warp_specialize and chip.target == 90
     if hopper_split and (config.num_warps != 4 or config.pack_gqa):
         return "on Hopper only 4 warps and unpacked rows are specialised (8 warps: silently not; packed: the compiler fails)"
@@ -323,22 +306,17 @@ def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -
     d0, d1 = split_dim(problem.head_dim)
     dv = padded(problem.dim_v)
     one_loop = config.warp_specialize and chip.target == 90
-    constants: dict[str, Any] = {
+    constants: dict[str, Any] = feature_constants(problem) | {
         "SPECIALIZE": config.warp_specialize,
-        "SHARED": len(problem.q_lens) > 1 and not one_loop,
+        "SHARED": not one_loop and (len(problem.q_lens) > 1 or problem.page_size > 0),
         "ONE_LOOP": one_loop,
         "UNITS": units,
         "ROWS_PER_TOKEN": rows,
-        "GROUP": problem.heads // problem.kv_heads,
-        "CAUSAL": problem.causal,
-        "WINDOW": problem.window,
         "HEADS_FASTEST": config.heads_fastest,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "D": problem.head_dim,
         "D0": d0,
         "D1": d1,
-        "DV": problem.dim_v,
         "DV_PAD": dv,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -350,18 +328,22 @@ def triton_flash_tma(problem: PrefillAttention, config: TmaConfig, chip: Chip) -
         return TensorDescriptor(x, shape, [x.stride(0), 1], [config.block_n, width])
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
-        q, k, v, out = inputs["q"], inputs["k"], inputs["v"], outputs["out"]
-        keys_and_values: tuple[Any, ...] = (k, k, v)
+        q, out = inputs["q"], outputs["out"]
+        # Pages lie one behind another: a cache is one long tensor of slots.
+        k, v = (inputs[f"{name}_cache"].flatten(0, 1) if problem.page_size else inputs[name] for name in "kv")
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(2) != 1 or any(stride % 8 for stride in x.stride()[:2]) or x.data_ptr() % 16:
+            if x.stride(2) != 1 or any(stride * x.element_size() % 16 for stride in x.stride()[:2]) or x.data_ptr() % 16:
                 raise UsageError(f"triton_flash_tma needs rows of {name} that are dense and 16-byte aligned (strides {x.stride()})")
+        keys_and_values: tuple[Any, ...] = (k, k, v)
         if one_loop:
             ensure_allocator(q.device)
         else:
             keys_and_values = (blocks(k, d0), blocks(k, d1 or d0), blocks(v, dv))
+        # What the code of this problem does not read is any pointer.
+        table, sinks, k_scale, v_scale = (inputs.get(name, q) for name in ("block_table", "sinks", "k_scale", "v_scale"))
         flash_forward_tma[(len(tiles) * units,)](
-            q, *keys_and_values, out, tiles.on(q.device), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
-            len(tiles), problem.scale * math.log2(math.e), **constants,
+            q, *keys_and_values, out, tiles.on(q.device), table, sinks, k_scale, v_scale, *q.stride()[:2], *k.stride()[:2],
+            *v.stride()[:2], *out.stride()[:2], table.stride(0), len(tiles), problem.scale * LOG2_E, **constants,
         )  # fmt: skip
 
     return launch

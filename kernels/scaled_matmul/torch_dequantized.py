@@ -9,12 +9,7 @@ from klab.kernels.dtypes import torch_dtype
 from klab.kernels.scaled_matmul.problem import ScaledMatmul
 
 
-def fits(problem: ScaledMatmul, config: Config, chip: Chip) -> str | None:
-    """Every format; on a GPU the products take float32 values, which is what keeps them exact."""
-    return None
-
-
-@kernel(ScaledMatmul, backend="torch", fits=fits, kinds=("cuda", "cpu"))
+@kernel(ScaledMatmul, backend="torch", kinds=("cuda", "cpu"))
 def torch_dequantized(problem: ScaledMatmul, config: Config, chip: Chip) -> Launch:
     """Emulated: dequantises x and w to float32 in memory at each launch, then torch.mm; no narrow arithmetic at all."""
     torch.set_float32_matmul_precision("highest")

@@ -25,8 +25,8 @@ def torch_int_mm(problem: ScaledMatmul, config: Config, chip: Chip) -> Launch:
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         x, out = inputs["x"], outputs["out"]
         if out.device not in sums:
-            sums[out.device] = torch.empty((problem.m, problem.n, 2), dtype=torch.int32, device=out.device)
-        products, scaled = sums[out.device].view(2, problem.m, problem.n)
+            sums[out.device] = torch.empty((2, problem.m, problem.n), dtype=torch.int32, device=out.device)
+        products, scaled = sums[out.device]
         torch._int_mm(x, inputs["w"].t(), out=products)
         # In float32 between the two, so that the output is rounded once.
         torch.mul(products, inputs["x_scale"], out=scaled.view(torch.float32))

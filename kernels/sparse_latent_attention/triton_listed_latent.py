@@ -30,13 +30,4 @@ def triton_listed_latent(problem: SparseLatentAttention, config: LatentConfig, c
     """Triton attention over listed slots: a token's heads are rows of one tile, a gathered row is key and value, lists split and merged."""
     shape = shape_of(problem)
     splits = triton_splits(shape, config, chip)
-    return latents_launch(
-        shape,
-        splits=splits,
-        blocks_per_split=per_split(shape, config.block_n, splits),
-        early_merge=config.early_merge,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    return latents_launch(shape, splits=splits, blocks_per_split=per_split(shape, config.block_n, splits), config=config)

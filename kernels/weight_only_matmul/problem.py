@@ -76,7 +76,9 @@ class WeightOnlyMatmul(Problem):
 
         w_dtype, scale_dtype = torch.uint8 if self.format == "int4" else torch.float8_e4m3fn, torch_dtype(self.scale_dtype)
         wide = self._wide(seed, device, row_padding)
-        w = torch.empty((self.n, self.packed_k + row_padding), dtype=w_dtype, device=device)[:, : self.packed_k]
+        # Packed rows lie as many bytes further apart as rows of 16-bit floats do.
+        w_padding = 2 * row_padding if self.format == "int4" else row_padding
+        w = torch.empty((self.n, self.packed_k + w_padding), dtype=w_dtype, device=device)[:, : self.packed_k]
         scale = torch.empty((self.n, self.groups + row_padding), dtype=scale_dtype, device=device)[:, : self.groups]
         if device != "meta":
             quantize = quantize_int4 if self.format == "int4" else lambda x, group: quantize_fp8(x, (1, group))
@@ -133,23 +135,13 @@ class WeightOnlyMatmul(Problem):
     @classmethod
     def examples(cls) -> list[Problem]:
         shapes = [
-            (1, 1, 2, "int4", 128), (1, 80, 384, "int4", 128), (3, 33, 130, "int4", 128), (16, 64, 512, "int4", 128),
-            (33, 48, 256, "int4", 0), (5, 40, 160, "int4", 32), (64, 136, 320, "int4", 64),
-            (1, 33, 67, "fp8", 0), (4, 96, 320, "fp8", 0), (17, 40, 384, "fp8", 128), (40, 72, 144, "fp8", 0),
+            (1, 1, 2, "int4", 128, ("bfloat16", "float32")), (1, 33, 67, "fp8", 0, ("float16", "float32")),
+            (3, 33, 130, "int4", 128, ("bfloat16", "float32")), (2, 80, 384, "int4", 128, ("float16", "bfloat16")),
+            (17, 40, 520, "int4", 128, ("float16",)), (33, 48, 256, "int4", 0, ("bfloat16", "float16")),
+            (4, 96, 320, "fp8", 0, ("bfloat16", "float16")), (40, 72, 208, "fp8", 64, ("float16", "bfloat16")),
+            (5, 40, 160, "int4", 32, ("float16", "float32")), (64, 136, 320, "int4", 64, ("float16", "bfloat16")),
         ]  # fmt: skip
-        return [cls(m, n, k, dtype, form, group) for m, n, k, form, group in shapes for dtype in ("float16", "float32", "bfloat16")]
-
-    @property
-    def quantization(self) -> str:
-        """The format's name in a plan, where int4 and fp8 alone would not say that the activations stay wide."""
-        return {"int4": "w4a16", "fp8": "w8a16"}[self.format]
-
-    @classmethod
-    def approximations(cls, wide: Problem) -> list[Problem]:
-        if not isinstance(wide, Matmul) or wide.layout != "nt" or wide.dtype == "float32":
-            return []
-        int4 = [cls(wide.m, wide.n, wide.k, wide.dtype)] if wide.k % 2 == 0 else []
-        return [*int4, cls(wide.m, wide.n, wide.k, wide.dtype, "fp8", 0)]
+        return [cls(m, n, k, dtype, form, group) for m, n, k, form, group, dtypes in shapes for dtype in dtypes]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

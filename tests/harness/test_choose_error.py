@@ -25,7 +25,7 @@ def narrow(problem, level_us, error, kernel="triton_scaled", **changes):
 
 
 def wanted():
-    return [w for w in choose([made(WIDE, "torch")], None).choices][0].wanted
+    return choose([made(WIDE, "torch")], None).choices[0].wanted
 
 
 ROWS = [made(WIDE, "torch", level_us=100.0), narrow(FP8, 60.0, 0.03), narrow(INT4, 40.0, 0.12)]
