@@ -87,3 +87,9 @@ def need_choices(operator: str, experts: int, top_k: int) -> None:
     """UsageError unless a token can choose `top_k` distinct experts."""
     if not 1 <= top_k <= experts:
         raise UsageError(f"{operator} needs 1 <= top_k <= experts, not {top_k} of {experts}")
+
+
+def most_blocks(choices: int, local: int, block_m: int) -> int:
+    """The most blocks of block_m rows that sorting can give: every visited expert wastes all but one row of its last block."""
+    visited = min(choices, local)
+    return visited + (choices - visited) // block_m

@@ -63,7 +63,7 @@ def tile_fits(config: TileConfig, dtype: str, chip: Chip) -> str | None:
 def tile_default(rows: float, chip: Chip) -> TileConfig:
     """By the rows of a visited expert: flat tiles and a deep ring for few, 128x128 with two blocks per SM for many."""
     if rows <= 16:
-        config = TileConfig(16, 64, 128, 4, 1, 4, 1)
+        config = TileConfig(16, 128, 64, 4, 1, 4, 1)
     elif rows <= 96:
         config = TileConfig(32, 128, 64, 4, 1, 4, 1) if rows <= 32 else TileConfig(64, 128, 64, 4, 2, 2, 8)
     else:

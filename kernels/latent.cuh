@@ -148,7 +148,7 @@ KLAB_KERNEL(read_latents, THREADS)(
             for (int half = 0; half < 2; ++half) {
                 int row = score_row + f * 16 + half * 8 + quad;
                 if (!all_visible) {
-                    int last = length - q_len + (first_row + row) / heads;
+                    int last = length - q_len + static_cast<uint32_t>(first_row + row) / static_cast<uint32_t>(heads);
                     KLAB_UNROLL
                     for (int n = 0; n < KEYS / 8; ++n) {
                         KLAB_UNROLL
@@ -200,7 +200,7 @@ KLAB_KERNEL(read_latents, THREADS)(
                 sums[f][n][2] *= lower, sums[f][n][3] *= lower;
             }
         }
-        KLAB_UNROLL
+        KLAB_NO_UNROLL
         for (int k = 0; k < BLOCK_N / 16; ++k) {
             uint32_t weights[ROW_FRAGMENTS][4];
             KLAB_UNROLL

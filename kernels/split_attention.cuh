@@ -3,7 +3,8 @@
 // of the block interrupts the reading.
 //
 // Defines beside those of split_pieces.cuh: ELEMENT (half_t or bf16_t), NARROW (the cache is e4m3, else ELEMENT), HEAD_DIM, HEAD_DIM_V
-// (multiples of 16; NARROW of 32), PAGE_SIZE, BLOCK_N (keys of a warp's tile), WARPS, STAGES, ROW_FRAGMENTS, CAPPED and SINKS (0 or 1).
+// (multiples of 16; NARROW of 32), PAGE_SIZE, BLOCK_N (keys of a warp's tile), WARPS, STAGES, ROW_FRAGMENTS, MIN_BLOCKS (that an SM is to
+// hold, which bounds the registers), CAPPED and SINKS (0 or 1).
 #pragma once
 
 #include "attention.cuh"
@@ -70,7 +71,7 @@ KLAB_DEVICE void copy_rows(unsigned char* tile, const cache_t* cache, int page_s
     }
 }
 
-KLAB_KERNEL_MIN_BLOCKS(split_attention, THREADS, 1)(
+KLAB_KERNEL_MIN_BLOCKS(split_attention, THREADS, MIN_BLOCKS)(
     const ELEMENT* q, const cache_t* k, const cache_t* v, const float* k_scale, const float* v_scale, const float* sinks,
     const int* block_table, const int* kv_lens, ELEMENT* out, float* partial_sums, float* partial_stats, int q_len, int kv_heads, int group, int table_width, int q_batch, int q_token, int q_head, int k_page,
     int k_token, int k_head, int v_page, int v_token, int v_head, int window, int tiles_per_piece, int max_pieces, float scale_log2, float softcap) {

@@ -70,8 +70,13 @@ def groups_of(model: Model) -> list[LayerGroup]:
 
 
 def _x(role: str) -> Callable[[Flow], dict[str, torch.Tensor]]:
-    """Reads another part's `out` as its `x`, flattened to rows."""
-    return lambda flow: {"x": flow[role]["out"].flatten(1)}
+    """Reads another part's `out` as its `x`, flattened to a row per token (a decode's output is [batch, q_len, heads, dim])."""
+
+    def feed(flow: Flow) -> dict[str, torch.Tensor]:
+        found = flow[role]["out"]
+        return {"x": (found.flatten(0, 1) if found.dim() == 4 else found).flatten(1)}
+
+    return feed
 
 
 def _norm_in(step: Step, hidden: int) -> Part:

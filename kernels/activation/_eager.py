@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from klab.kernels import row_quantize
 from klab.kernels.activation.problem import SWIGLU_LIMIT, SWIGLU_SLOPE, Activation
 from klab.kernels.contract import Tensors
+from klab.kernels.row_quantize import eager as eager_rows
 
 
 def act(problem: Activation, x: torch.Tensor) -> torch.Tensor:
@@ -30,4 +30,4 @@ def act(problem: Activation, x: torch.Tensor) -> torch.Tensor:
 
 def activation(problem: Activation, inputs: Tensors, outputs: Tensors) -> None:
     """In float32 from the first operator to the last."""
-    row_quantize.eager(act(problem, inputs["x"].float()), problem.quantize, outputs)
+    eager_rows(act(problem, inputs["x"].float()), problem.quantize, outputs)

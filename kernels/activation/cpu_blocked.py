@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from klab.kernels import row_quantize
 from klab.kernels.activation._eager import act
 from klab.kernels.activation.problem import Activation
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.row_quantize import eager as eager_rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,6 @@ def cpu_blocked(problem: Activation, config: BlockedConfig, chip: Chip) -> Launc
         for first in range(0, problem.rows, config.block_rows):
             rows = slice(first, min(first + config.block_rows, problem.rows))
             block = work[x.device][: rows.stop - first].copy_(x[rows])
-            row_quantize.eager(act(problem, block), problem.quantize, {name: output[rows] for name, output in outputs.items()})
+            eager_rows(act(problem, block), problem.quantize, {name: output[rows] for name, output in outputs.items()})
 
     return launch

@@ -47,15 +47,14 @@ def _tanh(x):
 def _act(x, KIND: tl.constexpr):
     if KIND == "silu":
         return x * _sigmoid(x)
-    elif KIND == "sigmoid":
+    if KIND == "sigmoid":
         return _sigmoid(x)
-    elif KIND == "relu2":
+    if KIND == "relu2":
         return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-    elif KIND == "gelu_tanh":
+    if KIND == "gelu_tanh":
         # x (1 + tanh u) / 2 is x sigmoid(2 u), which keeps its relative precision where tanh is near -1.
         return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -118,7 +117,7 @@ def fits(problem: Activation, config: TileConfig, chip: Chip) -> str | None:
         return "rows and columns must be powers of two"
     if c.columns < least or (c.columns > least and problem.quantize == "fp8_row"):
         return f"columns are {least}{' or more' if problem.quantize != 'fp8_row' else ''}"
-    if c.rows > 1 and c.rows >= 2 * problem.rows or c.columns > max(least, next_power_of_2(problem.width)):
+    if (c.rows > 1 and c.rows >= 2 * problem.rows) or c.columns > max(least, next_power_of_2(problem.width)):
         return "a tile is larger than the problem"
     if cdiv(problem.width, c.columns) > MAX_GRID_Y:
         return "too many columns of tiles"
@@ -132,7 +131,9 @@ def default(problem: Activation, chip: Chip) -> TileConfig:
     columns = max(columns, least)
     while columns > max(least, 512) and problem.rows * cdiv(problem.width, columns) < 8 * chip.sm_count:
         columns //= 2
-    while rows * columns < 1024 and 2 * rows <= problem.rows and cdiv(problem.rows, rows) * cdiv(problem.width, columns) >= 8 * chip.sm_count:
+    while (
+        rows * columns < 1024 and 2 * rows <= problem.rows and cdiv(problem.rows, rows) * cdiv(problem.width, columns) >= 8 * chip.sm_count
+    ):
         rows *= 2
     return TileConfig(rows, columns, warps_for(rows * columns, 8 if rows * columns <= 8192 else 16))
 

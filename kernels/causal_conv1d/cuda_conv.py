@@ -15,6 +15,7 @@ from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.errors import UsageError
+from klab.kernels.triton_support import next_power_of_2
 
 SOURCE = r"""
 #include "device.cuh"
@@ -52,7 +53,7 @@ KLAB_DEVICE Vec16 pack(const float (&from)[CHUNK]) {
 
 KLAB_KERNEL(causal_conv, THREADS)(
     const ELEMENT* x, const ELEMENT* weight, const ELEMENT* conv_state, const int* runs, ELEMENT* out, ELEMENT* final_state, int channels,
-    int64_t x_token, int64_t weight_row, int64_t state_sequence, int64_t state_row, int silu) {
+    int64_t x_token, int64_t weight_row, int64_t state_sequence, int64_t state_row, int dense_weight, int silu) {
     int channel = (block_idx_y() * THREADS + thread_idx()) * CHUNK;
     if (channel >= channels) return;
     const int* run = runs + 4 * block_idx_x();
@@ -70,10 +71,20 @@ KLAB_KERNEL(causal_conv, THREADS)(
     KLAB_UNROLL
     for (int i = 0; i < BEFORE + TOKENS; ++i) seen[i] = i < BEFORE + count ? input(i - BEFORE) : Vec16{};
     float factor[WIDTH][CHUNK];
-    KLAB_UNROLL
-    for (int j = 0; j < WIDTH; ++j)
+    if (dense_weight) {
         KLAB_UNROLL
-        for (int i = 0; i < CHUNK; ++i) factor[j][i] = to_float(weight[(channel + i) * weight_row + j]);
+        for (int part = 0; part < WIDTH; ++part) {
+            float values[CHUNK];
+            unpack(values, load_16(weight + channel * WIDTH + part * CHUNK));
+            KLAB_UNROLL
+            for (int i = 0; i < CHUNK; ++i) factor[(part * CHUNK + i) % WIDTH][(part * CHUNK + i) / WIDTH] = values[i];
+        }
+    } else {
+        KLAB_UNROLL
+        for (int j = 0; j < WIDTH; ++j)
+            KLAB_UNROLL
+            for (int i = 0; i < CHUNK; ++i) factor[j][i] = to_float(weight[(channel + i) * weight_row + j]);
+    }
 
     float window[WIDTH][CHUNK];
     KLAB_UNROLL
@@ -128,13 +139,17 @@ def fits(problem: CausalConv1d, config: RunConfig, chip: Chip) -> str | None:
 
 
 def default(problem: CausalConv1d, chip: Chip) -> RunConfig:
-    """Eight tokens for one read of the weights and of three inputs before them; one where each sequence has one."""
-    return RunConfig(tokens=1 if problem.is_decode else min(8, max(problem.seq_lens)), threads=128 if problem.width <= 4 else 64)
+    """Eight tokens for one read of the weights and of the inputs before them; smaller blocks where there are few, to use the whole chip."""
+    tokens, threads = min(8, next_power_of_2(max(problem.seq_lens))), 128
+    chunks = len(Tiles(problem, tokens)) * problem.channels * SIZE_BYTES[problem.dtype] // 16
+    while threads > 32 and chunks < 4 * threads * chip.sm_count:
+        threads //= 2
+    return RunConfig(tokens, threads)
 
 
 def space(problem: CausalConv1d, chip: Chip) -> Iterator[RunConfig]:
     """1 to 16 tokens, 32 to 256 threads."""
-    for tokens, threads in product((1, 2, 4, 8, 12, 16), (128, 64, 32, 256)):
+    for tokens, threads in product((8, 4, 2, 1, 12, 16), (32, 64, 128, 256)):
         yield RunConfig(tokens, threads)
 
 
@@ -159,6 +174,7 @@ def cuda_conv(problem: CausalConv1d, config: RunConfig, chip: Chip) -> Launch:
         x, weight, state = inputs["x"], inputs["weight"], inputs["conv_state"]
         strides = [*_rows("x", x), Int64(weight.stride(0)), *_rows("conv_state", state)]
         tensors = [x, weight, state, tiles.on(x.device), outputs["out"], outputs["final_state"]]
-        conv.launch(grid, c.threads, [*tensors, p.channels, *strides, int(p.activation == "silu")])
+        dense_weight = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+        conv.launch(grid, c.threads, [*tensors, p.channels, *strides, int(dense_weight), int(p.activation == "silu")])
 
     return launch

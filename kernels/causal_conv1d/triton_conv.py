@@ -80,10 +80,11 @@ def _conv(
 
     if place + BLOCK_T >= length:
         for j in tl.static_range(WIDTH - 1):
-            at = length + j - (WIDTH - 1)
-            kept = tl.load(x + (at - place).to(tl.int64) * x_token, mask=is_channel & (at >= 0), other=0.0)
-            if at < 0:
-                kept = tl.load(conv_state + (WIDTH - 1 + at) * state_row, mask=is_channel, other=0.0)
+            source = length + j - (WIDTH - 1)
+            if source >= 0:
+                kept = tl.load(x + (source - place).to(tl.int64) * x_token, mask=is_channel)
+            else:
+                kept = tl.load(conv_state + (WIDTH - 1 + source) * state_row, mask=is_channel)
             tl.store(final_state + (sequence * (WIDTH - 1) + j) * channels + offs_c, kept, mask=is_channel)
 
 

@@ -32,9 +32,11 @@ Partial = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Largest logit and sum of weights [.., rows, 1] and the weighted sum of values [.., rows, dim_v], in float32."""
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None) -> Partial:
-    """q [.., rows, head_dim], k [.., n, head_dim], v [.., n, dim_v], hidden [rows, n]; logits are in units of log 2."""
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None, cap: float) -> Partial:
+    """q [.., rows, head_dim], k [.., n, head_dim], v [.., n, dim_v], hidden [rows, n]; logits and their cap (0: none) in units of log 2."""
     scores = q @ k.transpose(-1, -2)
+    if cap:
+        scores.div_(cap).tanh_().mul_(cap)
     if hidden is not None:
         scores.masked_fill_(hidden, -math.inf)
     largest = scores.amax(dim=-1, keepdim=True)
@@ -93,11 +95,20 @@ class _Sequence:
 
     def load(self, cache: torch.Tensor, pages: torch.Tensor, keys: int, splits: int) -> torch.Tensor:
         """[splits, kv_heads or heads, keys of a split, dim] in float32."""
-        found = cache.index_select(0, pages).flatten(0, 1)[:keys].float()
+        if self.problem.kv_dtype:  # fp8 cannot be indexed
+            found = cache.view(torch.uint8).index_select(0, pages).view(cache.dtype).flatten(0, 1)[:keys].float()
+        else:
+            found = cache.index_select(0, pages).flatten(0, 1)[:keys].float()
         found = found.view(splits, keys // splits, *found.shape[1:]).transpose(1, 2)
         if self.config.contiguous:
             found = found.contiguous()
         return found if self.config.pack_heads else found.repeat_interleave(self.group, dim=1)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """[q_len, heads, dim] as [kv_heads, rows of a group, dim], or where heads are not packed as [heads, q_len, dim]."""
+        if not self.config.pack_heads:
+            return x.transpose(0, 1)
+        return x.unflatten(1, (self.problem.kv_heads, self.group)).transpose(0, 1).flatten(1, 2)
 
     def run(self, inputs: Tensors, out: torch.Tensor) -> None:
         """Write this sequence's output [q_len, heads, dim_v]."""
@@ -106,11 +117,14 @@ class _Sequence:
             out.zero_()
             return
         q = inputs["q"][self.index].float() * (p.scale / math.log(2.0))
-        if self.config.pack_heads:
-            q = q.view(p.q_len, p.kv_heads, self.group, p.head_dim).transpose(0, 1).flatten(1, 2)
-        else:
-            q = q.transpose(0, 1)
+        if p.kv_dtype:
+            q = q * inputs["k_scale"].repeat_interleave(self.group)[:, None]
+        q = self.rows(q)
         state: Partial | None = None
+        if p.sinks:
+            # As if the sink had been a key with a value of zero.
+            sinks = self.rows((inputs["sinks"] / math.log(2.0))[None, :, None].expand(p.q_len, -1, 1))
+            state = sinks, torch.ones_like(sinks), torch.zeros((*sinks.shape[:-1], p.dim_v), device=q.device)
         for at, keys, splits in self.steps():
             pages = inputs["block_table"][self.index, at // p.page_size : cdiv(at + keys, p.page_size)]
             k, v = (self.load(inputs[name], pages, keys, splits) for name in ("k_cache", "v_cache"))
@@ -118,7 +132,7 @@ class _Sequence:
             if hidden is not None:
                 # [splits, 1, rows, keys of a split]
                 hidden = hidden.view(hidden.shape[0], splits, 1, keys // splits).permute(1, 2, 0, 3)
-            part = _fold(_attend(q, k, v, hidden))
+            part = _fold(_attend(q, k, v, hidden, p.softcap / math.log(2.0)))
             state = part if state is None else _merge(state, part)
         assert state is not None
         values = state[2] / state[1]
@@ -126,13 +140,13 @@ class _Sequence:
             values = values.view(p.kv_heads, p.q_len, self.group, p.dim_v).transpose(0, 1).flatten(1, 2)
         else:
             values = values.transpose(0, 1)
+        if p.kv_dtype:
+            values = values * inputs["v_scale"].repeat_interleave(self.group)[:, None]
         out.copy_(values)
 
 
 def fits(problem: DecodeAttention, config: CpuSplitKvConfig, chip: Chip) -> str | None:
     """Blocks of at least a page, no longer than the context; no more splits than blocks."""
-    if problem.sinks or problem.softcap or problem.kv_dtype:
-        return "sinks, a soft-cap and fp8 caches are not supported"
     if config.block_n < 1 or config.splits < 1:
         return "block_n and splits must be at least 1"
     if config.block_n > max(64, problem.max_kv_len):

@@ -58,11 +58,11 @@ def key_bytes(problem: DecodeAttention) -> int:
 
 
 def registers(problem: DecodeAttention, config: SplitConfig) -> int:
-    """Estimated 32-bit registers of a thread: output sums, scores, one fragment of queries, and 60 for addresses, pages and operands.
+    """Estimated 32-bit registers of a thread: output sums, scores, one fragment of queries, and 72 for addresses, pages and operands.
 
     A 16 x n tile of float sums spreads over 32 lanes as n / 2 registers. The packed weights reuse the scores' registers.
     """
-    return config.row_fragments * (problem.dim_v // 2 + config.block_n // 2 + 8) + 60
+    return config.row_fragments * (problem.dim_v // 2 + config.block_n // 2 + 8) + 72
 
 
 def blocks_per_sm(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> int:
@@ -157,6 +157,7 @@ def cuda_split_kv(problem: DecodeAttention, config: SplitConfig, chip: Chip) -> 
         "WARPS": config.warps,
         "STAGES": config.stages,
         "ROW_FRAGMENTS": config.row_fragments,
+        "MIN_BLOCKS": blocks_per_sm(problem, config, chip),
         "NARROW": int(bool(problem.kv_dtype)),
         "CAPPED": int(problem.softcap > 0),
     }

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from klab.kernels.expert_routing import most_blocks
 from klab.kernels.triton_support import cdiv, next_power_of_2
 
 # Choices per program. 1024 x 1024 comparisons give the ranks within it: 2 us, and 128 programs for 16384 tokens of 8 experts.
@@ -90,26 +91,19 @@ def _place(
 
 @dataclass(frozen=True)
 class Aligned:
-    """Where a launch finds its sorted choices; `blocks` is the most that any routing needs."""
+    """Where a launch finds its sorted choices."""
 
     slots: torch.Tensor
     block_experts: torch.Tensor
     padded: torch.Tensor
     counts: torch.Tensor
-    blocks: int
-
-
-def most_blocks(choices: int, local: int, block_m: int) -> int:
-    """The most blocks of block_m rows that sorting can give: every visited expert wastes all but one row of its last block."""
-    visited = min(choices, local)
-    return visited + (choices - visited) // block_m
 
 
 def workspace(choices: int, local: int, block_m: int, device: torch.device) -> Aligned:
     """Fresh tensors for `align`."""
     blocks, chunks = most_blocks(choices, local, block_m), cdiv(choices, _chunk(choices))
     sizes = (blocks * block_m, blocks, 1, chunks * _bins(local) if chunks > 1 else 1)
-    return Aligned(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes), blocks=blocks)
+    return Aligned(*(torch.empty(size, dtype=torch.int32, device=device) for size in sizes))
 
 
 def align(ids: torch.Tensor, local: int, block_m: int, to: Aligned) -> None:

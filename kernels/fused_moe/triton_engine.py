@@ -15,9 +15,9 @@ import triton.language as tl
 
 from klab.kernels.contract import Chip, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
-from klab.kernels.expert_routing import experts_hit
+from klab.kernels.expert_routing import experts_hit, most_blocks
 from klab.kernels.fused_moe._engine_config import EngineConfig, sglang_default, vllm_default
-from klab.kernels.fused_moe._triton_align import Aligned, align, most_blocks, workspace
+from klab.kernels.fused_moe._triton_align import Aligned, align, workspace
 from klab.kernels.fused_moe._triton_steps import activate, quantize_rows, sum_experts
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
 from klab.kernels.triton_support import cdiv, next_power_of_2, pipeline_smem_bytes

@@ -9,7 +9,7 @@ import cupy  # noqa: F401  where it is absent, so is this kernel
 
 from klab.kernels.contract import Chip, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
-from klab.kernels.expert_routing import experts_hit
+from klab.kernels.expert_routing import experts_hit, most_blocks
 from klab.kernels.expert_tiles import TileConfig, tile_default, tile_fits, tile_space
 from klab.kernels.grouped_matmul.problem import GroupedMatmul
 
@@ -114,9 +114,7 @@ def cuda_grouped(problem: GroupedMatmul, config: TileConfig, chip: Chip) -> Laun
         for a in (False, True)
         for b in (False, True)
     }
-    visited = min(p.rows, p.experts)
-    blocks = visited + (p.rows - visited) // c.block_m
-    grid = (blocks * -(-p.n // c.block_n), 1, 1)
+    grid = (most_blocks(p.rows, p.experts, c.block_m) * -(-p.n // c.block_n), 1, 1)
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         x, w, out = inputs["x"], inputs["w"], outputs["out"]

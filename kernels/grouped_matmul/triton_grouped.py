@@ -15,7 +15,7 @@ import triton.language as tl
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
-from klab.kernels.expert_routing import experts_hit
+from klab.kernels.expert_routing import experts_hit, most_blocks
 from klab.kernels.grouped_matmul.problem import BLOCK, GroupedMatmul
 from klab.kernels.triton_support import cdiv, ensure_allocator, next_power_of_2, pipeline_smem_bytes, row_is_aligned
 
@@ -187,12 +187,6 @@ def _rows_per_expert(problem: GroupedMatmul) -> float:
     return problem.rows / experts_hit(problem.tokens, problem.experts, problem.top_k, problem.skew)
 
 
-def most_blocks(problem: GroupedMatmul, block_m: int) -> int:
-    """The most blocks of rows that any routing gives."""
-    visited = min(problem.rows, problem.experts)
-    return visited + (problem.rows - visited) // block_m
-
-
 def default(problem: GroupedMatmul, chip: Chip) -> GroupedConfig:
     """Rows by how many a visited expert has; large tiles by TMA for prefills, thin ones with deep pipelines for decode steps."""
     rows, size = _rows_per_expert(problem), _operand_bytes(problem)
@@ -224,7 +218,7 @@ def space(problem: GroupedMatmul, chip: Chip) -> Iterator[GroupedConfig]:
     for bm, bn, bk in product((16, 32, 64, 128, 256), (32, 64, 128, 256), (32, 64, 128, 256)):
         if (bm > 16 and bm >= 4 * rows) or 16 * bm <= rows:
             continue  # most rows are padding, or the weights are read from L2 too often
-        blocks = most_blocks(problem, bm)
+        blocks = most_blocks(problem.rows, problem.experts, bm)
         for group, warps, stages, tma, persistent in product((1, 8, 16), (4, 8), (2, 3, 4, 5, 6), (True, False), (False, True)):
             if (group > 1 and group // 2 >= blocks) or bm * bn < 256 * warps or stages - 1 > cdiv(problem.k, bk):
                 continue  # the same order as fewer; idle warps, idle stages
@@ -242,7 +236,7 @@ def _for_tma(tensor: torch.Tensor, size: int) -> bool:
 def triton_grouped(problem: GroupedMatmul, config: GroupedConfig, chip: Chip) -> Launch:
     """Triton, one launch: rows and weights by tensor descriptors or pointers, fp8 blocks scaled in float32, persistent or not."""
     p, c, size = problem, config, _operand_bytes(problem)
-    tiles = most_blocks(p, c.block_m) * cdiv(p.n, c.block_n)
+    tiles = most_blocks(p.rows, p.experts, c.block_m) * cdiv(p.n, c.block_n)
     ctas = min(tiles, chip.sm_count) if c.persistent else tiles
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from klab.kernels import row_quantize
 from klab.kernels.contract import Tensors
 from klab.kernels.norm.problem import Norm
+from klab.kernels.row_quantize import eager as eager_rows
 
 
 def norm(problem: Norm, inputs: Tensors, outputs: Tensors) -> None:
@@ -23,4 +23,4 @@ def norm(problem: Norm, inputs: Tensors, outputs: Tensors) -> None:
         normed = normed + inputs["bias"].float()
     if problem.gated:
         normed = normed * torch.nn.functional.silu(inputs["gate"].float())
-    row_quantize.eager(normed, problem.quantize, outputs)
+    eager_rows(normed, problem.quantize, outputs)

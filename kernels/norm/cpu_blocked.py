@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from klab.kernels import row_quantize
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.norm.problem import Norm
+from klab.kernels.row_quantize import eager as eager_rows
 
 # Float32 copies of a block that are alive at once: the values, their squares or gates, and what quantising makes.
 BUFFERS = 4
@@ -70,6 +70,6 @@ def cpu_blocked(problem: Norm, config: BlockedConfig, chip: Chip) -> Launch:
                 h.add_(inputs["bias"])
             if problem.gated:
                 h.mul_(torch.nn.functional.silu(other.copy_(inputs["gate"][rows]), inplace=True))
-            row_quantize.eager(h, problem.quantize, {name: outputs[name][rows] for name in outputs if name != "residual"})
+            eager_rows(h, problem.quantize, {name: outputs[name][rows] for name in outputs if name != "residual"})
 
     return launch

@@ -6,11 +6,11 @@ import functools
 
 import torch
 
-from klab.kernels import row_quantize
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.inductor import compiled
 from klab.kernels.norm._eager import norm
 from klab.kernels.norm.problem import Norm
+from klab.kernels.row_quantize import eager as eager_rows
 
 
 @kernel(Norm, backend="torch", library=True, kinds=("cuda", "cpu"))
@@ -30,7 +30,7 @@ def torch_norm(problem: Norm, config: Config, chip: Chip) -> Launch:
         if problem.gated:
             # In float32, or three roundings to 16 bits would add up to more than one.
             normed = normed.float() * functional.silu(inputs["gate"].float())
-        row_quantize.eager(normed, problem.quantize, outputs)
+        eager_rows(normed, problem.quantize, outputs)
 
     return launch
 

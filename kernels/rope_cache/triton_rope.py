@@ -32,8 +32,7 @@ class HeadsConfig(Config):
 def _narrow(x, scale_ptr, head, heads, dtype: tl.constexpr, FP8: tl.constexpr):
     if FP8:
         return to_fp8(x / tl.load(scale_ptr + head, mask=head < heads, other=1.0))
-    else:
-        return x.to(dtype)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -43,8 +43,6 @@ def torch_sort(problem: Sampling, config: Config, chip: Chip) -> Launch:
     return functools.partial(sample, problem)
 
 
-
-
 @kernel(Sampling, backend="torch", library=True)
 def torch_compiled(problem: Sampling, config: Config, chip: Chip) -> Launch:
     """torch.compile (Inductor) of the same operators; the sort and the search stay torch's."""

@@ -14,9 +14,10 @@ def scale_values(scale):
     """float32 of uint8 biased exponents (2^(e - 127)), or of e4m3 scales."""
     if scale.dtype == tl.uint8:
         # A float32's own exponent field; 2^-127 is a denormal.
-        return tl.maximum(scale.to(tl.uint32) << 23, 0x00400000).to(tl.float32, bitcast=True)
+        values = tl.maximum(scale.to(tl.uint32) << 23, 0x00400000).to(tl.float32, bitcast=True)
     else:
-        return scale.to(tl.float32)
+        values = scale.to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def expand(elements, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: t
 
 @triton.jit
 def unpack_scales(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS] of packed tiles (see _packed_scales) [1, ROWS / 128, COLUMNS / 4, 2, 256]: a change of names, where tcgen05 reads it."""
+    """[ROWS, COLUMNS] of packed tiles (see _packed_scales) [1, ROWS / 128, COLUMNS / 4, 2, 256], which tcgen05 copies as they are."""
     return tile.reshape(ROWS // 128, COLUMNS // 4, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, COLUMNS)
 
 

@@ -229,7 +229,7 @@ KLAB_KERNEL(sum_splits, 256)(const float* __restrict__ parts, ELEMENT* __restric
 
 @dataclass(frozen=True)
 class MmaConfig(Config):
-    """Tile of a block (elements), parts of k, stages of the ring, the warps that share a tile, tile rows walked together for the L2's sake."""
+    """Tile of a block (elements), parts of k, stages of the ring, the warps that share a tile, tile rows walked together (for L2)."""
 
     block_m: int = 128
     block_n: int = 128

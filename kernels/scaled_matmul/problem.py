@@ -157,7 +157,6 @@ class ScaledMatmul(Problem):
             cls(1, 17, 33, "float32", "fp8_row"),
             cls(130, 136, 160, "float16", "fp8_row"),
             cls(3, 48, 48, "bfloat16", "fp8_tensor"),
-            cls(16, 40, 64, "float16", "fp8_tensor"),
             cls(1, 264, 656, "float16", "fp8_block"),
             cls(70, 144, 272, "float32", "fp8_block"),
             cls(130, 264, 400, "bfloat16", "fp8_block"),
@@ -176,14 +175,8 @@ class ScaledMatmul(Problem):
         if not isinstance(wide, Matmul) or wide.layout != "nt" or wide.dtype == "float32":
             return []
         # Only whole blocks: what hardware scales has no ragged edge.
-        formats = [name for name in FORMATS if name not in MICRO or wide.k % MICRO[name] == 0]
+        formats = [name for name in FORMATS if wide.k % MICRO.get(name, 1) == 0 and (name != "int8_row" or wide.k <= MAX_INT8_K)]
         return [cls(wide.m, wide.n, wide.k, wide.dtype, name) for name in formats]
-
-    @classmethod
-    def approximations(cls, wide: Problem) -> list[Problem]:
-        if not isinstance(wide, Matmul) or wide.layout != "nt":
-            return []
-        return [cls(wide.m, wide.n, wide.k, wide.dtype, format) for format in FORMATS if wide.k % MICRO.get(format, 1) == 0]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

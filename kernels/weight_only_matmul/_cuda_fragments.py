@@ -15,8 +15,8 @@ FRAGMENTS = r"""
 namespace klab {
 constexpr int STEP_BYTES = 64, STEP_K = INT4 ? 128 : 64;   // of one row of weights
 constexpr int LANE_K = STEP_K / 4, X_CHUNKS = LANE_K / 8;  // columns of a lane, and their 16-byte chunks in x
+constexpr int HALVED = INT4 ? 1 : 0;                       // columns >> HALVED are bytes of w: a shift, since / 2 rounds to zero in three
 constexpr int X_ROW_BYTES = STEP_K * 2;                    // of one row of x per step
-constexpr int PER_WORD = INT4 ? 8 : 4;                     // weights in 32 bits
 
 // a * b + c on two numbers each.
 template <class T>
@@ -64,15 +64,17 @@ struct Magic<half_t> {
     static constexpr uint32_t shift = 1, places = 0x3f803f80u, factor = 0x5c005c00u;
 };
 
-// A word of weights as pairs: int4 {k, k + 4} for k = 0..3, fp8 {k, k + 2} for k = 0, 1. All values are exact.
-KLAB_DEVICE void unpack(uint32_t (&pair)[PER_WORD / 2], uint32_t word) {
+// Eight weights of a lane, number `chunk` of its 16 bytes, as pairs: int4 {0, 4}, {1, 5}, {2, 6}, {3, 7}; fp8 {0, 2}, {1, 3}, {4, 6}, {5, 7}.
+// All values are exact.
+KLAB_DEVICE void unpack(uint32_t (&pair)[4], const Vec16& packed, int chunk) {
     using Bits = Magic<ELEMENT>;
     KLAB_UNROLL
-    for (int i = 0; i < PER_WORD / 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
         if (INT4) {
-            pair[i] = fma_pair<ELEMENT>(and_xor(word >> (4 * i), 0x000f000fu, Bits::base), Bits::one, Bits::offset);
+            pair[i] = fma_pair<ELEMENT>(and_xor(packed.word[chunk] >> (4 * i), 0x000f000fu, Bits::base), Bits::one, Bits::offset);
         } else {
-            const uint32_t upper = i == 0 ? word << 8 : word;  // the byte with its sign where a 16-bit float has it
+            const uint32_t word = packed.word[2 * chunk + i / 2];
+            const uint32_t upper = i % 2 == 0 ? word << 8 : word;  // the byte with its sign where a 16-bit float has it
             pair[i] = fma_pair<ELEMENT>((upper & 0x80008000u) | ((upper >> Bits::shift) & Bits::places), Bits::factor, 0x80008000u);
         }
     }
@@ -83,12 +85,12 @@ KLAB_DEVICE uint32_t side_by_side(uint32_t first, uint32_t second, bool upper) {
     return upper ? first >> 16 | (second & 0xffff0000u) : (first & 0xffffu) | second << 16;
 }
 
-// PER_WORD activations in the order of `unpack`.
-KLAB_DEVICE void arrange(uint32_t (&pair)[PER_WORD / 2], const Vec16& chunk, int word) {
-    const int at = INT4 ? 0 : word % 2 * 2;  // a chunk of eight belongs to one word of int4, or to two of fp8
+// Eight activations in the order of `unpack`.
+KLAB_DEVICE void arrange(uint32_t (&pair)[4], const Vec16& chunk) {
     KLAB_UNROLL
-    for (int i = 0; i < PER_WORD / 2; ++i)
-        pair[i] = side_by_side(chunk.word[at + i / 2], chunk.word[at + i / 2 + PER_WORD / 4], i % 2);
+    for (int i = 0; i < 4; ++i)
+        pair[i] = INT4 ? side_by_side(chunk.word[i / 2], chunk.word[i / 2 + 2], i % 2)
+                       : side_by_side(chunk.word[i / 2 * 2], chunk.word[i / 2 * 2 + 1], i % 2);
 }
 
 KLAB_DEVICE uint32_t bits_of(uint8_t x) { return x; }
@@ -113,42 +115,39 @@ KLAB_DEVICE void bring(char* to, const T* from, int left) {
 }
 
 // Where chunk `chunk` of row `row` of a step of x lies: the four lanes of two rows that read at once meet no bank twice.
-KLAB_DEVICE int x_offset(int row, int chunk) {
+KLAB_DEVICE uint32_t x_offset(uint32_t row, uint32_t chunk) {
     return row * X_ROW_BYTES + ((chunk % X_CHUNKS * 4 + chunk / X_CHUNKS) ^ (row % 2 * 4)) * 16;
 }
 
 // sum[tile][eight][0..3] += 16 TILES rows of weights at `w` times EIGHTS eights of rows of x, of which `rows` exist.
 template <int TILES, int EIGHTS>
 KLAB_DEVICE void multiply_step(float (&sum)[TILES][EIGHTS][4], const char* w, const char* x, int rows) {
-    const int lane = thread_idx() % 32, group = lane / 4, pair = lane % 4;
-    Vec16 packed[TILES][2], chunk[EIGHTS];
+    const uint32_t lane = thread_idx() % 32, group = lane / 4, pair = lane % 4;
+    const char* x_lane = x + group * X_ROW_BYTES + pair * 16;
+    Vec16 packed[TILES][2];
     KLAB_UNROLL
     for (int t = 0; t < TILES; ++t)
         KLAB_UNROLL
         for (int h = 0; h < 2; ++h) packed[t][h] = load_16(w + (t * 16 + h * 8 + group) * STEP_BYTES + pair * 16);
     KLAB_UNROLL
-    for (int j = 0; j < 4; ++j) {
-        uint32_t b[EIGHTS][PER_WORD / 2];
+    for (int c = 0; c < X_CHUNKS; ++c) {
+        uint32_t a[TILES][2][4];
+        KLAB_UNROLL
+        for (int t = 0; t < TILES; ++t)
+            KLAB_UNROLL
+            for (int h = 0; h < 2; ++h) unpack(a[t][h], packed[t][h], c);
+        const char* x_chunk = x_lane + ((c * 4) ^ (group % 2 * 4)) * 16;  // x_offset(8 s + group, pair * X_CHUNKS + c)
         KLAB_UNROLL
         for (int s = 0; s < EIGHTS; ++s) {
-            const int row = s * 8 + group;
-            if (INT4 || j % 2 == 0) chunk[s] = row < rows ? load_16(x + x_offset(row, pair * X_CHUNKS + (INT4 ? j : j / 2))) : Vec16{};
-            arrange(b[s], chunk[s], j);
-        }
-        KLAB_UNROLL
-        for (int t = 0; t < TILES; ++t) {
-            uint32_t a[2][PER_WORD / 2];
-            unpack(a[0], packed[t][0].word[j]);
-            unpack(a[1], packed[t][1].word[j]);
+            uint32_t b[4];
+            arrange(b, s * 8 + static_cast<int>(group) < rows ? load_16(x_chunk + s * 8 * X_ROW_BYTES) : Vec16{});
             KLAB_UNROLL
-            for (int i = 0; i < PER_WORD / 2; i += 2) {
-                const uint32_t weights[4] = {a[0][i], a[1][i], a[0][i + 1], a[1][i + 1]};
+            for (int i = 0; i < 4; i += 2)
                 KLAB_UNROLL
-                for (int s = 0; s < EIGHTS; ++s) {
-                    const uint32_t activations[2] = {b[s][i], b[s][i + 1]};
+                for (int t = 0; t < TILES; ++t) {
+                    const uint32_t weights[4] = {a[t][0][i], a[t][1][i], a[t][0][i + 1], a[t][1][i + 1]}, activations[2] = {b[i], b[i + 1]};
                     mma_m16n8k16<ELEMENT>(sum[t][s], weights, activations);
                 }
-            }
         }
     }
 }

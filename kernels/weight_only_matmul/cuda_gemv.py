@@ -30,7 +30,7 @@ struct Part {
     const ELEMENT* x;
     const uint8_t* w;
     int n_left, k_end;
-    int64_t x_stride, w_stride;
+    int x_stride, w_stride;  // within a block offsets fit 32 bits, which saves registers
 };
 
 // One stage of this warp: for each step its rows of weights, then its columns of x.
@@ -43,8 +43,8 @@ KLAB_DEVICE void bring_stage(const Part& p, char* stage, int k0) {
         KLAB_UNROLL
         for (int i = 0; i < TILE_N / 8; ++i) {
             const int row = i * 8 + lane / 4, column = k + lane % 4 * LANE_K;
-            bring(to + row * STEP_BYTES + lane % 4 * 16, p.w + row * p.w_stride + (INT4 ? column / 2 : column),
-                  row < p.n_left ? (INT4 ? (p.k_end - column) / 2 : p.k_end - column) : 0);
+            bring(to + row * STEP_BYTES + lane % 4 * 16, p.w + row * p.w_stride + (column >> HALVED),
+                  row < p.n_left ? (p.k_end - column) >> HALVED : 0);
         }
         KLAB_UNROLL
         for (int i = 0; i < ceil_div(M * STEP_K / 8, 32); ++i) {
@@ -55,13 +55,13 @@ KLAB_DEVICE void bring_stage(const Part& p, char* stage, int k0) {
 }
 
 // Block (i, s): TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float [SPLIT, M, n].
-KLAB_KERNEL(weight_only_gemv, THREADS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
-                                       void* __restrict__ to, int n, int k, int part, int64_t x_stride, int64_t w_stride,
+KLAB_KERNEL_MIN_BLOCKS(weight_only_gemv, THREADS, MIN_BLOCKS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
+                                       void* __restrict__ to, int n, int k, int part, int x_stride, int w_stride,
                                        int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, n0 = block_idx_x() * TILE_N, k_begin = block_idx_y() * part;
     char* ring = shared_memory<char>() + warp * STAGES * STAGE_BYTES;
     float* scales = reinterpret_cast<float*>(shared_memory<char>() + RING_BYTES);
-    const Part p{x, w + n0 * w_stride, n - n0, min_of(k, k_begin + part), x_stride, w_stride};
+    const Part p{x, w + static_cast<int64_t>(n0) * w_stride, n - n0, min_of(k, k_begin + part), x_stride, w_stride};
 
     const int first = k_begin + warp * STRIDE_K, steps = p.k_end > first ? ceil_div(p.k_end - first, WARPS * STRIDE_K) : 0;
     KLAB_UNROLL
@@ -84,11 +84,11 @@ KLAB_KERNEL(weight_only_gemv, THREADS)(const ELEMENT* __restrict__ x, const uint
         cp_async_wait<STAGES - 2>();
         sync_warp();  // what the other lanes have copied is there, and they have read the stage that is filled next
         const int next = i + STAGES - 1;
-        if (next < steps) bring_stage(p, ring + next % STAGES * STAGE_BYTES, first + next * WARPS * STRIDE_K);
+        if (next < steps) bring_stage(p, ring + static_cast<uint32_t>(next) % STAGES * STAGE_BYTES, first + next * WARPS * STRIDE_K);
         cp_async_commit();
         KLAB_UNROLL
         for (int u = 0; u < UNROLL; ++u) {
-            const char* at = ring + i % STAGES * STAGE_BYTES + u * STEP_TOTAL;
+            const char* at = ring + static_cast<uint32_t>(i) % STAGES * STAGE_BYTES + u * STEP_TOTAL;
             // Steps behind the end of k have no weights, but may have no group either.
             const int group = static_cast<uint32_t>(first + i * WARPS * STRIDE_K + u * STEP_K) / group_k;
             if (GROUP)
@@ -214,7 +214,7 @@ def cuda_gemv(problem: WeightOnlyMatmul, config: GemvConfig, chip: Chip) -> Laun
     """Up to 8 rows: every warp streams packed weights by its own cp.async ring and unpacks them into mma.sync's first operand."""
     p, c = problem, config
     defines = common_defines(p) | {
-        "M": p.m, "WARPS": c.warps, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll, "STAGES": c.stages, "SPLIT": c.split,
+        "M": p.m, "WARPS": c.warps, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll, "STAGES": c.stages, "SPLIT": c.split, "MIN_BLOCKS": 1,
     }  # fmt: skip
     smem = _smem_bytes(p, c)
     variants = {a: CudaKernel(SOURCE, "weight_only_gemv", chip, {**defines, "ALIGNED": int(a)}, smem) for a in (False, True)}
@@ -228,7 +228,7 @@ def cuda_gemv(problem: WeightOnlyMatmul, config: GemvConfig, chip: Chip) -> Laun
             if out.device not in partials:
                 partials[out.device] = torch.empty((c.split, p.m, p.n), dtype=torch.float32, device=out.device)
             to = partials[out.device]
-        strides = [Int64(tensor.stride(-2)) for tensor in (x, w, scale, to)]
+        strides = [x.stride(0), w.stride(0), Int64(scale.stride(0)), Int64(to.stride(-2))]
         aligned = in_chunks(x) and in_chunks(w)
         grid = (-(-p.n // (16 * c.row_tiles)), c.split, 1)
         variants[aligned].launch(grid, 32 * c.warps, [x, w.view(torch.uint8), scale, to, p.n, p.k, _part(p, c), *strides])

@@ -33,35 +33,36 @@ template <int ROWS, int CHUNKS, class Put>
 KLAB_DEVICE void spread(const Put& put) {
     KLAB_UNROLL
     for (int i = 0; i < ceil_div(ROWS * CHUNKS, THREADS); ++i) {
-        const int at = i * THREADS + thread_idx();
-        if (ROWS * CHUNKS % THREADS == 0 || at < ROWS * CHUNKS) put(at / CHUNKS, at % CHUNKS);
+        // Unsigned: a division by a power of two is then one shift.
+        const uint32_t at = i * THREADS + static_cast<uint32_t>(thread_idx());
+        if (ROWS * CHUNKS % THREADS == 0 || at < ROWS * CHUNKS) put(static_cast<int>(at / CHUNKS), at % CHUNKS);
     }
 }
 
 // Block (i, s, j): BLOCK_M rows by TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float
 // [SPLIT, m, n].
-KLAB_KERNEL(weight_only_mma, THREADS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
-                                      void* __restrict__ to, int m, int n, int k, int part, int64_t x_stride, int64_t w_stride,
+KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, MIN_BLOCKS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
+                                      void* __restrict__ to, int m, int n, int k, int part, int x_stride, int w_stride,
                                       int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
     const int n0 = block_idx_x() * TILE_N, m0 = block_idx_z() * BLOCK_M, n_left = n - n0, m_left = m - m0;
     const int k_begin = block_idx_y() * part, k_end = min_of(k, k_begin + part);
     char* ring = shared_memory<char>();
     float* scales = reinterpret_cast<float*>(ring + RING_BYTES);
-    const uint8_t* w_block = w + n0 * w_stride;
-    const ELEMENT* x_block = x + m0 * x_stride;
+    const uint8_t* w_block = w + static_cast<int64_t>(n0) * w_stride;
+    const ELEMENT* x_block = x + static_cast<int64_t>(m0) * x_stride;
 
     auto load_stage = [&](int i) {
-        char* stage = ring + i % STAGES * STAGE_BYTES;
+        char* stage = ring + static_cast<uint32_t>(i) % STAGES * STAGE_BYTES;
         const int k0 = k_begin + i * STAGE_K;
-        spread<TILE_N, STEPS * 4>([&](int row, int chunk) {
-            const int column = k0 + chunk * LANE_K;
-            bring(stage + chunk / 4 * STEP_TOTAL + row * STEP_BYTES + chunk % 4 * 16, w_block + row * w_stride + (INT4 ? column / 2 : column),
-                  row < n_left ? (INT4 ? (k_end - column) / 2 : k_end - column) : 0);
+        spread<TILE_N, STEPS * 4>([&](int row, uint32_t chunk) {
+            const int column = k0 + static_cast<int>(chunk) * LANE_K;
+            bring(stage + chunk / 4 * STEP_TOTAL + row * STEP_BYTES + chunk % 4 * 16, w_block + row * w_stride + (column >> HALVED),
+                  row < n_left ? (k_end - column) >> HALVED : 0);
         });
-        spread<BLOCK_M, STAGE_K / 8>([&](int row, int chunk) {
+        spread<BLOCK_M, STAGE_K / 8>([&](int row, uint32_t chunk) {
             constexpr int PER_STEP = STEP_K / 8;
-            const int column = k0 + chunk * 8;
+            const int column = k0 + static_cast<int>(chunk) * 8;
             bring(stage + chunk / PER_STEP * STEP_TOTAL + W_BYTES + x_offset(row, chunk % PER_STEP), x_block + row * x_stride + column,
                   row < m_left ? k_end - column : 0);
         });
@@ -90,7 +91,7 @@ KLAB_KERNEL(weight_only_mma, THREADS)(const ELEMENT* __restrict__ x, const uint8
         KLAB_UNROLL
         for (int u = 0; u < UNROLL; ++u) {
             const int step = warp_k * UNROLL + u;
-            const char* at = ring + i % STAGES * STAGE_BYTES + step * STEP_TOTAL;
+            const char* at = ring + static_cast<uint32_t>(i) % STAGES * STAGE_BYTES + step * STEP_TOTAL;
             const char* rows = at + warp_n * WARP_N * STEP_BYTES;
             // Steps behind the end of k have no weights, but may have no group either.
             const int group = static_cast<uint32_t>(k_begin + i * STAGE_K + step * STEP_K) / group_k;
@@ -246,7 +247,7 @@ def cuda_mma(problem: WeightOnlyMatmul, config: MmaConfig, chip: Chip) -> Launch
     p, c = problem, config
     defines = common_defines(p) | {
         "BLOCK_M": c.block_m, "WARPS_N": c.warps_n, "WARPS_K": c.warps_k, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll,
-        "STAGES": c.stages, "SPLIT": c.split,
+        "STAGES": c.stages, "SPLIT": c.split, "MIN_BLOCKS": 1,
     }  # fmt: skip
     smem = _smem_bytes(p, c)
     variants = {a: CudaKernel(SOURCE, "weight_only_mma", chip, {**defines, "ALIGNED": int(a)}, smem) for a in (False, True)}
@@ -261,7 +262,7 @@ def cuda_mma(problem: WeightOnlyMatmul, config: MmaConfig, chip: Chip) -> Launch
             if out.device not in partials:
                 partials[out.device] = torch.empty((c.split, p.m, p.n), dtype=torch.float32, device=out.device)
             to = partials[out.device]
-        strides = [Int64(tensor.stride(-2)) for tensor in (x, w, scale, to)]
+        strides = [x.stride(0), w.stride(0), Int64(scale.stride(0)), Int64(to.stride(-2))]
         aligned = in_chunks(x) and in_chunks(w)
         variants[aligned].launch(grid, c.threads, [x, w.view(torch.uint8), scale, to, p.m, p.n, p.k, _part(p, c), *strides])
         if c.split > 1:

@@ -1,0 +1,468 @@
+"""A fused MoE in Triton whose first product ends in the activation, so that gate and up never reach memory; weights come by TMA."""
+
+# Triton functions take no annotations but tl.constexpr.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+
+from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
+from klab.kernels.expert_routing import experts_hit, most_blocks
+from klab.kernels.fused_moe._triton_align import Aligned, align, workspace
+from klab.kernels.fused_moe._triton_steps import quantize_rows, silu_and_mul, sum_experts, to_fp8
+from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
+from klab.kernels.triton_support import cdiv, ensure_allocator, next_power_of_2, pipeline_smem_bytes, row_is_aligned
+
+# As in a plain matmul, 128 float32 sums per thread leave room for pointers; fp8 blocks keep a step's sums beside the scaled ones.
+MAX_SUMS_PER_THREAD = {"": 128, "fp8_block": 64}
+
+
+@dataclass(frozen=True)
+class FusedConfig(Config):
+    """Gate and up: block_m rows of one expert by block_n activated columns (twice as many of weights), block_k at a time.
+
+    Down: block_m rows by down_n columns, down_k at a time. group_m blocks of rows are walked column by column. tma: weights and activated
+    rows come by tensor descriptors; rows of x are gathered by pointers.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    down_n: int = 256
+    down_k: int = 64
+    group_m: int = 16
+    num_warps: int = 8
+    num_stages: int = 3
+    tma: bool = True
+
+
+@triton.jit
+def _place(block_experts, padded, n, blocks_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(block of rows, first column, expert, whether there is such a tile) of this program."""
+    tiles_m = tl.load(padded) // BLOCK_M
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tile = tl.program_id(0)
+    per_group = GROUP_M * tiles_n
+    first_m = tile // per_group * GROUP_M
+    rows = max(min(tiles_m - first_m, GROUP_M), 1)
+    tile_m = first_m + tile % per_group % rows
+    column = tile % per_group // rows * BLOCK_N
+    real = tile < tiles_m * tiles_n
+    return tile_m, column, tl.load(block_experts + tile_m, mask=real, other=0), real
+
+
+@triton.jit
+def _gate_up(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    active,
+    active_scale,
+    slots,
+    block_experts,
+    padded,
+    n,
+    k,
+    blocks_m,
+    choices,
+    stride_x,
+    stride_xs,
+    stride_we,
+    stride_wn,
+    stride_wse,
+    stride_wsn,
+    stride_active,
+    stride_as,
+    TOP_K: tl.constexpr,
+    LOCAL: tl.constexpr,
+    GATED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    tile_m, column, expert, real = _place(block_experts, padded, n, blocks_m, BLOCK_M, BLOCK_N, GROUP_M)
+    if not real:
+        return
+    UP_ROWS: tl.constexpr = 2 if GATED else 1
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    choice = tl.load(slots + slot)
+    inside_m = choice < choices
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside_n = column + offs_n < n
+    x_tile = x + (choice // TOP_K)[:, None].to(tl.int64) * stride_x + offs_k[None, :]
+    gate_row = expert * (UP_ROWS * n) + column
+    gate_tile = w + expert.to(tl.int64) * stride_we + column.to(tl.int64) * stride_wn + offs_n[None, :] * stride_wn + offs_k[:, None]
+    up_jump = n.to(tl.int64) * stride_wn
+    if TMA:
+        # One matrix of all experts' rows: a tile that reaches beyond its part reads the next one's, and stores nothing of it.
+        w_tiles = tl.make_tensor_descriptor(w, shape=[LOCAL * UP_ROWS * n, k], strides=[stride_wn, 1], block_shape=[BLOCK_N, BLOCK_K])
+    if SCALE_BLOCK > 0:
+        xs = x_scale + (choice // TOP_K).to(tl.int64) * stride_xs
+        ws = w_scale + expert.to(tl.int64) * stride_wse
+
+    gates = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    ups = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        inside_k = offs_k < k - start
+        a = tl.load(x_tile, mask=inside_m[:, None] if EVEN_K else inside_m[:, None] & inside_k[None, :], other=0.0)
+        x_tile += BLOCK_K
+        if TMA:
+            gate = w_tiles.load([gate_row, start]).T
+        elif EVEN_K and EVEN_N:
+            gate = tl.load(gate_tile)
+        else:
+            gate = tl.load(gate_tile, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
+        if GATED:
+            if TMA:
+                up = w_tiles.load([gate_row + n, start]).T
+            elif EVEN_K and EVEN_N:
+                up = tl.load(gate_tile + up_jump)
+            else:
+                up = tl.load(gate_tile + up_jump, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
+        gate_tile += BLOCK_K
+        if SCALE_BLOCK > 0:
+            block = start // SCALE_BLOCK
+            scale = tl.load(xs + block, mask=inside_m, other=0.0)[:, None]
+            # Where `n` is no multiple of 128, a block of scales is shared by gate and up, and starts anywhere in a tile.
+            gate_scale = tl.load(ws + (column + offs_n) // SCALE_BLOCK * stride_wsn + block, mask=inside_n, other=0.0)
+            gates += tl.dot(a, gate) * scale * gate_scale[None, :]
+            if GATED:
+                up_scale = tl.load(ws + (n + column + offs_n) // SCALE_BLOCK * stride_wsn + block, mask=inside_n, other=0.0)
+                ups += tl.dot(a, up) * scale * up_scale[None, :]
+        else:
+            gates = tl.dot(a, gate, gates, input_precision="ieee")
+            if GATED:
+                ups = tl.dot(a, up, ups, input_precision="ieee")
+
+    if GATED:
+        values = silu_and_mul(gates, ups, LIMIT)
+    else:
+        values = tl.maximum(gates, 0.0) * tl.maximum(gates, 0.0)
+    # In the order of the slots, so that the rows of a block lie one behind the other for the next product.
+    to = active + slot[:, None].to(tl.int64) * stride_active + column + offs_n[None, :]
+    store = inside_m[:, None] & inside_n[None, :]
+    if SCALE_BLOCK > 0:
+        quantised, scale = to_fp8(tl.where(store, values, 0.0))
+        tl.store(to, quantised, mask=store)
+        tl.store(active_scale + slot.to(tl.int64) * stride_as + column // SCALE_BLOCK, scale, mask=inside_m)
+    else:
+        tl.store(to, values.to(active.dtype.element_ty), mask=store)
+
+
+@triton.jit
+def _down(
+    active,
+    active_scale,
+    w,
+    w_scale,
+    out,
+    topk_weights,
+    slots,
+    block_experts,
+    padded,
+    n,
+    k,
+    blocks_m,
+    choices,
+    stride_active,
+    stride_as,
+    stride_we,
+    stride_wn,
+    stride_wse,
+    stride_wsn,
+    stride_out,
+    stride_tw,
+    TOP_K: tl.constexpr,
+    LOCAL: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    tile_m, column, expert, real = _place(block_experts, padded, n, blocks_m, BLOCK_M, BLOCK_N, GROUP_M)
+    if not real:
+        return
+    slot = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside_n = column + offs_n < n
+    a_tile = active + slot[:, None].to(tl.int64) * stride_active + offs_k[None, :]
+    w_tile = w + expert.to(tl.int64) * stride_we + column.to(tl.int64) * stride_wn + offs_n[None, :] * stride_wn + offs_k[:, None]
+    if TMA:
+        a_tiles = tl.make_tensor_descriptor(active, shape=[blocks_m * BLOCK_M, k], strides=[stride_active, 1], block_shape=[BLOCK_M, BLOCK_K])
+        w_tiles = tl.make_tensor_descriptor(w, shape=[LOCAL * n, k], strides=[stride_wn, 1], block_shape=[BLOCK_N, BLOCK_K])
+    if SCALE_BLOCK > 0:
+        xs = active_scale + slot.to(tl.int64) * stride_as
+        ws = w_scale + expert.to(tl.int64) * stride_wse
+        if BLOCK_N <= SCALE_BLOCK:
+            ws += column // SCALE_BLOCK * stride_wsn
+        else:
+            ws += (column + offs_n) // SCALE_BLOCK * stride_wsn
+
+    # Rows of padding hold whatever was there: they spoil no other row, and are not stored.
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, k, BLOCK_K):
+        if TMA:
+            a = a_tiles.load([tile_m * BLOCK_M, start])
+            b = w_tiles.load([expert * n + column, start]).T
+        else:
+            inside_k = offs_k < k - start
+            a = tl.load(a_tile) if EVEN_K else tl.load(a_tile, mask=inside_k[None, :], other=0.0)
+            if EVEN_K and EVEN_N:
+                b = tl.load(w_tile)
+            else:
+                b = tl.load(w_tile, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
+            a_tile += BLOCK_K
+            w_tile += BLOCK_K
+        if SCALE_BLOCK > 0:
+            scale = tl.load(xs + start // SCALE_BLOCK)
+            if BLOCK_N <= SCALE_BLOCK:
+                sums += tl.dot(a, b) * (scale * tl.load(ws + start // SCALE_BLOCK))[:, None]
+            else:
+                sums += tl.dot(a, b) * scale[:, None] * tl.load(ws + start // SCALE_BLOCK, mask=inside_n, other=0.0)[None, :]
+        else:
+            sums = tl.dot(a, b, sums, input_precision="ieee")
+
+    choice = tl.load(slots + slot)
+    inside_m = choice < choices
+    sums *= tl.load(topk_weights + choice // TOP_K * stride_tw + choice % TOP_K, mask=inside_m, other=0.0)[:, None]
+    to = out + choice[:, None].to(tl.int64) * stride_out + column
+    if BLOCK_N < 256:
+        tl.store(to + offs_n[None, :], sums.to(out.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
+    else:
+        # In halves: the addresses of all 128 elements of a thread beside its sums spill on sm_100.
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        offs_h = tl.arange(0, HALF)[None, :]
+        tl.store(to + offs_h, left.to(out.dtype.element_ty), mask=inside_m[:, None] & (column + offs_h < n))
+        tl.store(to + HALF + offs_h, right.to(out.dtype.element_ty), mask=inside_m[:, None] & (column + HALF + offs_h < n))
+
+
+def fits(problem: FusedMoe, config: FusedConfig, chip: Chip) -> str | None:
+    """Tiles are powers of two; both products' stages fit shared memory and their sums registers; TMA needs aligned rows."""
+    c, size = config, _operand_bytes(problem)
+    tiles = (c.block_m, c.block_n, c.block_k, c.down_n, c.down_k)
+    if any(value < 1 or value & (value - 1) for value in (*tiles, c.num_warps)):
+        return "tiles and warps must be powers of two"
+    if min(tiles) < 16 or min(c.block_k, c.down_k) < (32 if problem.format else 16) or max(tiles) > 256:
+        return "tiles go from 16 (fp8: 32 along k) to 256"
+    if problem.format and (c.block_n != BLOCK or max(c.block_k, c.down_k) > BLOCK or chip.target < 89):
+        return "with fp8 blocks a tile has 128 columns to quantise, 128 along k at most, and the chip compute capability 8.9"
+    if min(c.group_m, c.num_stages) < 1:
+        return "group_m and num_stages must be at least 1"
+    fp32 = problem.dtype == "float32" and not problem.format
+    if c.tma and (chip.target < 90 or fp32 or not all(row_is_aligned(k, size) for k in (problem.hidden, problem.intermediate))):
+        return "tensor descriptors need Hopper, 8 or 16 bits and rows in multiples of 16 bytes"
+    if problem.local * problem.up_rows >= 2**31 or max(problem.hidden, problem.intermediate) * max(tiles) >= 2**31:
+        return "too large for 32-bit offsets within a tile"
+    threads, halves = 32 * c.num_warps, 2 if problem.gated else 1
+    if c.num_warps > 16 or any((c.block_m // 16) * (n // 8) < c.num_warps for n in (c.block_n, c.down_n)):
+        return "too many warps for the tile"
+    if max(halves * c.block_n, c.down_n) * c.block_m // threads > (64 if fp32 else MAX_SUMS_PER_THREAD[problem.format]):
+        return "the sums would spill registers"
+    stage = max((c.block_m + halves * c.block_n) * c.block_k, (c.block_m + c.down_n) * c.down_k)
+    if pipeline_smem_bytes(stage * size, c.num_stages) > chip.smem_per_block_bytes:
+        return "too much shared memory"
+    return None
+
+
+def _operand_bytes(problem: FusedMoe) -> int:
+    return SIZE_BYTES["float8_e4m3fn" if problem.format else problem.dtype]
+
+
+def rows_per_expert(problem: FusedMoe) -> float:
+    """Expected rows of a visited expert."""
+    hit = experts_hit(problem.tokens, problem.experts, problem.top_k, problem.skew, problem.local)
+    return problem.visits / hit if hit else 1.0
+
+
+def default(problem: FusedMoe, chip: Chip) -> FusedConfig:
+    """Rows by how many a visited expert has; large tiles for prefills, thin ones with deep pipelines where it waits for memory."""
+    rows, size = rows_per_expert(problem), _operand_bytes(problem)
+    bm = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 96 else 128
+    aligned = all(row_is_aligned(k, size) for k in (problem.hidden, problem.intermediate))
+    if problem.dtype == "float32" and not problem.format:
+        return FusedConfig(min(bm, 32), 32, 32, 32, 32, 1, 4, 2, False)
+    if problem.format:
+        config = FusedConfig(min(bm, 64), 128, 128, 128, 128, 16, 8 if bm >= 64 else 4, 4)
+    elif bm == 128:
+        config = FusedConfig()
+    else:
+        config = FusedConfig(bm, 64 if bm == 64 else 32, 128, 128 if bm == 64 else 64, 128, 16 if bm == 64 else 1, 4, 4)
+    if not aligned:
+        # Rows that start anywhere are loaded element by element: small tiles keep their pointers in registers.
+        n, k = (BLOCK, 64) if problem.format else (32, 32)
+        config = FusedConfig(min(bm, 32), n, k, 32, k, 1, 8 if problem.format else 4, 2)
+    config = replace(config, tma=aligned and chip.target >= 90)
+    while config.num_stages > 2 and fits(problem, config, chip) == "too much shared memory":
+        config = replace(config, num_stages=config.num_stages - 1)
+    return config
+
+
+def space(problem: FusedMoe, chip: Chip) -> Iterator[FusedConfig]:
+    """All tiles that are not hopeless for the shape, by TMA and by pointers."""
+    rows = rows_per_expert(problem)
+    blocks_k = (64, 128) if problem.format else (32, 64, 128)
+    for bm, bn, bk in product((16, 32, 64, 128), (BLOCK,) if problem.format else (32, 64, 128), blocks_k):
+        if (bm > 16 and bm >= 4 * rows) or 16 * bm <= rows or bn >= 2 * max(problem.intermediate, 32) or bk >= 2 * problem.hidden:
+            continue  # most rows are padding, or the weights are read from L2 too often; beyond the problem's edges
+        blocks = most_blocks(problem.tokens * problem.top_k, problem.local, bm)
+        for down_n, down_k, tma in product((64, 128, 256), blocks_k, (True, False)):
+            if down_n >= 2 * max(problem.hidden, 64) or down_k >= 2 * max(problem.intermediate, 32):
+                continue
+            for group, warps, stages in product((1, 8, 16), (4, 8), (2, 3, 4, 5)):
+                if (group > 1 and group // 2 >= blocks) or bm * bn < 128 * warps or stages - 1 > cdiv(problem.hidden, bk):
+                    continue  # the same order as fewer; idle warps, idle stages
+                yield FusedConfig(bm, bn, bk, down_n, down_k, group, warps, stages, tma)
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """Per device: the sorted choices and what one step leaves for the next."""
+
+    aligned: Aligned
+    x: torch.Tensor
+    x_scale: torch.Tensor
+    active: torch.Tensor
+    active_scale: torch.Tensor
+    down: torch.Tensor
+
+
+def _workspace(problem: FusedMoe, block_m: int, device: torch.device) -> _Workspace:
+    p, choices = problem, problem.tokens * problem.top_k
+    slots, scaled = most_blocks(choices, p.local, block_m) * block_m, bool(p.format)
+    operand = torch.float8_e4m3fn if scaled else torch_dtype(p.dtype)
+
+    def empty(rows: int, columns: int, of: torch.dtype) -> torch.Tensor:
+        return torch.empty((rows, columns), dtype=of, device=device)
+
+    return _Workspace(
+        aligned=workspace(choices, p.local, block_m, device),
+        x=empty(p.tokens if scaled else 1, p.hidden, operand),
+        x_scale=empty(p.tokens if scaled else 1, cdiv(p.hidden, BLOCK), torch.float32),
+        active=empty(slots, p.intermediate, operand),
+        active_scale=empty(slots if scaled else 1, cdiv(p.intermediate, BLOCK), torch.float32),
+        down=empty(choices, p.hidden, torch_dtype(p.dtype)),
+    )
+
+
+def _for_tma(tensor: torch.Tensor) -> bool:
+    """Whether its rows start at multiples of 16 bytes and its matrices follow each other. Others go by pointers."""
+    rows = tensor.stride(-2) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return rows and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+
+
+@kernel(FusedMoe, backend="triton", config=FusedConfig, space=space, default=default, fits=fits)
+def triton_fused(problem: FusedMoe, config: FusedConfig, chip: Chip) -> Launch:
+    """Triton, 4 launches (fp8: 5): sort, gate and up with the activation (and its quantisation) in the epilogue, down, sum."""
+    p, c = problem, config
+    workspaces: dict[torch.device, _Workspace] = {}
+    choices = p.tokens * p.top_k
+    blocks_m = most_blocks(choices, p.local, c.block_m)
+    scale_block = BLOCK if p.format else 0
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        x, ids, gate_up, down = inputs["x"], inputs["topk_ids"], inputs["w_gate_up"], inputs["w_down"]
+        if x.device not in workspaces:
+            workspaces[x.device] = _workspace(p, c.block_m, x.device)
+        to = workspaces[x.device]
+        at, weights = to.aligned, inputs["topk_weights"]
+        tma = c.tma and _for_tma(gate_up) and _for_tma(down)
+        if tma:
+            ensure_allocator(x.device)
+        align(ids, p.local, c.block_m, at)
+        if p.format:
+            quantize_rows(x, to.x, to.x_scale)
+            x = to.x
+        up_scale, down_scale = (inputs["w_gate_up_scale"], inputs["w_down_scale"]) if p.format else (gate_up, down)
+        _gate_up[(blocks_m * cdiv(p.intermediate, c.block_n),)](
+            x,
+            to.x_scale,
+            gate_up,
+            up_scale,
+            to.active,
+            to.active_scale,
+            at.slots,
+            at.block_experts,
+            at.padded,
+            p.intermediate,
+            p.hidden,
+            blocks_m,
+            choices,
+            x.stride(0),
+            to.x_scale.stride(0),
+            *gate_up.stride()[:2],
+            *up_scale.stride()[:2],
+            to.active.stride(0),
+            to.active_scale.stride(0),
+            TOP_K=p.top_k,
+            LOCAL=p.local,
+            GATED=p.gated,
+            LIMIT=p.swiglu_limit,
+            SCALE_BLOCK=scale_block,
+            EVEN_N=p.intermediate % c.block_n == 0,
+            EVEN_K=p.hidden % c.block_k == 0,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.block_n,
+            BLOCK_K=c.block_k,
+            GROUP_M=c.group_m,
+            TMA=tma,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+        )
+        _down[(blocks_m * cdiv(p.hidden, c.down_n),)](
+            to.active,
+            to.active_scale,
+            down,
+            down_scale,
+            to.down,
+            weights,
+            at.slots,
+            at.block_experts,
+            at.padded,
+            p.hidden,
+            p.intermediate,
+            blocks_m,
+            choices,
+            to.active.stride(0),
+            to.active_scale.stride(0),
+            *down.stride()[:2],
+            *down_scale.stride()[:2],
+            to.down.stride(0),
+            weights.stride(0),
+            TOP_K=p.top_k,
+            LOCAL=p.local,
+            SCALE_BLOCK=scale_block,
+            EVEN_N=p.hidden % c.down_n == 0,
+            EVEN_K=p.intermediate % c.down_k == 0,
+            BLOCK_M=c.block_m,
+            BLOCK_N=c.down_n,
+            BLOCK_K=c.down_k,
+            GROUP_M=c.group_m,
+            TMA=tma,
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+        )
+        sum_experts(p, to.down, ids, outputs["out"])
+
+    return launch
