@@ -84,10 +84,10 @@ KLAB_DEVICE void cap_scores(float (&scores)[FRAGMENTS][N][4], float scale_log2, 
     }
 }
 
-// Online softmax of one row half: scores become exp2(score * scale_log2 - maximum), and what was summed under an older maximum shrinks
-// to the new one. `row_max` is in units of log2; `row_sum` is this lane's share (warp_sum<4> adds it up).
-template <int N, int COLUMNS>
-KLAB_DEVICE void soften(float (&scores)[N][4], int half, float scale_log2, float& row_max, float& row_sum, float (&sums)[COLUMNS][4]) {
+// Online softmax of one row half: scores become exp2(score * scale_log2 - maximum). Returned is by how much what was summed under an older
+// maximum shrinks. `row_max` is in units of log2; `row_sum` is this lane's share (warp_sum<4> adds it up).
+template <int N>
+KLAB_DEVICE float soften_scores(float (&scores)[N][4], int half, float scale_log2, float& row_max, float& row_sum) {
     float highest = -infinity();
     KLAB_UNROLL
     for (int n = 0; n < N; ++n) highest = max_of(highest, max_of(scores[n][2 * half], scores[n][2 * half + 1]));
@@ -105,11 +105,21 @@ KLAB_DEVICE void soften(float (&scores)[N][4], int half, float scale_log2, float
     }
     row_max = highest;
     row_sum = row_sum * shrink + sum;
+    return shrink;
+}
+
+template <int COLUMNS>
+KLAB_DEVICE void shrink_sums(float (&sums)[COLUMNS][4], int half, float shrink) {
     KLAB_UNROLL
     for (int n = 0; n < COLUMNS; ++n) {
         sums[n][2 * half] *= shrink;
         sums[n][2 * half + 1] *= shrink;
     }
+}
+
+template <int N, int COLUMNS>
+KLAB_DEVICE void soften(float (&scores)[N][4], int half, float scale_log2, float& row_max, float& row_sum, float (&sums)[COLUMNS][4]) {
+    shrink_sums(sums, half, soften_scores(scores, half, scale_log2, row_max, row_sum));
 }
 
 // Two neighbouring accumulator tiles hold exactly the elements of one left operand, in the same lanes.

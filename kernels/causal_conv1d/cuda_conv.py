@@ -25,11 +25,12 @@ constexpr int CHUNK = 16 / sizeof(ELEMENT);  // channels of a thread
 constexpr int BEFORE = WIDTH - 1;            // inputs before a token that it depends on
 constexpr float LOG2_E = 1.4426950408889634f;
 
+template <class T>
 KLAB_DEVICE void unpack(float (&to)[CHUNK], const Vec16& v) {
-    if constexpr (sizeof(ELEMENT) == 2) {
+    if constexpr (sizeof(T) == 2) {
         KLAB_UNROLL
         for (int i = 0; i < CHUNK / 2; ++i) {
-            Pair pair = unpack2<ELEMENT>(v.word[i]);
+            Pair pair = unpack2<T>(v.word[i]);
             to[2 * i] = pair.x;
             to[2 * i + 1] = pair.y;
         }
@@ -39,11 +40,12 @@ KLAB_DEVICE void unpack(float (&to)[CHUNK], const Vec16& v) {
     }
 }
 
+template <class T>
 KLAB_DEVICE Vec16 pack(const float (&from)[CHUNK]) {
     Vec16 v;
-    if constexpr (sizeof(ELEMENT) == 2) {
+    if constexpr (sizeof(T) == 2) {
         KLAB_UNROLL
-        for (int i = 0; i < CHUNK / 2; ++i) v.word[i] = pack2<ELEMENT>(from[2 * i], from[2 * i + 1]);
+        for (int i = 0; i < CHUNK / 2; ++i) v.word[i] = pack2<T>(from[2 * i], from[2 * i + 1]);
     } else {
         KLAB_UNROLL
         for (int i = 0; i < CHUNK; ++i) v.word[i] = float_bits(from[i]);
@@ -75,7 +77,7 @@ KLAB_KERNEL(causal_conv, THREADS)(
         KLAB_UNROLL
         for (int part = 0; part < WIDTH; ++part) {
             float values[CHUNK];
-            unpack(values, load_16(weight + channel * WIDTH + part * CHUNK));
+            unpack<ELEMENT>(values, load_16(weight + channel * WIDTH + part * CHUNK));
             KLAB_UNROLL
             for (int i = 0; i < CHUNK; ++i) factor[(part * CHUNK + i) % WIDTH][(part * CHUNK + i) / WIDTH] = values[i];
         }
@@ -88,11 +90,11 @@ KLAB_KERNEL(causal_conv, THREADS)(
 
     float window[WIDTH][CHUNK];
     KLAB_UNROLL
-    for (int j = 0; j < BEFORE; ++j) unpack(window[j], seen[j]);
+    for (int j = 0; j < BEFORE; ++j) unpack<ELEMENT>(window[j], seen[j]);
     out += static_cast<int64_t>(first) * channels + channel;
     KLAB_UNROLL
     for (int t = 0; t < TOKENS; ++t) {
-        unpack(window[(t + BEFORE) % WIDTH], seen[t + BEFORE]);
+        unpack<ELEMENT>(window[(t + BEFORE) % WIDTH], seen[t + BEFORE]);
         float total[CHUNK];
         KLAB_UNROLL
         for (int i = 0; i < CHUNK; ++i) {
@@ -101,7 +103,7 @@ KLAB_KERNEL(causal_conv, THREADS)(
             for (int j = 1; j < WIDTH; ++j) total[i] = fused_multiply_add(window[(t + j) % WIDTH][i], factor[j][i], total[i]);
             if (silu) total[i] /= 1.0f + exp2f_fast(-LOG2_E * total[i]);
         }
-        if (t < count) store_16(out + static_cast<int64_t>(t) * channels, pack(total));
+        if (t < count) store_16(out + static_cast<int64_t>(t) * channels, pack<ELEMENT>(total));
     }
     if (place + TOKENS >= length) {
         final_state += static_cast<int64_t>(sequence) * BEFORE * channels + channel;

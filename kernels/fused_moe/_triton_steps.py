@@ -34,14 +34,21 @@ def to_fp8(values):
 
 
 @triton.jit
+def as_fp8(values, WIDTH: tl.constexpr, SCALE_BLOCK: tl.constexpr):
+    """float32 values [WIDTH] as the fp8 ones with a scale per SCALE_BLOCK that stand for them."""
+    blocks = tl.reshape(values, (WIDTH // SCALE_BLOCK, SCALE_BLOCK))
+    quantised, scale = to_fp8(blocks)
+    return tl.reshape(quantised.to(tl.float32) * scale[:, None], (WIDTH,))
+
+
+@triton.jit
 def silu_and_mul(gate, up, LIMIT: tl.constexpr):
     """silu(gate) * up in float32, or gpt-oss's clamped form where LIMIT > 0."""
     if LIMIT > 0:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
         return gate / (1.0 + tl.exp(gate * (0.0 - ALPHA))) * up
-    else:
-        return gate / (1.0 + tl.exp(-gate)) * up
+    return gate / (1.0 + tl.exp(-gate)) * up
 
 
 @triton.jit
@@ -115,7 +122,7 @@ def quantize_rows(x: torch.Tensor, to: torch.Tensor, scales: torch.Tensor) -> No
 
 
 def activate(problem: FusedMoe, up_rows: torch.Tensor, ids: torch.Tensor, to: torch.Tensor, scales: torch.Tensor) -> None:
-    """Enqueue: [choices, up_rows] to [choices, intermediate], in fp8 with `scales` where the format says so; rows of other GPUs are left."""
+    """Enqueue: [choices, up_rows] to [choices, intermediate], in fp8 with `scales` if so; other GPUs' rows are left."""
     width = problem.intermediate
     blocks = min(BLOCKS_PER_PROGRAM, next_power_of_2(cdiv(width, BLOCK)))
     _activate[(ids.numel(), cdiv(width, BLOCK * blocks))](

@@ -183,7 +183,21 @@ def cuda_moe(problem: FusedMoe, config: TileConfig, chip: Chip) -> Launch:
         matmuls[down, _in_chunks(x) and _in_chunks(w), _in_chunks(out)].launch(
             (blocks * -(-columns // tile_columns), 1, 1),
             c.threads,
-            [x, w, weights, at.slots, at.block_experts, at.padded, out, columns, x.shape[1], choices, p.top_k, float(p.swiglu_limit), *strides],
+            [
+                x,
+                w,
+                weights,
+                at.slots,
+                at.block_experts,
+                at.padded,
+                out,
+                columns,
+                x.shape[1],
+                choices,
+                p.top_k,
+                float(p.swiglu_limit),
+                *strides,
+            ],
         )
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:

@@ -29,44 +29,48 @@ constexpr int ROWS = KEY_DIM / (LANE_ROWS * WARPS);  // rows of a lane
 constexpr int PER_LANE = KEY_DIM / 32;           // elements of a query or key that a lane brings
 constexpr float LOG2_E = 1.4426950408889634f;
 
-KLAB_DEVICE void unpack(float (&to)[COLUMNS], const Vec16& v) {
+template <class T>
+KLAB_DEVICE void unpack(float (&to)[16 / sizeof(T)], const Vec16& v) {
     KLAB_UNROLL
     for (int i = 0; i < 4; ++i) {
-        if constexpr (sizeof(STATE) == 4) {
+        if constexpr (sizeof(T) == 4) {
             to[i] = bits_float(v.word[i]);
         } else {
-            Pair pair = unpack2<STATE>(v.word[i]);
+            Pair pair = unpack2<T>(v.word[i]);
             to[2 * i] = pair.x;
             to[2 * i + 1] = pair.y;
         }
     }
 }
 
-KLAB_DEVICE Vec16 pack(const float (&from)[COLUMNS]) {
+template <class T>
+KLAB_DEVICE Vec16 pack(const float (&from)[16 / sizeof(T)]) {
     Vec16 v;
     KLAB_UNROLL
     for (int i = 0; i < 4; ++i) {
-        if constexpr (sizeof(STATE) == 4)
+        if constexpr (sizeof(T) == 4)
             v.word[i] = float_bits(from[i]);
         else
-            v.word[i] = pack2<STATE>(from[2 * i], from[2 * i + 1]);
+            v.word[i] = pack2<T>(from[2 * i], from[2 * i + 1]);
     }
     return v;
 }
 
 // A lane's columns of v, or of the output.
-KLAB_DEVICE void load_values(float (&to)[COLUMNS], const ELEMENT* from) {
+template <class T>
+KLAB_DEVICE void load_values(float (&to)[COLUMNS], const T* from) {
     KLAB_UNROLL
     for (int i = 0; i < COLUMNS; ++i) to[i] = to_float(from[i]);
 }
 
-KLAB_DEVICE void store_values(ELEMENT* to, const float (&from)[COLUMNS]) {
-    if constexpr (sizeof(ELEMENT) == 2) {
+template <class T>
+KLAB_DEVICE void store_values(T* to, const float (&from)[COLUMNS]) {
+    if constexpr (sizeof(T) == 2) {
         KLAB_UNROLL
-        for (int i = 0; i < COLUMNS; i += 2) reinterpret_cast<uint32_t*>(to)[i / 2] = pack2<ELEMENT>(from[i], from[i + 1]);
+        for (int i = 0; i < COLUMNS; i += 2) reinterpret_cast<uint32_t*>(to)[i / 2] = pack2<T>(from[i], from[i + 1]);
     } else {
         KLAB_UNROLL
-        for (int i = 0; i < COLUMNS; ++i) to[i] = from_float<ELEMENT>(from[i]);
+        for (int i = 0; i < COLUMNS; ++i) to[i] = from_float<T>(from[i]);
     }
 }
 
@@ -110,7 +114,7 @@ KLAB_KERNEL(delta_recurrent, THREADS)(
     float* sums = shared_memory<float>() + WARPS * 2 * KEY_DIM;
     float state[ROWS][COLUMNS];
     KLAB_UNROLL
-    for (int i = 0; i < ROWS; ++i) unpack(state[i], raw[i]);
+    for (int i = 0; i < ROWS; ++i) unpack<STATE>(state[i], raw[i]);
 
     for (int t = first; t < end; ++t) {
         float key[PER_LANE], query[PER_LANE], value[COLUMNS];
@@ -204,7 +208,7 @@ KLAB_KERNEL(delta_recurrent, THREADS)(
 
     final_state += ((static_cast<int64_t>(sequence) * heads + head) * KEY_DIM + first_row) * VALUE_DIM + column;
     KLAB_UNROLL
-    for (int i = 0; i < ROWS; ++i) store_16(final_state + i * LANE_ROWS * VALUE_DIM, pack(state[i]));
+    for (int i = 0; i < ROWS; ++i) store_16(final_state + i * LANE_ROWS * VALUE_DIM, pack<STATE>(state[i]));
 }
 """
 

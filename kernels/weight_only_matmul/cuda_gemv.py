@@ -55,7 +55,8 @@ KLAB_DEVICE void bring_stage(const Part& p, char* stage, int k0) {
 }
 
 // Block (i, s): TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float [SPLIT, M, n].
-KLAB_KERNEL_MIN_BLOCKS(weight_only_gemv, THREADS, MIN_BLOCKS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
+// With a least number of blocks ptxas takes the registers it needs; without, it spills a few for a block more than shared memory allows.
+KLAB_KERNEL_MIN_BLOCKS(weight_only_gemv, THREADS, 1)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
                                        void* __restrict__ to, int n, int k, int part, int x_stride, int w_stride,
                                        int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, n0 = block_idx_x() * TILE_N, k_begin = block_idx_y() * part;
@@ -214,7 +215,7 @@ def cuda_gemv(problem: WeightOnlyMatmul, config: GemvConfig, chip: Chip) -> Laun
     """Up to 8 rows: every warp streams packed weights by its own cp.async ring and unpacks them into mma.sync's first operand."""
     p, c = problem, config
     defines = common_defines(p) | {
-        "M": p.m, "WARPS": c.warps, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll, "STAGES": c.stages, "SPLIT": c.split, "MIN_BLOCKS": 1,
+        "M": p.m, "WARPS": c.warps, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll, "STAGES": c.stages, "SPLIT": c.split,
     }  # fmt: skip
     smem = _smem_bytes(p, c)
     variants = {a: CudaKernel(SOURCE, "weight_only_gemv", chip, {**defines, "ALIGNED": int(a)}, smem) for a in (False, True)}

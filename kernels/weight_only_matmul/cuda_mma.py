@@ -40,8 +40,9 @@ KLAB_DEVICE void spread(const Put& put) {
 }
 
 // Block (i, s, j): BLOCK_M rows by TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float
-// [SPLIT, m, n].
-KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, MIN_BLOCKS)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
+// [SPLIT, m, n]. With a least number of blocks ptxas takes the registers it needs; without, it spills a few for a block more than shared
+// memory allows.
+KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, 1)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
                                       void* __restrict__ to, int m, int n, int k, int part, int x_stride, int w_stride,
                                       int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
@@ -247,7 +248,7 @@ def cuda_mma(problem: WeightOnlyMatmul, config: MmaConfig, chip: Chip) -> Launch
     p, c = problem, config
     defines = common_defines(p) | {
         "BLOCK_M": c.block_m, "WARPS_N": c.warps_n, "WARPS_K": c.warps_k, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll,
-        "STAGES": c.stages, "SPLIT": c.split, "MIN_BLOCKS": 1,
+        "STAGES": c.stages, "SPLIT": c.split,
     }  # fmt: skip
     smem = _smem_bytes(p, c)
     variants = {a: CudaKernel(SOURCE, "weight_only_mma", chip, {**defines, "ALIGNED": int(a)}, smem) for a in (False, True)}

@@ -4,6 +4,8 @@ One key of thousands moves the output by less than bf16's tolerance, unless the 
 inputs to that.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,8 +14,8 @@ from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.prefill_attention.problem import PrefillAttention, offsets
 
 
-def decode(problem, *, first=0, last=0, causal=0, scale=1.0, overrun=0):
-    """A right decode in float32, but for: keys dropped at the ends, a causal mask shifted, a scale off, slots read past the end."""
+def decode(problem, *, first=0, last=0, causal=0, scale=1.0, overrun=0, lost=-1):
+    """Right in float32, but for: keys dropped at the ends, a causal mask shifted, a scale off, slots read past the end, one key lost."""
 
     def launch(inputs, outputs):
         group = problem.heads // problem.kv_heads
@@ -23,7 +25,7 @@ def decode(problem, *, first=0, last=0, causal=0, scale=1.0, overrun=0):
             scores = torch.einsum("qhd,khd->hqk", inputs["q"][i].float(), k) * problem.scale * scale
             position = torch.arange(problem.q_len)[:, None] + length - problem.q_len
             key = torch.arange(k.shape[0])[None, :]
-            hidden = (key > position + causal + overrun) | (key < first) | (key >= length - last + overrun)
+            hidden = (key > position + causal + overrun) | (key < first) | (key >= length - last + overrun) | (key == lost)
             if problem.window:
                 hidden |= key <= position - problem.window
             outputs["out"][i] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
@@ -50,6 +52,52 @@ def test_a_right_decode_passes_and_a_wrong_one_does_not(problem):
             continue
         for seed in (2, 3, 4):
             assert not check(problem, decode(problem, **fault), seed=seed).passed, fault
+
+
+F8 = {"kv_dtype": "float8_e4m3fn"}
+FEATURES = [
+    # (problem, what a faulty kernel takes the problem for, what it does with an input)
+    (
+        DecodeAttention((8704, 3000), 8, 2, 64, sinks=True),
+        [{"sinks": False}],
+        [("sinks", lambda x: x.roll(1)), ("sinks", lambda x: x * 1.1)],
+    ),
+    (DecodeAttention((8704,), 8, 2, 64, sinks=True, window=128), [{"sinks": False}, {"window": 127}, {"window": 129}], []),
+    (DecodeAttention((8704,), 8, 2, 64, softcap=50.0), [{"softcap": 0.0}, {"softcap": 30.0}], []),
+    (
+        DecodeAttention((8704, 600), 8, 4, 64, q_len=2, **F8),
+        [],
+        [(name, change) for name in ("k_scale", "v_scale") for change in (torch.ones_like, lambda x: x.roll(1), lambda x: x * 1.05)],
+    ),
+]
+
+
+def altered(problem, believed, changes):
+    """The reference of another problem, or of other inputs, as a launch."""
+
+    def launch(inputs, outputs):
+        given = inputs | {name: change(inputs[name]) for name, change in changes}
+        outputs["out"].copy_(replace(problem, **believed).reference(given)["out"])
+
+    return launch
+
+
+@pytest.mark.parametrize(("problem", "believed", "changes"), FEATURES, ids=lambda p: p.label() if isinstance(p, DecodeAttention) else "")
+def test_a_decode_that_misses_a_feature_fails(problem, believed, changes):
+    right = check(problem, altered(problem, {}, []), seed=1)
+    assert right.passed and right.error < 0.5 * right.tolerance
+    for seed in (2, 3):
+        for fault in believed:
+            assert not check(problem, altered(problem, fault, []), seed=seed).passed, fault
+        for name, change in changes:
+            assert not check(problem, altered(problem, {}, [(name, change)]), seed=seed).passed, name
+
+
+@pytest.mark.parametrize("lost", [0, 8191, 8192, 8703])
+def test_a_cascade_that_loses_a_key_where_its_passes_meet_fails(lost):
+    problem = DecodeAttention((8704, 8704, 8250), 4, 2, 64, shared_prefix=8192)
+    assert check(problem, decode(problem), seed=1).passed
+    assert not check(problem, decode(problem, lost=lost), seed=2).passed
 
 
 def prefill(problem, *, causal=0, scale=1.0, window=0):

@@ -1,0 +1,45 @@
+"""Torch baseline: one matrix product per sequence and chunk of tokens for all heads, ReLU, and a batched product with the weights.
+
+Scores of every head are written to memory in the problem's dtype and read again; fp8 operands become 16-bit copies first, and paged keys
+contiguous ones. torch._scaled_mm would multiply fp8 as it is, but only with row counts that are multiples of 16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
+from klab.kernels.index_scores.problem import IndexScores
+
+CHUNK_BYTES = 1 << 30  # of scores per head: far more than the L2 cache, far less than the memory
+
+
+@kernel(IndexScores, backend="torch", kinds=("cuda", "cpu"), library=True)
+def torch_matmul(problem: IndexScores, config: Config, chip: Chip) -> Launch:
+    """torch matmul for all heads, ReLU, batched matmul with the weights; chunks of tokens, 16-bit copies of fp8, gathered pages."""
+    dtype, heads, keys = torch_dtype(problem.dtype), problem.heads, problem.kv_len
+    chunk = max(1, min(problem.q_len, CHUNK_BYTES // (heads * keys * SIZE_BYTES[problem.dtype])))
+
+    def paged(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        # torch selects no fp8 rows on every device: bytes are moved.
+        raw = cache.view(torch.uint8) if problem.format and cache.dim() == 3 else cache
+        return raw.index_select(0, table).flatten(0, 1)[:keys].view(cache.dtype)
+
+    def launch(inputs: Tensors, outputs: Tensors) -> None:
+        position = torch.arange(problem.q_len, device=inputs["q"].device)[:, None] + keys - problem.q_len
+        hidden = torch.arange(keys, device=position.device) > position
+        for i in range(problem.batch):
+            k = paged(inputs["k_cache"], inputs["block_table"][i]) if problem.page_size else inputs["k"][i]
+            k = k.to(dtype)
+            for t in range(0, problem.q_len, chunk):
+                q = inputs["q"][i, t : t + chunk].to(dtype)
+                each = (q.flatten(0, 1) @ k.T).relu_().view(len(q), heads, keys)
+                weights = inputs["weights"][i, t : t + chunk, None].to(dtype)
+                outputs["scores"][i, t : t + chunk] = torch.bmm(weights, each)[:, 0]
+            if problem.format:
+                scale = inputs["k_scale"]
+                outputs["scores"][i] *= paged(scale, inputs["block_table"][i]) if problem.page_size else scale[i]
+            outputs["scores"][i].masked_fill_(hidden, -torch.inf)
+
+    return launch
