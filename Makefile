@@ -23,8 +23,11 @@ types: $(DONE)
 imports: $(DONE)
 	$(BIN)/lint-imports
 
+# Processes that test side by side. Tests that share a costly fixture stay together (tests/conftest.py).
+JOBS   ?= 2
+
 pytest: $(DONE)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
 # On a machine with a GPU: every kernel against its reference on the device, in bf16 and fp16.
 gpu-test: $(DONE)

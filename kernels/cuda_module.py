@@ -9,6 +9,7 @@ Cubins are kept on disk, so that what one process compiled (while screening, say
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from klab.kernels import disk_cache  # how a binary is kept shapes no launch: it is no part of a kernel's identity
 from klab.kernels.artifact import Artifact, recording
 from klab.kernels.contract import Chip, digest
-from klab.kernels.errors import KlabError
+from klab.kernels.errors import CannotMeasure, KlabError
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,50 @@ class Int64(int):
     """An integer argument that the kernel declares as `int64_t`; a plain Python int is an `int`."""
 
 
+@dataclass(frozen=True, eq=False)
+class TensorMap:
+    """An argument for a `KLAB_TENSOR_MAP` parameter (see tma.cuh): boxes of a matrix [rows, columns] of 16-bit elements, dense rows.
+
+    A box has `box_rows` rows (up to 256) of `box_columns` = 64 columns. Rows start at multiples of 16 bytes.
+    """
+
+    tensor: torch.Tensor
+    box_rows: int
+    box_columns: int = 64
+
+    def encoded(self) -> bytes:
+        """The driver's 128 bytes for it; no call to the device. CannotMeasure where there is no driver, or where it refuses."""
+        t = self.tensor
+        return _encode_map(t.data_ptr(), *t.shape, t.stride(0), str(t.dtype), self.box_rows, self.box_columns)
+
+
+# CUtensorMapDataType, interleave, swizzle, L2 promotion and fill of cuda.h.
+_MAP_TYPES = {"torch.float16": 6, "torch.bfloat16": 9}
+_NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZERO = 0, 3, 3, 0
+
+
+@lru_cache(maxsize=1024)
+def _encode_map(address: int, rows: int, columns: int, stride: int, dtype: str, box_rows: int, box_columns: int) -> bytes:
+    u32, u64 = ctypes.c_uint32, ctypes.c_uint64
+    try:
+        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError):
+        raise CannotMeasure("a tensor map needs NVIDIA's driver 12.0 or newer (libcuda.so.1)") from None
+    room = ctypes.create_string_buffer(128 + 64)
+    at = (ctypes.addressof(room) + 63) // 64 * 64
+    failed = encode(
+        ctypes.c_void_p(at), _MAP_TYPES[dtype], u32(2), ctypes.c_void_p(address), (u64 * 2)(columns, rows), (u64 * 1)(stride * 2),
+        (u32 * 2)(box_columns, box_rows), (u32 * 2)(1, 1), _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_256B, _FILL_ZERO,
+    )  # fmt: skip
+    if failed:
+        raise CannotMeasure(
+            f"the driver refuses a tensor map of {rows}x{columns}, stride {stride}, box {box_rows}x{box_columns}: error {failed}"
+        )
+    return ctypes.string_at(at, 128)
+
+
+Argument = Any
+"""A tensor, an int, an Int64, a float or a TensorMap."""
 Grid = tuple[int, int, int]
 Backend = Callable[["CudaKernel", Grid, int, Sequence[Any]], None]
 
@@ -180,7 +225,7 @@ class CudaKernel:
         """Where the binary is kept among `cubins()`."""
         return cubin_key(self.source, self.name, self.chip.arch, sorted((key, str(value)) for key, value in self.defines.items()))
 
-    def launch(self, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
+    def launch(self, grid: Grid, block_threads: int, args: Sequence[Argument]) -> None:
         """Enqueue on torch's current stream (also into a CUDA graph under capture) and return at once.
 
         Tensors are passed as their data pointer, ints as `int` (Int64 as `int64_t`), floats as `float`. Under `compile_only()` it
@@ -207,19 +252,24 @@ class CudaKernel:
         else:
             self._launch_on_device(grid, block_threads, args)
 
-    def _launch_on_device(self, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
+    def _launch_on_device(self, grid: Grid, block_threads: int, args: Sequence[Argument]) -> None:
         import cupy
         import torch
 
         device = next(arg.device.index for arg in args if isinstance(arg, torch.Tensor))
+        mapped = any(isinstance(arg, TensorMap) for arg in args)
         with cupy.cuda.Device(device):
             if device not in self._loaded:
                 self._loaded[device] = _load(self.cubin(), self.name, self.dynamic_smem_bytes)
-            with cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            if mapped:
+                _launch_by_driver(self._loaded[device], grid, block_threads, self.dynamic_smem_bytes, stream, args)
+                return
+            with cupy.cuda.ExternalStream(stream, device):
                 self._loaded[device](grid, (block_threads, 1, 1), device_arguments(args), shared_mem=self.dynamic_smem_bytes)
 
 
-def device_arguments(args: Sequence[torch.Tensor | int | float]) -> tuple[Any, ...]:
+def device_arguments(args: Sequence[Argument]) -> tuple[Any, ...]:
     """Scalars of the width that the kernel declares: CuPy passes a numpy scalar as the bytes it has."""
     import numpy
     import torch
@@ -236,6 +286,22 @@ def device_arguments(args: Sequence[torch.Tensor | int | float]) -> tuple[Any, .
         return numpy.int32(value)
 
     return tuple(convert(value) for value in args)
+
+
+def _launch_by_driver(function: Any, grid: Grid, block_threads: int, smem_bytes: int, stream: int, args: Sequence[Argument]) -> None:
+    """A launch whose arguments are handed over by address: CuPy's own conversion knows no value of 128 bytes."""
+    from cupy_backends.cuda.api import driver
+
+    values: list[Any] = []
+    for arg in args:
+        if isinstance(arg, TensorMap):
+            values.append(ctypes.create_string_buffer(arg.encoded(), 128))
+        else:
+            (plain,) = device_arguments([arg])
+            values.append(ctypes.create_string_buffer(plain.tobytes(), plain.nbytes))
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    # The driver copies the arguments before it returns.
+    driver.launchKernel(function.kernel.ptr, *grid, block_threads, 1, 1, smem_bytes, stream, ctypes.addressof(pointers), 0)
 
 
 def _load(cubin: bytes, name: str, dynamic_smem_bytes: int) -> Any:

@@ -34,7 +34,7 @@ class TileConfig(Config):
 
     @property
     def registers(self) -> int:
-        """Per thread, estimated: the sums, two sets of fragments, two for each row of x loaded (they come from anywhere), 45 for the rest."""
+        """Per thread, estimated: the sums, two sets of fragments, two for each row of x to load, 45 for the rest."""
         warp_m, warp_n = self.block_m // self.warps_m, self.block_n // self.warps_n
         loads = self.block_m * self.block_k // 8 // self.threads
         return warp_m * warp_n // 32 + 2 * (warp_m // 4 + warp_n // 4) + 2 * loads + 45

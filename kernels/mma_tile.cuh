@@ -1,8 +1,9 @@
 // A block's tile of a matrix product on mma.sync: out[BLOCK_M, BLOCK_N] = X[BLOCK_M, k] W[BLOCK_N, k]^T, fed by a ring of cp.async stages.
 //
 // Where X and W come from is the kernel's business: it passes a source for each, an object with
-//     const ELEMENT* find(int row, int column) const;   // of the tile; nullptr for what is zero
-// ALIGNED promises that eight elements from a column that is a multiple of 8 on are found or zero together and lie in 16 aligned bytes;
+//     bool inside(int row, int column) const;           // of the tile; what is not inside is zero
+//     const ELEMENT* at(int row, int column) const;     // where it is, if inside
+// ALIGNED promises that eight elements from a column that is a multiple of 8 on are inside or outside together and lie in 16 aligned bytes;
 // ALIGNED_OUT that the same holds for the output.
 //
 // Defines: ELEMENT (half_t or bf16_t), BLOCK_M, BLOCK_N, BLOCK_K, STAGES, WARPS_M, WARPS_N, ALIGNED, ALIGNED_OUT. Shared memory: the larger
@@ -29,14 +30,12 @@ KLAB_DEVICE void bring(char* to, const Source& source, int k0) {
         if (ROWS % STEP != 0 && row >= ROWS) continue;
         char* at = to + swizzle<BLOCK_K * 2>(row, chunk);
         if (ALIGNED) {
-            const ELEMENT* from = source.find(row, column);
-            cp_async_16(at, from ? from : source.base, from != nullptr);
+            cp_async_16(at, source.at(row, column), source.inside(row, column));
         } else {
             Vec16 v{};
             KLAB_UNROLL
             for (int j = 0; j < 8; ++j) {
-                const ELEMENT* from = source.find(row, column + j);
-                if (from) v.word[j / 2] |= static_cast<uint32_t>(from->bits) << (16 * (j % 2));
+                if (source.inside(row, column + j)) v.word[j / 2] |= static_cast<uint32_t>(source.at(row, column + j)->bits) << (16 * (j % 2));
             }
             store_16(at, v);
         }

@@ -1,4 +1,4 @@
-"""What every test shares: compiled candidates of a test run are cached in a folder of that run alone."""
+"""What every test shares: caches and locks of its own process, and which tests stay together when several processes run them."""
 
 from __future__ import annotations
 
@@ -9,5 +9,20 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A user's cache neither helps nor suffers; child processes inherit the variable."""
+    """A user's cache neither helps nor suffers, and processes that test side by side do not wait for one another's locks; child processes
+    inherit the variables.
+    """
     os.environ["KLAB_CACHE"] = str(tmp_path_factory.mktemp("klab-cache"))
+    os.environ["KLAB_LOCK_DIR"] = str(tmp_path_factory.mktemp("klab-locks"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a module's fixture run in one process (pytest -n 2 --dist loadgroup), so that it is made once."""
+    for item in items:
+        info = getattr(item, "_fixtureinfo", None)
+        shared = info is not None and any(
+            definition.scope in ("module", "class") for definitions in info.name2fixturedefs.values() for definition in definitions
+        )
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))

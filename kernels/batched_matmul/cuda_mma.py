@@ -19,24 +19,22 @@ SOURCE = r"""
 #include "mma_tile.cuh"
 using namespace klab;
 
-// Rows of a matrix that lie `stride` elements apart.
+// Rows of a matrix that lie `stride` elements apart; within a tile offsets fit 32 bits.
 struct Rows {
     const ELEMENT* base;
-    int64_t stride;
-    int rows, columns;
-    KLAB_DEVICE const ELEMENT* find(int row, int column) const {
-        return row < rows && column < columns ? base + row * stride + column : nullptr;
-    }
+    int stride, rows, columns;
+    KLAB_DEVICE bool inside(int row, int column) const { return row < rows && column < columns; }
+    KLAB_DEVICE const ELEMENT* at(int row, int column) const { return base + (row * stride + column); }
 };
 
 // Block (i, head): tile i of one head, rows first, so that blocks that run together share the tile of weights in L2.
 KLAB_KERNEL_MIN_BLOCKS(batched_mma, tile::THREADS, 1)(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out,
-                                                     int m, int n, int k, int64_t x_stride, int64_t x_head, int64_t w_stride, int64_t w_head,
+                                                     int m, int n, int k, int x_stride, int w_stride, int64_t x_head, int64_t w_head,
                                                      int64_t out_stride, int64_t out_head) {
     const int tiles_m = ceil_div(m, BLOCK_M), head = block_idx_y();
     const int m0 = block_idx_x() % tiles_m * BLOCK_M, n0 = block_idx_x() / tiles_m * BLOCK_N;
-    const Rows x_rows{x + head * x_head + m0 * x_stride, x_stride, m - m0, k};
-    const Rows w_rows{w + head * w_head + n0 * w_stride, w_stride, n - n0, k};
+    const Rows x_rows{x + head * x_head + static_cast<int64_t>(m0) * x_stride, x_stride, m - m0, k};
+    const Rows w_rows{w + head * w_head + static_cast<int64_t>(n0) * w_stride, w_stride, n - n0, k};
     float sum[tile::TILES_M][tile::TILES_N][4] = {};
     tile::multiply(sum, x_rows, w_rows, k);
     tile::store(sum, out + head * out_head + m0 * out_stride + n0, out_stride, m - m0, n - n0);
@@ -48,6 +46,8 @@ def fits(problem: BatchedMatmul, config: MmaTileConfig, chip: Chip) -> str | Non
     """Why this config cannot run, or None. Odd sizes and strides run too, by a slower load."""
     if problem.batch > 65535:
         return f"a grid has no {problem.batch} heads"
+    if max(problem.batch * problem.k * config.block_m, problem.k * config.block_n) >= 2**30:
+        return "rows are too long for 32-bit offsets within a tile"
     return unfit(problem.dtype, config, chip)
 
 
@@ -79,7 +79,7 @@ def cuda_mma(problem: BatchedMatmul, config: MmaTileConfig, chip: Chip) -> Launc
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         x, w, out = inputs["x"], inputs["w"], outputs["out"]
-        strides = [Int64(s) for s in (x.stride(0), x.stride(1), w.stride(1), w.stride(0), out.stride(0), out.stride(1))]
+        strides = [x.stride(0), w.stride(1), *(Int64(s) for s in (x.stride(1), w.stride(0), out.stride(0), out.stride(1)))]
         variants[_in_chunks(x) and _in_chunks(w), _in_chunks(out)].launch(grid, c.threads, [x, w, out, p.m, p.n, p.k, *strides])
 
     return launch

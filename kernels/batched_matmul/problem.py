@@ -66,8 +66,11 @@ class BatchedMatmul(Problem):
 
     @classmethod
     def examples(cls) -> list[Problem]:
-        shapes = [(1, 1, 1, 1), (5, 1, 40, 72), (3, 17, 33, 19), (2, 3, 128, 264), (3, 70, 72, 136), (4, 16, 64, 64)]
-        return [cls(batch, m, n, k, dtype) for batch, m, n, k in shapes for dtype in ("float16", "float32", "bfloat16")]
+        shapes = [
+            (1, 1, 1, 1, ("float16", "float32", "bfloat16")), (5, 1, 40, 72, ("float16", "bfloat16")),
+            (3, 17, 33, 19, ("float16", "float32")), (2, 3, 128, 264, ("bfloat16",)), (3, 70, 72, 136, ("float16", "float32")),
+        ]  # fmt: skip
+        return [cls(batch, m, n, k, dtype) for batch, m, n, k, dtypes in shapes for dtype in dtypes]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

@@ -22,35 +22,35 @@ using namespace klab;
 // Row r of the product is output frame first + r; column c is channel c % CHANNELS of its tap c / CHANNELS.
 struct Frames {
     const ELEMENT* base;
-    int64_t stride;
-    int first, rows, frames;
-    KLAB_DEVICE const ELEMENT* find(int row, int column) const {
-        const int tap = static_cast<uint32_t>(column) / CHANNELS, channel = static_cast<uint32_t>(column) % CHANNELS;
-        const int frame = (first + row) * STRIDE + tap - PADDING;
-        const bool inside = row < rows && tap < WIDTH && frame >= 0 && frame < frames;
-        return inside ? base + frame * stride + channel : nullptr;
+    int stride, first, rows, frames;
+    KLAB_DEVICE static int tap(int column) { return static_cast<uint32_t>(column) / CHANNELS; }
+    KLAB_DEVICE static int channel(int column) { return static_cast<uint32_t>(column) % CHANNELS; }
+    KLAB_DEVICE int frame(int row, int column) const { return (first + row) * STRIDE + tap(column) - PADDING; }
+    KLAB_DEVICE bool inside(int row, int column) const {
+        // Unsigned: a frame before the first is a large number.
+        return row < rows && tap(column) < WIDTH && static_cast<uint32_t>(frame(row, column)) < static_cast<uint32_t>(frames);
     }
+    KLAB_DEVICE const ELEMENT* at(int row, int column) const { return base + (frame(row, column) * stride + channel(column)); }
 };
 
 // Row r is output channel r of this tile.
 struct Taps {
     const ELEMENT* base;
-    int64_t stride, tap_stride;
-    int rows;
-    KLAB_DEVICE const ELEMENT* find(int row, int column) const {
-        const int tap = static_cast<uint32_t>(column) / CHANNELS, channel = static_cast<uint32_t>(column) % CHANNELS;
-        return row < rows && tap < WIDTH ? base + row * stride + tap * tap_stride + channel : nullptr;
+    int stride, tap_stride, rows;
+    KLAB_DEVICE bool inside(int row, int column) const { return row < rows && column < WIDTH * CHANNELS; }
+    KLAB_DEVICE const ELEMENT* at(int row, int column) const {
+        return base + (row * stride + Frames::tap(column) * tap_stride + Frames::channel(column));
     }
 };
 
 // Block (i, b): tile i of sequence b, channels first, so that blocks that run together share the frames in L2.
 KLAB_KERNEL_MIN_BLOCKS(conv1d_mma, tile::THREADS, 1)(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out,
-                                                    int frames, int frames_out, int channels_out, int64_t x_batch, int64_t x_stride,
-                                                    int64_t w_stride, int64_t w_tap, int64_t out_batch, int64_t out_stride) {
+                                                    int frames, int frames_out, int channels_out, int x_stride, int w_stride, int w_tap,
+                                                    int64_t x_batch, int64_t out_batch, int64_t out_stride) {
     const int tiles_n = ceil_div(channels_out, BLOCK_N), sequence = block_idx_y();
     const int m0 = block_idx_x() / tiles_n * BLOCK_M, n0 = block_idx_x() % tiles_n * BLOCK_N;
     const Frames x_rows{x + sequence * x_batch, x_stride, m0, frames_out - m0, frames};
-    const Taps w_rows{w + n0 * w_stride, w_stride, w_tap, channels_out - n0};
+    const Taps w_rows{w + static_cast<int64_t>(n0) * w_stride, w_stride, w_tap, channels_out - n0};
     float sum[tile::TILES_M][tile::TILES_N][4] = {};
     tile::multiply(sum, x_rows, w_rows, WIDTH * CHANNELS);
     tile::store(sum, out + sequence * out_batch + m0 * out_stride + n0, out_stride, frames_out - m0, channels_out - n0);
@@ -62,6 +62,8 @@ def fits(problem: Conv1d, config: MmaTileConfig, chip: Chip) -> str | None:
     """Why this config cannot run, or None. Channels that are no multiple of 8 run too, by a slower load."""
     if problem.batch > 65535:
         return f"a grid has no {problem.batch} sequences"
+    if max(problem.frames + 2 * problem.padding, problem.width * config.block_n) * problem.channels_in >= 2**30:
+        return "a sequence is too long for 32-bit offsets"
     return unfit(problem.dtype, config, chip)
 
 
@@ -94,7 +96,7 @@ def cuda_implicit_gemm(problem: Conv1d, config: MmaTileConfig, chip: Chip) -> La
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         x, w, out = inputs["x"], inputs["w"], outputs["out"]
-        strides = [Int64(s) for s in (x.stride(0), x.stride(1), w.stride(0), w.stride(1), out.stride(0), out.stride(1))]
+        strides = [x.stride(1), w.stride(0), w.stride(1), *(Int64(s) for s in (x.stride(0), out.stride(0), out.stride(1)))]
         aligned = _in_chunks(x) and _in_chunks(w), _in_chunks(out)
         variants[aligned].launch(grid, c.threads, [x, w, out, p.frames, p.frames_out, p.channels_out, *strides])
 

@@ -85,8 +85,12 @@ class Conv1d(Problem):
 
     @classmethod
     def examples(cls) -> list[Problem]:
-        shapes = [(1, 1, 1, 1, 3, 1), (2, 33, 40, 72, 3, 2), (1, 70, 16, 24, 3, 1), (2, 6, 5, 7, 3, 2), (1, 9, 24, 130, 2, 1)]
-        return [cls(*shape, dtype=dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]
+        shapes = [
+            (1, 1, 1, 1, 3, 1, ("float16", "float32", "bfloat16")), (2, 33, 40, 72, 3, 2, ("float16", "bfloat16")),
+            (1, 70, 16, 24, 3, 1, ("float32", "bfloat16")), (2, 6, 5, 7, 3, 2, ("float16", "float32")),
+            (1, 9, 24, 130, 2, 1, ("float16", "float32")),
+        ]  # fmt: skip
+        return [cls(*shape, dtype=dtype) for *shape, dtypes in shapes for dtype in dtypes]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

@@ -108,7 +108,7 @@ class _Sequence:
         """[q_len, heads, dim] as [kv_heads, rows of a group, dim], or where heads are not packed as [heads, q_len, dim]."""
         if not self.config.pack_heads:
             return x.transpose(0, 1)
-        return x.unflatten(1, (self.problem.kv_heads, self.group)).transpose(0, 1).flatten(1, 2)
+        return x.reshape(x.shape[0], self.problem.kv_heads, self.group, x.shape[2]).transpose(0, 1).flatten(1, 2)
 
     def run(self, inputs: Tensors, out: torch.Tensor) -> None:
         """Write this sequence's output [q_len, heads, dim_v]."""

@@ -309,24 +309,25 @@ class DecodeAttention(Problem):
 
     @classmethod
     def examples(cls) -> list[Problem]:
-        shapes: list[dict[str, object]] = [
-            {"kv_lens": (1,), "heads": 2, "kv_heads": 1, "head_dim": 64},
-            {"kv_lens": (15, 16, 17), "heads": 4, "kv_heads": 2, "head_dim": 64},
-            {"kv_lens": (100, 0, 3), "heads": 8, "kv_heads": 1, "head_dim": 128},
-            {"kv_lens": (257, 31), "heads": 2, "kv_heads": 2, "head_dim": 128, "page_size": 1},
-            {"kv_lens": (130, 64), "heads": 6, "kv_heads": 2, "head_dim": 64, "page_size": 64},
-            {"kv_lens": (40, 4, 129), "q_len": 4, "heads": 4, "kv_heads": 1, "head_dim": 64},
-            {"kv_lens": (77,), "heads": 5, "kv_heads": 1, "head_dim": 256},
-            {"kv_lens": (90, 33), "heads": 2, "kv_heads": 1, "head_dim": 64, "logit_gain": 40.0},
-            {"kv_lens": (61,), "heads": 2, "kv_heads": 1, "head_dim": 64, "logit_gain": 6.0, "page_size": 128},
-            {"kv_lens": (2100, 700), "heads": 4, "kv_heads": 1, "head_dim": 64},
-            {"kv_lens": (200, 9), "q_len": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "window": 50},
-            {"kv_lens": (300, 0, 20), "heads": 8, "kv_heads": 2, "head_dim": 64, "sinks": True, "window": 128},
-            {"kv_lens": (150, 33), "heads": 4, "kv_heads": 2, "head_dim": 64, "softcap": 30.0, "sinks": True},
-            {"kv_lens": (70, 600), "heads": 6, "kv_heads": 2, "head_dim": 64, "q_len": 2, "kv_dtype": FP8},
-            {"kv_lens": (200, 0, 97, 130), "heads": 4, "kv_heads": 2, "head_dim": 64, "shared_prefix": 96},
+        half, single, brain = "float16", "float32", "bfloat16"
+        shapes: list[tuple[dict[str, object], tuple[str, ...]]] = [
+            ({"kv_lens": (1,), "heads": 2, "kv_heads": 1, "head_dim": 64}, (half, single, brain)),
+            ({"kv_lens": (15, 16, 17), "heads": 4, "kv_heads": 2, "head_dim": 64}, (half, single)),
+            ({"kv_lens": (100, 0, 3), "heads": 8, "kv_heads": 1, "head_dim": 128}, (half, brain)),
+            ({"kv_lens": (257, 31), "heads": 2, "kv_heads": 2, "head_dim": 128, "page_size": 1}, (single, brain)),
+            ({"kv_lens": (130, 64), "heads": 6, "kv_heads": 2, "head_dim": 64, "page_size": 64}, (half,)),
+            ({"kv_lens": (40, 4, 129), "q_len": 4, "heads": 4, "kv_heads": 1, "head_dim": 64}, (half, single)),
+            ({"kv_lens": (77,), "heads": 5, "kv_heads": 1, "head_dim": 256}, (half, brain)),
+            ({"kv_lens": (90, 33), "heads": 2, "kv_heads": 1, "head_dim": 64, "logit_gain": 40.0}, (half, single)),
+            ({"kv_lens": (61,), "heads": 2, "kv_heads": 1, "head_dim": 64, "logit_gain": 6.0, "page_size": 128}, (half, brain)),
+            ({"kv_lens": (2100, 700), "heads": 4, "kv_heads": 1, "head_dim": 64}, (half, single)),
+            ({"kv_lens": (200, 9), "q_len": 2, "heads": 2, "kv_heads": 1, "head_dim": 64, "window": 50}, (half, single)),
+            ({"kv_lens": (300, 0, 20), "heads": 8, "kv_heads": 2, "head_dim": 64, "sinks": True, "window": 128}, (half, brain)),
+            ({"kv_lens": (150, 33), "heads": 4, "kv_heads": 2, "head_dim": 64, "softcap": 30.0, "sinks": True}, (half, single)),
+            ({"kv_lens": (70, 600), "heads": 6, "kv_heads": 2, "head_dim": 64, "q_len": 2, "kv_dtype": FP8}, (half, single, brain)),
+            ({"kv_lens": (200, 0, 97, 130), "heads": 4, "kv_heads": 2, "head_dim": 64, "shared_prefix": 96}, (half, brain)),
         ]
-        return [cls(**shape, dtype=dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]  # type: ignore[arg-type]
+        return [cls(**shape, dtype=dtype) for shape, dtypes in shapes for dtype in dtypes]  # type: ignore[arg-type]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

@@ -74,7 +74,7 @@ def _attend(
         packed = q.view(n, problem.q_len, problem.kv_heads, group, problem.head_dim).transpose(1, 2).flatten(2, 3)
         if mask is not None:
             heads = problem.kv_heads if problem.sinks else 1
-            mask = mask[:, :, : heads * group].unflatten(2, (heads, group)).transpose(1, 2).flatten(2, 3)
+            mask = mask[:, :, : heads * group].reshape(n, problem.q_len, heads, group, -1).transpose(1, 2).flatten(2, 3)
         out = scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=problem.scale)
         out = out.view(n, problem.kv_heads, problem.q_len, group, problem.dim_v).transpose(1, 2).flatten(2, 3)
     return out * inputs["v_scale"].repeat_interleave(group)[:, None] if problem.kv_dtype else out

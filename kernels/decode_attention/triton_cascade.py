@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -27,7 +27,6 @@ from klab.kernels.decode_attention._triton_launch import (
     rows_of,
     rule_of,
     span_of,
-    split_counts,
     unfit_splits,
     width_of,
 )
@@ -320,17 +319,15 @@ def default(problem: DecodeAttention, chip: Chip) -> CascadeConfig:
 def space(problem: DecodeAttention, chip: Chip) -> Iterator[CascadeConfig]:
     """Tiles of 64 or 128 rows by 32 to 128 keys; behind the prefix blocks of 32 to 128 keys; the rule's ranges and some around them."""
     tiles = product(((64, 4), (128, 4), (128, 8), (16, 4)), (64, 32, 128), (3, 2))
-    steps = list(product((64, 32, 128), (4, 8), (3, 2, 4)))
+    steps = [(64, 4, 3), (64, 4, 4), (128, 4, 3), (32, 4, 4), (64, 8, 3), (64, 4, 2)]
     for ((prefix_m, prefix_warps), prefix_n, prefix_stages), (block_n, warps, stages) in product(tiles, steps):
         rule = CascadeConfig(prefix_m, prefix_n, 0, prefix_warps, prefix_stages, block_n, 0, warps, stages)
         if fits(problem, rule, chip) is not None:
             continue
-        prefixes = (0, *(n for n in (1, 2, 4, 8, 16) if n != prefix_split_count(problem, rule, chip)))
-        for prefix_splits, splits in product(prefixes, split_counts(split_count(problem, rule, chip))[:3]):
+        chosen = prefix_split_count(problem, rule, chip)
+        for prefix_splits, splits in product(sorted({0, chosen // 2, 2 * chosen}), (0, 1, 2)):
             for early, overlap in ((False, False), (True, False), (True, True)):
-                yield CascadeConfig(
-                    prefix_m, prefix_n, prefix_splits, prefix_warps, prefix_stages, block_n, splits, warps, stages, early, overlap
-                )
+                yield replace(rule, prefix_splits=prefix_splits, num_splits=splits, early_merge=early, overlap=overlap)
 
 
 def _prefix_pass(problem: DecodeAttention, config: CascadeConfig, ranges: int) -> Prefix:

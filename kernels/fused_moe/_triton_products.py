@@ -123,10 +123,7 @@ def gate_up_product(
             if GATED:
                 ups = tl.dot(a, up, ups, input_precision="ieee")
 
-    if GATED:
-        values = silu_and_mul(gates, ups, LIMIT)
-    else:
-        values = tl.maximum(gates, 0.0) * tl.maximum(gates, 0.0)
+    values = silu_and_mul(gates, ups, LIMIT) if GATED else tl.maximum(gates, 0.0) * tl.maximum(gates, 0.0)
     # In the order of the slots, so that the rows of a block lie one behind the other for the next product.
     to = active + slot[:, None].to(tl.int64) * stride_active + column + offs_n[None, :]
     store = inside_m[:, None] & inside_n[None, :]
@@ -204,10 +201,7 @@ def down_product(
         else:
             inside_k = offs_k < k - start
             a = tl.load(a_tile) if EVEN_K else tl.load(a_tile, mask=inside_k[None, :], other=0.0)
-            if EVEN_K and EVEN_N:
-                b = tl.load(w_tile)
-            else:
-                b = tl.load(w_tile, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
+            b = tl.load(w_tile) if EVEN_K and EVEN_N else tl.load(w_tile, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
             a_tile += BLOCK_K
             w_tile += BLOCK_K
         if SCALE_BLOCK > 0:

@@ -34,11 +34,10 @@ def to_fp8(values):
 
 
 @triton.jit
-def as_fp8(values, WIDTH: tl.constexpr, SCALE_BLOCK: tl.constexpr):
-    """float32 values [WIDTH] as the fp8 ones with a scale per SCALE_BLOCK that stand for them."""
-    blocks = tl.reshape(values, (WIDTH // SCALE_BLOCK, SCALE_BLOCK))
-    quantised, scale = to_fp8(blocks)
-    return tl.reshape(quantised.to(tl.float32) * scale[:, None], (WIDTH,))
+def as_fp8(values):
+    """float32 values [.., 128] as the fp8 ones with a scale per row that stand for them."""
+    quantised, scale = to_fp8(values)
+    return quantised.to(tl.float32) * scale[:, None]
 
 
 @triton.jit

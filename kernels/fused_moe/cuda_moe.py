@@ -37,7 +37,7 @@ KLAB_DEVICE float activated(float gate, float up, float limit) {
     return gate * sigmoid(gate) * up;
 }
 
-// Rows of x (choice / x_per_row) times the experts' weights; `columns` of them, with PAIRED as many more behind. DOWN: weighted, not activated.
+// Rows of x times the experts' weights: `columns` of them, with PAIRED as many more behind. DOWN: weighted, not activated.
 KLAB_KERNEL(experts, Tile::threads)(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, const float* __restrict__ topk_weights,
                                     const int* __restrict__ slots, const int* __restrict__ block_experts, const int* __restrict__ padded,
                                     ELEMENT* __restrict__ out, int columns, int k, int choices, int top_k, float limit, int64_t x_stride,
@@ -211,7 +211,6 @@ def cuda_moe(problem: FusedMoe, config: TileConfig, chip: Chip) -> Launch:
         multiply(to.active, inputs["w_down"], to.down, inputs["topk_weights"], to.aligned, down=True)
         aligned = _in_chunks(to.down) and _in_chunks(out)
         grid = (p.tokens, -(-p.hidden // (SUM_THREADS * (8 if aligned else 1))), 1)
-        arguments = [to.down, ids, out, p.hidden, p.top_k, ids.stride(0), p.local, Int64(out.stride(0))]
-        sums[aligned].launch(grid, SUM_THREADS, arguments)
+        sums[aligned].launch(grid, SUM_THREADS, [to.down, ids, out, p.hidden, p.top_k, ids.stride(0), p.local, Int64(out.stride(0))])
 
     return launch

@@ -156,7 +156,7 @@ def rows_per_expert(problem: FusedMoe) -> float:
 
 
 def default(problem: FusedMoe, chip: Chip) -> EngineConfig:
-    """Rows by how many a visited expert has; large tiles where they fill the chip, thin ones with deep pipelines where it waits for memory."""
+    """Rows by how many a visited expert has; large tiles for prefills, thin ones with deep pipelines where it waits for memory."""
     rows = rows_per_expert(problem)
     bm = 16 if rows <= 16 else 32 if rows <= 32 else 64 if rows <= 96 else 128
     if problem.dtype == "float32" and not problem.format:

@@ -1,4 +1,4 @@
-"""A fused MoE for a handful of tokens: two launches, no sorting; each choice is two matrix-vector products that stream an expert's weights."""
+"""A fused MoE for a handful of tokens: two launches, no sorting; each choice streams its expert's weights once."""
 
 # Triton functions take no annotations but tl.constexpr.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -18,8 +18,8 @@ from klab.kernels.fused_moe._triton_steps import as_fp8, silu_and_mul
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
 from klab.kernels.triton_support import cdiv, next_power_of_2
 
-# Tokens that choose the same expert read its weights twice here (the second time from L2, if it is soon): above this many choices per expert
-# sorting them pays.
+# Tokens that choose the same expert read its weights twice here (the second time from L2, if it is soon): above this many choices per
+# expert sorting them pays.
 MOST_CHOICES_PER_EXPERT = 1.0
 
 
@@ -66,34 +66,40 @@ def _up(
     expert = tl.load(ids + token * stride_ids + choice % TOP_K).to(tl.int64)
     if expert >= LOCAL:
         return
+    # A step is [columns, blocks with a scale each, elements of a block]; without scales it is one block.
+    SUB: tl.constexpr = SCALE_BLOCK if SCALE_BLOCK > 0 else BLOCK_K
+    BLOCKS: tl.constexpr = BLOCK_K // SUB
+    block = tl.arange(0, BLOCKS)
+    offs_k = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     inside_n = column < n
     x += token.to(tl.int64) * stride_x
     w += expert * stride_we
-    gate_rows = column[:, None].to(tl.int64) * stride_wn
-    up_rows = (column + n)[:, None].to(tl.int64) * stride_wn
-    ws = w_scale + expert * stride_wse
-    gates = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-    ups = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    gate_rows = column[:, None, None].to(tl.int64) * stride_wn
+    up_rows = (column + n)[:, None, None].to(tl.int64) * stride_wn
+    if SCALE_BLOCK > 0:
+        gate_scales = w_scale + expert * stride_wse + (column // SCALE_BLOCK * stride_wsn)[:, None] + block[None, :]
+        up_scales = w_scale + expert * stride_wse + ((column + n) // SCALE_BLOCK * stride_wsn)[:, None] + block[None, :]
+    gates = tl.zeros((BLOCK_N, BLOCKS, SUB), dtype=tl.float32)
+    ups = tl.zeros((BLOCK_N, BLOCKS, SUB), dtype=tl.float32)
     for start in tl.range(0, k, BLOCK_K, num_stages=STAGES):
         at = start + offs_k
-        inside = inside_n[:, None] & (at < k)[None, :]
-        gate = tl.load(w + gate_rows + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = inside_n[:, None, None] & (at < k)[None, :, :]
+        gate = tl.load(w + gate_rows + at[None, :, :], mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + at, mask=at < k, other=0.0).to(tl.float32)
         if SCALE_BLOCK > 0:
-            values = as_fp8(values, BLOCK_K, SCALE_BLOCK)
-            scales = ws + (at // SCALE_BLOCK)[None, :]
-            gate *= tl.load(scales + (column // SCALE_BLOCK * stride_wsn)[:, None], mask=inside, other=0.0)
-        gates += gate * values[None, :]
+            values = as_fp8(values)
+            scaled = inside_n[:, None] & (start + block * SUB < k)[None, :]
+            gate *= tl.load(gate_scales + start // SUB, mask=scaled, other=0.0)[:, :, None]
+        gates += gate * values[None, :, :]
         if GATED:
-            up = tl.load(w + up_rows + at[None, :], mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(w + up_rows + at[None, :, :], mask=inside, other=0.0).to(tl.float32)
             if SCALE_BLOCK > 0:
-                up *= tl.load(scales + ((column + n) // SCALE_BLOCK * stride_wsn)[:, None], mask=inside, other=0.0)
-            ups += up * values[None, :]
-    gate_sum = tl.sum(gates, axis=1)
+                up *= tl.load(up_scales + start // SUB, mask=scaled, other=0.0)[:, :, None]
+            ups += up * values[None, :, :]
+    gate_sum = tl.sum(tl.sum(gates, axis=2), axis=1)
     if GATED:
-        result = silu_and_mul(gate_sum, tl.sum(ups, axis=1), LIMIT)
+        result = silu_and_mul(gate_sum, tl.sum(tl.sum(ups, axis=2), axis=1), LIMIT)
     else:
         result = tl.maximum(gate_sum, 0.0) * tl.maximum(gate_sum, 0.0)
     tl.store(active + choice * stride_active + column, result, mask=inside_n)
@@ -125,27 +131,33 @@ def _down(
     STAGES: tl.constexpr,
 ):
     token = tl.program_id(0)
+    SUB: tl.constexpr = SCALE_BLOCK if SCALE_BLOCK > 0 else BLOCK_K
+    BLOCKS: tl.constexpr = BLOCK_K // SUB
+    block = tl.arange(0, BLOCKS)
+    offs_k = block[:, None] * SUB + tl.arange(0, SUB)[None, :]
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     inside_n = column < n
-    rows = column[:, None].to(tl.int64) * stride_wn
-    sums = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    rows = column[:, None, None].to(tl.int64) * stride_wn
+    sums = tl.zeros((BLOCK_N, BLOCKS, SUB), dtype=tl.float32)
     # One loop over the steps of all of the token's experts: the next expert's weights are under way while the last one's are added.
     steps = tl.cdiv(k, BLOCK_K)
     for step in tl.range(0, TOP_K * steps, num_stages=STAGES):
         i = step // steps
-        at = step % steps * BLOCK_K + offs_k
+        start = step % steps * BLOCK_K
+        at = start + offs_k
         expert = tl.load(ids + token * stride_ids + i).to(tl.int64)
         here = (expert < LOCAL) & (at < k)
-        inside = inside_n[:, None] & here[None, :]
-        weights = tl.load(w + expert * stride_we + rows + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        inside = inside_n[:, None, None] & here[None, :, :]
+        weights = tl.load(w + expert * stride_we + rows + at[None, :, :], mask=inside, other=0.0).to(tl.float32)
         values = tl.load(active + (token * TOP_K + i) * stride_active + at, mask=here, other=0.0)
         if SCALE_BLOCK > 0:
-            values = as_fp8(values, BLOCK_K, SCALE_BLOCK)
-            scales = w_scale + expert * stride_wse + (column // SCALE_BLOCK * stride_wsn)[:, None] + (at // SCALE_BLOCK)[None, :]
-            weights *= tl.load(scales, mask=inside, other=0.0)
-        sums += weights * (values * tl.load(topk_weights + token * stride_tw + i))[None, :]
-    tl.store(out + token.to(tl.int64) * stride_out + column, tl.sum(sums, axis=1).to(out.dtype.element_ty), mask=inside_n)
+            values = as_fp8(values)
+            scales = w_scale + expert * stride_wse + (column // SCALE_BLOCK * stride_wsn)[:, None] + (start // SUB + block)[None, :]
+            scaled = inside_n[:, None] & (start + block * SUB < k)[None, :] & (expert < LOCAL)
+            weights *= tl.load(scales, mask=scaled, other=0.0)[:, :, None]
+        sums += weights * (values * tl.load(topk_weights + token * stride_tw + i))[None, :, :]
+    result = tl.sum(tl.sum(sums, axis=2), axis=1)
+    tl.store(out + token.to(tl.int64) * stride_out + column, result.to(out.dtype.element_ty), mask=inside_n)
 
 
 def fits(problem: FusedMoe, config: FewConfig, chip: Chip) -> str | None:

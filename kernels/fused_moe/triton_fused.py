@@ -15,7 +15,7 @@ from klab.kernels.fused_moe._triton_align import Aligned, align, workspace
 from klab.kernels.fused_moe._triton_products import down_product, gate_up_product
 from klab.kernels.fused_moe._triton_steps import quantize_rows, sum_experts
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
-from klab.kernels.triton_support import cdiv, ensure_allocator, next_power_of_2, pipeline_smem_bytes, row_is_aligned
+from klab.kernels.triton_support import cdiv, ensure_allocator, pipeline_smem_bytes, row_is_aligned
 
 # As in a plain matmul, 128 float32 sums per thread leave room for pointers; fp8 blocks keep a step's sums beside the scaled ones.
 MAX_SUMS_PER_THREAD = {"": 128, "fp8_block": 64}

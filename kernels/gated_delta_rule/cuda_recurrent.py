@@ -84,7 +84,7 @@ KLAB_KERNEL(delta_recurrent, THREADS)(
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const float* g, const float* beta, const STATE* initial_state,
     const int* seq_offsets, ELEMENT* out, STATE* final_state, int heads, int group, int64_t q_token, int64_t q_head, int64_t k_token,
     int64_t k_head, int64_t v_token, int64_t v_head, int64_t g_token, int64_t beta_token, int64_t state_sequence, int64_t state_head,
-    int64_t state_row, int one_each, float scale, float epsilon) {
+    int64_t state_row, int one_each, int qk_norm, float scale, float epsilon) {
     int warp = thread_idx() / 32, lane = thread_idx() % 32, sequence = block_idx_y();
     constexpr int BLOCKS = VALUE_DIM / BLOCK_V;
     int head = block_idx_x() / BLOCKS, column = block_idx_x() % BLOCKS * BLOCK_V + lane % LANES_V * COLUMNS;
@@ -133,7 +133,7 @@ KLAB_KERNEL(delta_recurrent, THREADS)(
             both = fused_multiply_add(key[i], query[i], both);
         }
         float key_scale = 1.0f, query_scale = scale;
-        if (QK_NORM) {
+        if (qk_norm) {
             key_scale = reciprocal_root(warp_sum<32>(key_square) + epsilon);
             query_scale = scale * reciprocal_root(warp_sum<32>(query_square) + epsilon);
         }
@@ -273,7 +273,7 @@ def cuda_recurrent(problem: GatedDeltaRule, config: RecurrentConfig, chip: Chip)
     p, c = problem, config
     defines: dict[str, str | int] = {
         "ELEMENT": ELEMENT[p.dtype], "STATE": ELEMENT[p.state_dtype], "KEY_DIM": p.key_dim, "VALUE_DIM": p.value_dim,
-        "LANES_V": c.lanes_v, "WARPS": c.warps, "QK_NORM": int(p.qk_norm),
+        "LANES_V": c.lanes_v, "WARPS": c.warps,
     }  # fmt: skip
     block_v = c.lanes_v * 16 // SIZE_BYTES[p.state_dtype]
     smem_bytes = 4 * c.warps * (2 * p.key_dim + (4 * block_v if c.warps > 1 else 0))
@@ -287,6 +287,6 @@ def cuda_recurrent(problem: GatedDeltaRule, config: RecurrentConfig, chip: Chip)
         strides += [Int64(g.stride(0)), Int64(beta.stride(0)), *row_strides("cuda_recurrent", "initial_state", state)]
         tensors = [q, k, v, g, beta, state, inputs["seq_offsets"], outputs["out"], outputs["final_state"]]
         heads = [p.value_heads, p.value_heads // p.key_heads]
-        recur.launch(grid, 32 * c.warps, [*tensors, *heads, *strides, one_each, p.scale, NORM_EPSILON])
+        recur.launch(grid, 32 * c.warps, [*tensors, *heads, *strides, one_each, int(p.qk_norm), p.scale, NORM_EPSILON])
 
     return launch

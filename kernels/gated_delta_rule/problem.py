@@ -178,11 +178,11 @@ class GatedDeltaRule(Problem):
     def examples(cls) -> list[Problem]:
         shapes: list[dict[str, object]] = [
             {"seq_lens": (1, 1, 0), "key_heads": 1, "value_heads": 2, "key_dim": 64, "value_dim": 32},
-            {"seq_lens": (1,), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 128, "state_dtype": "bfloat16"},
-            {"seq_lens": (3, 1), "key_heads": 2, "value_heads": 2, "key_dim": 32, "value_dim": 64, "qk_norm": False},
-            # Weak decay and keys that are nearly alike: the state and the chunk's equations matter most.
+            {"seq_lens": (1,), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 64, "state_dtype": "bfloat16"},
+            {"seq_lens": (3, 1), "key_heads": 2, "value_heads": 2, "key_dim": 64, "value_dim": 32, "qk_norm": False},
+            # Weak decay: the state matters most. Keys that are nearly alike: the chunk's equations do.
             {"seq_lens": (65, 0, 131), "key_heads": 1, "value_heads": 2, "key_dim": 64, "value_dim": 32, "decay": 1e-3},
-            {"seq_lens": (100,), "key_heads": 1, "value_heads": 1, "key_dim": 32, "value_dim": 32, "decay": 0.01, "key_offset": 3.0},
+            {"seq_lens": (100,), "key_heads": 1, "value_heads": 1, "key_dim": 64, "value_dim": 32, "decay": 0.01, "key_offset": 3.0},
             # The decays of 64 tokens multiply to about exp(-500): each must be applied as a difference of logarithms.
             {"seq_lens": (70, 17), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 64, "decay": 5.0},
         ]

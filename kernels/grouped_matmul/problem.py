@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from klab.kernels.contract import Problem, Tensors
@@ -22,8 +23,8 @@ class GroupedMatmul(Problem):
     """out[r] = x[r] @ w[e]^T for offsets[e] <= r < offsets[e + 1], accumulated in float32.
 
     inputs: x [rows, k], w [experts, n, k], offsets int32 [experts + 1] (0 first, rows = tokens * top_k last; a step of 0 is an expert
-    that nobody visits). With format "fp8_block", x and w are float8_e4m3fn with float32 x_scale [rows, k / 128] and w_scale [experts, n / 128,
-    k / 128] (rounded up). outputs: out [rows, n], `dtype`. `skew` is the Zipf exponent of the experts' popularity.
+    that nobody visits). With format "fp8_block", x and w are float8_e4m3fn with float32 x_scale [rows, k / 128] and w_scale
+    [experts, n / 128, k / 128] (rounded up). outputs: out [rows, n], `dtype`. `skew` is the Zipf exponent of the experts' popularity.
     """
 
     operator: ClassVar[str] = "grouped_matmul"
@@ -106,7 +107,7 @@ class GroupedMatmul(Problem):
         x, w = inputs["x"], inputs["w"]
         out = torch.zeros((self.rows, self.n), dtype=torch.float64, device=x.device)
         bounds = inputs["offsets"].tolist()
-        for e, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for e, (first, end) in enumerate(pairwise(bounds)):
             if first == end:
                 continue
             rows, weight = x[first:end], w[e]

@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import cupy  # noqa: F401  where it is absent, so is this kernel
-import torch
 
-from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
-from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
+from klab.kernels.contract import Chip, Config, Launch, kernel
+from klab.kernels.cuda_module import ELEMENT, CudaKernel
 from klab.kernels.dtypes import SIZE_BYTES
-from klab.kernels.errors import UsageError
 from klab.kernels.scaled_matmul import _tiles
+from klab.kernels.scaled_matmul._cuda_launch import split_launch
 from klab.kernels.scaled_matmul.problem import BLOCK, ScaledMatmul
 from klab.kernels.triton_support import cdiv
 
@@ -211,21 +210,6 @@ KLAB_KERNEL(scaled_mma, THREADS)(const void* __restrict__ x, const void* __restr
 }
 """
 
-SUM_SOURCE = r"""
-#include "device.cuh"
-using namespace klab;
-
-// Block (c, row): 256 columns; always in the order of the splits, so that the same inputs give the same bits.
-KLAB_KERNEL(sum_splits, 256)(const float* __restrict__ parts, ELEMENT* __restrict__ out, int m, int n, int splits, int64_t out_stride) {
-    const int column = block_idx_x() * 256 + thread_idx();
-    const int64_t row = block_idx_y();
-    if (column >= n) return;
-    float total = 0.0f;
-    for (int split = 0; split < splits; ++split) total += parts[(split * static_cast<int64_t>(m) + row) * n + column];
-    out[row * out_stride + column] = from_float<ELEMENT>(total);
-}
-"""
-
 
 @dataclass(frozen=True)
 class MmaConfig(Config):
@@ -331,34 +315,12 @@ def space(problem: ScaledMatmul, chip: Chip) -> Iterator[MmaConfig]:
 @kernel(ScaledMatmul, backend="cuda", config=MmaConfig, fits=fits, default=default, space=space)
 def cuda_mma(problem: ScaledMatmul, config: MmaConfig, chip: Chip) -> Launch:
     """mma.sync with a cp.async ring: int8 natively, fp8 converted to half in registers (no fp8 tensor cores), sums in float32."""
-    p, c, element = problem, config, ELEMENT[problem.dtype]
-    split = c.split_k > 1
+    p, c = problem, config
     defines: dict[str, str | int] = {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "STAGES": c.stages, "WARPS_M": c.warps_m, "WARPS_N": c.warps_n,
-        "GROUP_M": c.group_m, "SPLIT": int(split), "INTEGERS": int(p.format == "int8_row"), "BLOCK_SCALES": int(p.format == "fp8_block"),
-        "SCALE_BLOCK": BLOCK, "OUT": "float" if split else element,
+        "GROUP_M": c.group_m, "SPLIT": int(c.split_k > 1), "INTEGERS": int(p.format == "int8_row"),
+        "BLOCK_SCALES": int(p.format == "fp8_block"), "SCALE_BLOCK": BLOCK, "OUT": "float" if c.split_k > 1 else ELEMENT[p.dtype],
     }  # fmt: skip
     multiply = CudaKernel(SOURCE, "scaled_mma", chip, defines, c.smem_bytes(p.dtype))
-    add_up = CudaKernel(SUM_SOURCE, "sum_splits", chip, {"ELEMENT": element})
     grid = (_tiles.tiles(p, c.block_m, c.block_n), c.split_k, 1)
-    part = cdiv(cdiv(p.k, c.block_k), c.split_k) * c.block_k
-    partials: dict[torch.device, torch.Tensor] = {}
-
-    def launch(inputs: Tensors, outputs: Tensors) -> None:
-        x, w, out = inputs["x"], inputs["w"], outputs["out"]
-        if any(matrix.stride(0) % 16 or matrix.data_ptr() % 16 for matrix in (x, w)):
-            raise UsageError("cuda_mma needs x and w with rows that start at multiples of 16 bytes")
-        to, to_stride = out, out.stride(0)
-        if split:
-            if out.device not in partials:
-                partials[out.device] = torch.empty((c.split_k, p.m, p.n), dtype=torch.float32, device=out.device)
-            to, to_stride = partials[out.device], p.n
-        chunk = 16 // to.element_size()
-        aligned = p.n % chunk == 0 and to_stride % chunk == 0 and to.data_ptr() % 16 == 0
-        strides = [Int64(stride) for stride in (x.stride(0), w.stride(0), to_stride, *_tiles.row_strides(p, inputs))]
-        scales = [inputs["x_scale"], inputs["w_scale"]]
-        multiply.launch(grid, c.threads, [x, w, *scales, to, p.m, p.n, p.k, part, int(aligned), *strides])
-        if split:
-            add_up.launch((cdiv(p.n, 256), p.m, 1), 256, [to, out, p.m, p.n, c.split_k, Int64(out.stride(0))])
-
-    return launch
+    return split_launch(p, multiply, grid, c.threads, cdiv(cdiv(p.k, c.block_k), c.split_k) * c.block_k, chip)

@@ -179,7 +179,7 @@ def cuda_topk(problem: TopkRouting, config: WarpConfig, chip: Chip) -> Launch:
         logits = inputs["logits"]
         # Without a bias the pointer is not followed: any float32 tensor will do.
         bias = inputs.get("bias", outputs["weights"])
-        arguments = [logits, bias, outputs["ids"], outputs["weights"], p.tokens, float(p.scale), Int64(logits.stride(0))]
-        route.launch(grid, config.warps * 32, arguments)
+        to = outputs["ids"], outputs["weights"]
+        route.launch(grid, config.warps * 32, [logits, bias, *to, p.tokens, float(p.scale), Int64(logits.stride(0))])
 
     return launch

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, ClassVar
 
 from klab.kernels.contract import Problem, Tensors
-from klab.kernels.dtypes import SHORT, SIZE_BYTES, random_normal, torch_dtype
+from klab.kernels.dtypes import SHORT, SIZE_BYTES, random_normal
 from klab.kernels.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ TIE = 2e-6
 class TopkRouting(Problem):
     """The top_k experts of each token by score, and their weights.
 
-    inputs: logits [tokens, experts], `dtype`; with `bias`, bias float32 [experts]. outputs: ids int32 [tokens, top_k], by falling score, and
-    weights float32 [tokens, top_k].
+    inputs: logits [tokens, experts], `dtype`; with `bias`, bias float32 [experts]. outputs: ids int32 [tokens, top_k], by falling score,
+    and weights float32 [tokens, top_k].
 
-    score is softmax or sigmoid of the logits, in float32; experts are chosen by score + bias and weighted by score alone, divided by the chosen
-    ones' sum with `renormalize`, times `scale`. With `groups` > 1 the experts fall into that many groups of neighbours and only those of
-    the best topk_groups groups can be chosen; a group is as good as the sum of its two best with `bias` (DeepSeek V3), as its best without
-    (DeepSeek V2).
+    score is softmax or sigmoid of the logits, in float32; experts are chosen by score + bias and weighted by score alone, divided by the
+    chosen ones' sum with `renormalize`, times `scale`. With `groups` > 1 the experts fall into that many groups of neighbours and only
+    those of the best topk_groups groups can be chosen; a group is as good as the sum of its two best with `bias` (DeepSeek V3), as its
+    best without (DeepSeek V2).
     """
 
     operator: ClassVar[str] = "topk_routing"
@@ -105,7 +105,7 @@ class TopkRouting(Problem):
         logits = logits.double()
         score = logits.softmax(dim=1) if self.scoring == "softmax" else logits.sigmoid()
         choice = score if bias is None else score + bias.double()
-        members = choice.unflatten(1, (self.groups, self.group_size))
+        members = choice.view(-1, self.groups, self.group_size)
         group = members.amax(dim=2) if bias is None else members.topk(min(2, self.group_size), dim=2).values.sum(dim=2)
         return score, choice, group
 
@@ -142,7 +142,7 @@ class TopkRouting(Problem):
             return "an expert twice"
         scores = choice[ids]
         for groups in self._possible_groups(group):
-            allowed = choice.unflatten(0, (self.groups, self.group_size))[list(groups)].flatten()
+            allowed = choice.view(self.groups, self.group_size)[list(groups)].flatten()
             best = allowed.topk(self.top_k).values
             if set((ids // self.group_size).tolist()) <= set(groups) and bool(((best - scores).abs() <= TIE).all()):
                 return ""

@@ -39,7 +39,7 @@ void check_shared(const void* address, std::size_t bytes, const void* pc);
 void begin_pending(void* smem, const void* pc);
 void end_pending(void* smem);
 
-enum class At { ready, sync_threads, sync_warp, shuffle, ldmatrix, mma, done };
+enum class At { ready, sync_threads, sync_warp, shuffle, ldmatrix, mma, barrier, warpgroup, done };
 
 struct Copy {
     void* to;
@@ -70,10 +70,25 @@ struct Thread {
     Call call;
     std::vector<Copy> open;               // issued, not committed
     std::deque<std::vector<Copy>> groups;  // committed, not waited for
+    // For kernels with barriers of part of a block: how often this thread has published what it did, and what it knows of others.
+    uint32_t tick = 1;
+    std::vector<uint32_t> known;  // known[t]: what thread t did up to its tick of this number happened before
+    uint32_t fences = 0;          // fence_async_proxy of this thread
+    int products = 0;             // of its warpgroup, issued
+    std::deque<int> product_groups;
 };
 
 extern std::vector<Thread> threads;  // of the running block
 extern bool land_early;              // copies arrive at once, not at the wait
+extern bool clocked;                 // this block has barriers beside sync_threads: orders are kept thread by thread (hopper.cpp)
+
+// From here on orders are kept thread by thread in shared memory.
+void start_clocks();
+// Has what thread `other` did at its tick happened before what this thread does now?
+bool happened_before(int other, uint32_t tick);
+// Fail unless whoever wrote these bytes of shared memory has fenced them for the tensor cores since.
+void check_fenced(const void* address, std::size_t bytes, const void* pc);
+void forget_barriers();
 
 // Arrive at a collective operation. The lane that arrives last carries it out for all; `warp` are its 32 threads.
 void collective(At at, const Call& call, void (*carry_out)(Thread* warp, const void* pc), const void* pc);

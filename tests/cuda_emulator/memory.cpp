@@ -23,6 +23,17 @@ struct Cell {
     bool accessible = true;
 };
 
+// What is known of one byte of shared memory in a block with barriers of its parts: when it was written, and its concurrent readers.
+struct Clock {
+    struct Reader {
+        int16_t thread = NOBODY;
+        uint32_t tick = 0;
+    };
+    uint32_t written = 0, fences = 0;
+    Reader readers[4];
+    bool crowded = false;  // more concurrent readers than are remembered: no write is ordered behind them but by sync_threads
+};
+
 struct Region {
     char* begin;
     std::size_t bytes;
@@ -33,6 +44,7 @@ struct Region {
 };
 
 std::vector<Region> regions;  // [0] is shared memory
+std::vector<Clock> clocks;    // of its bytes, if the block is `clocked`
 constexpr std::size_t SHARED_LIMIT = 256 << 10;
 char* shared_base = nullptr;
 
@@ -89,27 +101,57 @@ bool unordered(int other, uint32_t epoch, uint32_t sync) {
     return epoch == now.epoch && other != now.thread && (other / WARP != now.thread / WARP || sync == now.sync);
 }
 
+bool readers_before(const Clock& clock) {
+    if (clock.crowded) return false;
+    for (const Clock::Reader& reader : clock.readers)
+        if (reader.thread != NOBODY && !happened_before(reader.thread, reader.tick)) return false;
+    return true;
+}
+
+void note_write(std::size_t at) {
+    clocks[at] = Clock{};
+    clocks[at].written = threads[now.thread].tick;
+    clocks[at].fences = threads[now.thread].fences;
+}
+
+void note_read(std::size_t at) {
+    Clock& clock = clocks[at];
+    for (Clock::Reader& reader : clock.readers)
+        if (reader.thread == NOBODY || happened_before(reader.thread, reader.tick)) {
+            reader.thread = static_cast<int16_t>(now.thread);
+            reader.tick = threads[now.thread].tick;
+            return;
+        }
+    clock.crowded = true;
+}
+
 void touch_write(Region& region, std::size_t at, const void* pc) {
     Cell& cell = region.cells[at];
+    const bool timed = clocked && region.shared;
     if (cell.pending != NOBODY) not_waited("writes", region, at, cell.pending, pc);
-    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync))
+    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync) &&
+        !(timed && happened_before(cell.writer, clocks[at].written)))
         race("writes", "wrote", cell.writer, cell.writer / WARP, region, at, pc);
     if (cell.read_epoch == now.epoch) {
         bool other_warp = cell.reading_warp != now.thread / WARP;
         bool other_lane = cell.reader != now.thread && cell.read_sync == now.sync;
-        if (other_warp || other_lane) race("writes", "read", other_warp ? SEVERAL : cell.reader, cell.reading_warp, region, at, pc);
+        if ((other_warp || other_lane) && !(timed && readers_before(clocks[at])))
+            race("writes", "read", other_warp ? SEVERAL : cell.reader, cell.reading_warp, region, at, pc);
     }
     if (cell.written_epoch && cell.written_epoch < now.first_epoch) race_of_blocks("writes", "wrote", region, at, pc);
     if (cell.read_epoch && cell.read_epoch < now.first_epoch) race_of_blocks("writes", "read", region, at, pc);
     cell.written_epoch = now.epoch;
     cell.written_sync = now.sync;
     cell.writer = static_cast<int16_t>(now.thread);
+    if (timed) note_write(at);
 }
 
 void touch_read(Region& region, std::size_t at, const void* pc) {
     Cell& cell = region.cells[at];
     if (cell.pending != NOBODY) not_waited("reads", region, at, cell.pending, pc);
-    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync))
+    const bool timed = clocked && region.shared;
+    if (cell.written_epoch && unordered(cell.writer, cell.written_epoch, cell.written_sync) &&
+        !(timed && happened_before(cell.writer, clocks[at].written)))
         race("reads", "wrote", cell.writer, cell.writer / WARP, region, at, pc);
     if (cell.written_epoch && cell.written_epoch < now.first_epoch) race_of_blocks("reads", "wrote", region, at, pc);
     int warp = now.thread / WARP;
@@ -123,6 +165,7 @@ void touch_read(Region& region, std::size_t at, const void* pc) {
     }
     cell.read_epoch = now.epoch;
     cell.read_sync = now.sync;
+    if (timed) note_read(at);
 }
 
 }  // namespace
@@ -185,6 +228,18 @@ void end_pending(void* smem) {
         cell.pending = NOBODY;
         cell.written_epoch = now.epoch;
         cell.written_sync = now.sync;
+        if (clocked) note_write(at + i);
+    }
+}
+
+void start_clocks() { clocks.assign(regions[0].bytes, Clock{}); }
+
+void check_fenced(const void* address, std::size_t bytes, const void* pc) {
+    std::size_t at = static_cast<const char*>(address) - regions[0].begin;
+    for (std::size_t i = at; i < at + bytes; ++i) {
+        int writer = regions[0].cells[i].writer;
+        if (writer != NOBODY && clocks[i].fences >= threads[writer].fences)
+            fail(pc, "the tensor cores read byte %zu of shared memory, which thread %d wrote: no fence_async_proxy between", i, writer);
     }
 }
 

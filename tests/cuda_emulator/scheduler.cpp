@@ -28,7 +28,7 @@ bool land_early;
 namespace {
 
 constexpr std::size_t STACK_BYTES = 256 << 10;
-const char* const NAMES[] = {"running", "sync_threads", "sync_warp", "shfl", "ldmatrix", "mma", "its end"};
+const char* const NAMES[] = {"running", "sync_threads", "sync_warp", "shfl", "ldmatrix", "mma", "a barrier", "wgmma", "its end"};
 
 std::vector<char*> stacks;
 int block_threads, grid[3], block[3], alive, at_barrier;
@@ -40,7 +40,7 @@ const void* fault_pc;
 void finish(Thread& self) {
     const Thread* warp = &threads[now.thread / WARP * WARP];
     for (int lane = 0; lane < WARP; ++lane)
-        if (warp[lane].at != At::ready && warp[lane].at != At::done && warp[lane].at != At::sync_threads)
+        if (warp[lane].at != At::ready && warp[lane].at != At::done && warp[lane].at != At::sync_threads && warp[lane].at != At::barrier)
             fail(nullptr, "lane %d of warp %d returns while lane %d is at %s: all 32 lanes must reach it together", now.thread % WARP,
                  now.thread / WARP, lane, NAMES[int(warp[lane].at)]);
     self.at = At::done;
@@ -87,7 +87,7 @@ bool arrive(At at, const void* pc) {
     bool all = true;
     for (int lane = 0; lane < WARP; ++lane) {
         At other = warp[lane].at;
-        if (other == At::ready) all = false;
+        if (other == At::ready || other == At::barrier) all = false;
         else if (other != at)
             fail(pc, "lane %d of warp %d is at %s while lane %d is at %s: all 32 lanes must reach it together", now.thread % WARP,
                  now.thread / WARP, NAMES[int(at)], lane, NAMES[int(other)]);
@@ -126,6 +126,7 @@ void report_deadlock() {
 
 void run_block(std::size_t smem_bytes, int order) {
     now.first_epoch = ++now.epoch;
+    forget_barriers();
     fresh_shared_memory(smem_bytes);
     threads.assign(block_threads, Thread{});
     for (int i = 0; i < block_threads; ++i) threads[i].stack = stacks[i];

@@ -23,6 +23,7 @@ from klab.kernels.decode_attention import cuda_split_kv as decode
 from klab.kernels.prefill_attention import cuda_flash as prefill
 
 FLASH, SPLIT = prefill.cuda_flash, decode.cuda_split_kv
+FP8 = "float8_e4m3fn"
 TURING = Chip("t4", "T4", "cuda", 40, 1590, 1590, {}, 16 << 30, 320.0, 4 << 20, (7, 5), 64 << 10, 64 << 10)
 needs_gcc = pytest.mark.skipif(bool(Emulator.missing()), reason=Emulator.missing() or "g++ is here")
 
@@ -38,6 +39,7 @@ REAL_DECODE = [
     DecodeAttention((131072, *(1000,) * 15), 64, 8, 64, window=128, page_size=64, dtype="float16"),
     DecodeAttention((4096,) * 4, 64, 1, 128, q_len=4, page_size=1),
     DecodeAttention((2048,), 16, 2, 256, page_size=128),
+    DecodeAttention((8192,) * 64, 32, 8, 128, kv_dtype=FP8),
 ]
 
 
@@ -126,6 +128,16 @@ ODD_DECODE = [
         {"stages": 4, "block_n": 16, "num_splits": 2, "warps": 1},
     ),
     (DecodeAttention((40, 500), 8, 8, 16, page_size=16), {"num_splits": 4, "warps": 4, "block_n": 32}),
+    # Sinks where some sequences have one piece (added at once) and some have more (added by the merge).
+    (DecodeAttention((300, 40, 0), 12, 2, 64, sinks=True, dtype="float16"), {"num_splits": 3, "warps": 2, "block_n": 16}),
+    (
+        DecodeAttention((300, 20), 20, 2, 96, head_dim_v=64, q_len=2, page_size=64, kv_dtype=FP8, softcap=20.0, sinks=True),
+        {"num_splits": 2, "row_fragments": 2, "block_n": 32, "warps": 2},
+    ),
+    (
+        DecodeAttention((70,), 2, 1, 32, head_dim_v=128, page_size=1, kv_dtype=FP8, dtype="float16"),
+        {"block_n": 16, "warps": 1, "stages": 1},
+    ),
 ]
 
 
@@ -182,6 +194,7 @@ def test_spaces_are_valid_and_lead_with_the_default():
         (REAL_DECODE[0], {"num_splits": -1}, "num_splits"),
         (replace(REAL_DECODE[0], dtype="float32"), {}, "not float32"),
         (replace(REAL_DECODE[0], head_dim=576, head_dim_v=512), {}, "up to 256"),
+        (replace(REAL_DECODE[4], head_dim=80), {}, "multiples of 32"),
         (replace(REAL_DECODE[0], kv_lens=(1,) * 70000), {}, "65535"),
     ],
 )
@@ -189,6 +202,25 @@ def test_what_cannot_run_is_refused_with_the_reason(problem, changes, says):
     kernel = FLASH if isinstance(problem, PrefillAttention) else SPLIT
     reason = kernel.fits(problem, replace(kernel.config_type(), **changes), HOPPER)
     assert reason is not None and says in reason
+
+
+@needs_gcc
+def test_columns_of_fp8_fragments():
+    """Queries and keys agree on their columns, and every column of the output has one place."""
+    source = '#include "fp8_cache.cuh"\nusing namespace klab;'
+    queries, outputs, sorted_bytes = probe(
+        source,
+        ["query_column(i)", "column_of(i / 8, i % 8 / 2, i % 2)", "static_cast<int>(sort_bytes(i | i << 8 | 7 << 16 | 9 << 24))"],
+        64,
+    )
+    for dim, column in enumerate(queries):
+        # A lane's four bytes of a key are columns 4 pair .. 4 pair + 3; the fragment has its columns 2 pair, + 1, + 8 and + 9.
+        pair, byte = dim % 16 // 4, dim % 4
+        assert column == dim // 16 * 16 + 2 * pair + (0, 1, 8, 9)[byte]
+    assert sorted(outputs) == list(range(64))
+    # Two bytes of a key's row are columns 2 quad and 2 quad + 1: even columns go to one tile, odd ones to the next.
+    assert outputs[:16] == [*range(0, 16, 2), *range(1, 16, 2)]
+    assert sorted_bytes[5] == 5 | 7 << 8 | 5 << 16 | 9 << 24
 
 
 def test_older_chips_are_refused():

@@ -33,6 +33,7 @@ constexpr int K_PANELS = ceil_div(HEAD_DIM, 64), V_PANELS = ceil_div(HEAD_DIM_V,
 constexpr int Q_PANEL = BLOCK_M * 128, KV_PANEL = BLOCK_N * 128;
 constexpr int Q_BYTES = K_PANELS * Q_PANEL, K_BYTES = K_PANELS * KV_PANEL, V_BYTES = V_PANELS * KV_PANEL;
 constexpr int SMEM_BYTES = Q_BYTES + STAGES * (K_BYTES + V_BYTES);  // and the barriers behind it
+constexpr int PAGE = max_of(PAGE_SIZE, 1);
 constexpr int LAG = STAGES > 1 ? 2 : 0;  // groups of copies under way while the next is issued
 
 struct Barriers {
@@ -82,9 +83,9 @@ KLAB_DEVICE void copy_rows(unsigned char* panels, RowAt row_at) {
 }
 
 KLAB_KERNEL(flash_forward_hopper, THREADS)(
-    const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* tiles, const int* block_table, const void* sinks, ELEMENT* out, int heads,
-    int group, int tile_count, int q_token, int q_head, int64_t k_page, int k_token, int k_head, int64_t v_page, int v_token, int v_head,
-    int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
+    const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* tiles, const int* block_table, const void* sinks, ELEMENT* out,
+    int heads, int group, int tile_count, int q_token, int q_head, int64_t k_page, int k_token, int k_head, int64_t v_page, int v_token,
+    int v_head, int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
     unsigned char* smem = shared_memory<unsigned char>();
     smem += (0u - shared_address(smem)) & 1023u;  // panels begin at multiples of 1024 bytes
     Barriers* barriers = reinterpret_cast<Barriers*>(smem + SMEM_BYTES);
@@ -105,7 +106,7 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
     int turn = 0, blocks_before = 0;  // works, and blocks of keys in them, that this block of threads has done
 
     if (thread_idx() < 128) {
-        release_registers<PRODUCER_REGISTERS>();
+        if constexpr (CONSUMERS > 1) release_registers<PRODUCER_REGISTERS>();
         uint64_t* older = nullptr;
         uint64_t* newer = nullptr;
         auto finish_older = [&]() {
@@ -142,7 +143,7 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
                 if (key >= work.count) return nullptr;
                 if constexpr (PAGE_SIZE > 0) {
                     int token = work.begin + key;
-                    return base + pages[token / PAGE_SIZE] * page_stride + token % PAGE_SIZE * stride;
+                    return base + pages[token / PAGE] * page_stride + token % PAGE * stride;
                 } else {
                     return base + static_cast<int64_t>(work.kv_start + key) * stride;
                 }
@@ -175,8 +176,10 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
         return;
     }
 
-    claim_registers<CONSUMER_REGISTERS>();
-    const int consumer = thread_idx() / 128 - 1, lane = thread_idx() % 32, pair = lane % 4;
+    if constexpr (CONSUMERS > 1) claim_registers<CONSUMER_REGISTERS>();  // two warpgroups have all they can use
+    // The same for the whole warp, and the compiler knows: in a branch that lanes could take alone it would wait behind every product.
+    const int consumer = static_cast<int>(shfl(static_cast<uint32_t>(thread_idx() / 128), 0)) - 1;
+    const int lane = thread_idx() % 32, pair = lane % 4;
     const int warp_row = consumer * 64 + thread_idx() % 128 / 32 * 16;
     const uint32_t q_at = shared_address(smem) + consumer * 64 * 128, k_at = shared_address(smem) + Q_BYTES;
     const uint32_t v_at = k_at + STAGES * K_BYTES;
@@ -275,6 +278,7 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
                 wgmma_fence();
                 multiply_keys(i);
                 await(barriers->full_v, i - 1);
+                wgmma_fence();
                 multiply_values(i - 1);
                 next_turn();
                 wgmma_wait<1>();
@@ -359,7 +363,7 @@ def smem_bytes(problem: PrefillAttention, config: HopperConfig) -> int:
 
 
 # Of 65,536 registers, in multiples of 8 a thread: what the producer leaves to each of two or three warpgroups.
-REGISTERS = {1: (56, 240), 2: (24, 240), 3: (32, 160)}
+REGISTERS = {1: (56, 240), 2: (40, 232), 3: (32, 160)}
 
 
 def registers(problem: PrefillAttention, config: HopperConfig) -> int:

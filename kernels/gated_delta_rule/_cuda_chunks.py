@@ -1,0 +1,489 @@
+"""The two stages of the chunked gated delta rule in CUDA C++, on mma.sync: prepare and scan.
+
+Chunks have 64 tokens. The names are those of `_triton_chunks.py`; here the workspace holds, per chunk and head,
+  values   [value_dim][64]  T beta v, transposed: what a lane of the scan holds of it are two neighbouring tokens
+  keys     [64][key_dim]    T beta exp(b) k
+  weights  [64][64]         what a token's output takes of each correction, all factors included
+  gates    [3][64] float    of each token: what a query's reading of the state is multiplied by; what its correction is multiplied by on
+                            its way into the state; the decay of the whole chunk
+"""
+
+from __future__ import annotations
+
+COMMON = r"""
+#include "device.cuh"
+using namespace klab;
+
+constexpr int CHUNK = 64;
+constexpr int THREADS = 32 * WARPS;
+constexpr int K_ROW = 2 * KEY_DIM, V_ROW = 2 * VALUE_DIM, S_ROW = 2 * CHUNK;  // bytes of a row in shared memory
+constexpr int K_BYTES = CHUNK * K_ROW, V_BYTES = CHUNK * V_ROW, S_BYTES = CHUNK * S_ROW;
+
+// All threads: 64 rows of DIM elements to a swizzled tile; rows from `count` on become zero.
+template <int DIM>
+KLAB_DEVICE void copy_rows(unsigned char* tile, const ELEMENT* source, int64_t stride, int count) {
+    constexpr int CHUNKS = DIM / 8;
+    for (int i = thread_idx(); i < CHUNK * CHUNKS; i += THREADS) {
+        int row = i / CHUNKS, chunk = i % CHUNKS;
+        cp_async_16(tile + swizzle<2 * DIM>(row, chunk), source + row * stride + chunk * 8, row < count);
+    }
+}
+
+// Operands of m16n8k16 from a swizzled tile whose rows are ROW bytes; `row` and `column` of the block's corner, in elements.
+// Left operand, rows as they lie.
+template <int ROW>
+KLAB_DEVICE void load_left(uint32_t (&a)[4], const unsigned char* tile, int row, int column) {
+    int lane = thread_idx() % 32;
+    ldmatrix_x4(a, tile + swizzle<ROW>(row + lane % 16, column / 8 + lane / 16));
+}
+// Left operand from a tile that holds it transposed: block [k][m].
+template <int ROW>
+KLAB_DEVICE void load_left_transposed(uint32_t (&a)[4], const unsigned char* tile, int row, int column) {
+    int lane = thread_idx() % 32;
+    ldmatrix_x4_trans(a, tile + swizzle<ROW>(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+}
+// Two right operands side by side from a block [16 k][16 n]: registers 0, 1 and 2, 3.
+template <int ROW>
+KLAB_DEVICE void load_right(uint32_t (&b)[4], const unsigned char* tile, int row, int column) {
+    int lane = thread_idx() % 32;
+    ldmatrix_x4_trans(b, tile + swizzle<ROW>(row + lane % 16, column / 8 + lane / 16));
+}
+// The same from a tile that holds it transposed: block [16 n][16 k].
+template <int ROW>
+KLAB_DEVICE void load_right_transposed(uint32_t (&b)[4], const unsigned char* tile, int row, int column) {
+    int lane = thread_idx() % 32;
+    ldmatrix_x4(b, tile + swizzle<ROW>(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
+}
+KLAB_DEVICE void multiply_pair(float (&low)[4], float (&high)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    mma_m16n8k16<ELEMENT>(low, a, first);
+    mma_m16n8k16<ELEMENT>(high, a, second);
+}
+// Two neighbouring accumulator tiles hold exactly the elements of one left operand, in the same lanes.
+KLAB_DEVICE void pack_left(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+    a[0] = pack2<ELEMENT>(low[0], low[1]);
+    a[1] = pack2<ELEMENT>(low[2], low[3]);
+    a[2] = pack2<ELEMENT>(high[0], high[1]);
+    a[3] = pack2<ELEMENT>(high[2], high[3]);
+}
+"""
+
+PREPARE = (
+    COMMON
+    + r"""
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// x^-1/2 for a positive x: the fast functions, and one step of Newton's method for the last bits.
+KLAB_DEVICE float reciprocal_root(float x) {
+    float y = exp2f_fast(-0.5f * log2f_fast(x));
+    return y * (1.5f - 0.5f * x * y * y);
+}
+
+// Two threads per row: the reciprocal norm of 64 rows, or 1 without the norm.
+KLAB_DEVICE void norms(float* to, const unsigned char* tile, bool qk_norm, float epsilon) {
+    int row = thread_idx() / 2, half = thread_idx() % 2;
+    float square = 0.0f;
+    KLAB_UNROLL
+    for (int i = 0; i < KEY_DIM / 16; ++i) {
+        Vec16 v = load_16(tile + swizzle<K_ROW>(row, half * (KEY_DIM / 16) + i));
+        KLAB_UNROLL
+        for (int j = 0; j < 4; ++j) {
+            Pair pair = unpack2<ELEMENT>(v.word[j]);
+            square = fused_multiply_add(pair.x, pair.x, fused_multiply_add(pair.y, pair.y, square));
+        }
+    }
+    square += shfl_xor(square, 1);
+    if (half == 0) to[row] = qk_norm ? reciprocal_root(square + epsilon) : 1.0f;
+}
+
+// A warp's 16 rows of x y^T for 64 rows each of x and y, left of the diagonal's block and on it.
+KLAB_DEVICE void products(float (&sums)[8][4], const unsigned char* x, const unsigned char* y, int warp) {
+    KLAB_UNROLL
+    for (int step = 0; step < KEY_DIM / 16; ++step) {
+        uint32_t a[4];
+        load_left<K_ROW>(a, x, 16 * warp, 16 * step);
+        KLAB_UNROLL
+        for (int n = 0; n < 8; n += 2) {
+            if (n / 2 > warp) continue;
+            uint32_t b[4];
+            load_right_transposed<K_ROW>(b, y, 8 * n, 16 * step);
+            multiply_pair(sums[n], sums[n + 1], a, b);
+        }
+    }
+}
+
+// A warp's accumulators to its 16 rows of a square tile: tiles first..last, each column times `factor` where there is one.
+KLAB_DEVICE void store_tiles(unsigned char* tile, const float (&sums)[8][4], int warp, int first, int last, const float* factor) {
+    int lane = thread_idx() % 32;
+    KLAB_UNROLL
+    for (int n = 0; n < 8; ++n) {
+        if (n < first || n > last) continue;
+        float left = factor ? factor[8 * n + 2 * (lane % 4)] : 1.0f, right = factor ? factor[8 * n + 2 * (lane % 4) + 1] : 1.0f;
+        KLAB_UNROLL
+        for (int h = 0; h < 2; ++h)
+            *reinterpret_cast<uint32_t*>(tile + swizzle<S_ROW>(16 * warp + 8 * h + lane / 4, n) + 4 * (lane % 4)) =
+                pack2<ELEMENT>(sums[n][2 * h] * left, sums[n][2 * h + 1] * right);
+    }
+}
+
+KLAB_KERNEL(delta_prepare, THREADS)(
+    const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const float* g, const float* beta, const int* chunk_rows, ELEMENT* values,
+    ELEMENT* keys, ELEMENT* weights, float* gates, int heads, int group, int64_t q_token, int64_t q_head, int64_t k_token,
+    int64_t k_head, int64_t v_token, int64_t v_head, int64_t g_token, int64_t beta_token, int qk_norm,
+    float scale, float epsilon) {
+    int warp = thread_idx() / 32, lane = thread_idx() % 32, head = block_idx_y();
+    int64_t first = chunk_rows[2 * block_idx_x()];
+    int count = chunk_rows[2 * block_idx_x() + 1];
+    unsigned char* k_tile = shared_memory<unsigned char>();
+    unsigned char* q_tile = k_tile + K_BYTES;
+    unsigned char* v_tile = q_tile + K_BYTES;
+    unsigned char* t_tile = v_tile + V_BYTES;
+    unsigned char* p_tile = t_tile + S_BYTES;
+    float* total = reinterpret_cast<float*>(p_tile + S_BYTES);  // decay from the chunk's beginning, in units of log2
+    float *rate = total + CHUNK, *k_norm = rate + CHUNK, *q_norm = k_norm + CHUNK, *k_factor = q_norm + CHUNK;
+    copy_rows<KEY_DIM>(k_tile, k + first * k_token + head / group * k_head, k_token, count);
+    copy_rows<KEY_DIM>(q_tile, q + first * q_token + head / group * q_head, q_token, count);
+    cp_async_commit();
+    copy_rows<VALUE_DIM>(v_tile, v + first * v_token + head * v_head, v_token, count);
+    cp_async_commit();
+    // A token that does not exist corrects nothing (beta 0) and lets nothing decay (g 0). A lane has two tokens.
+    if (warp == 0) {
+        float low = 2 * lane < count ? g[(first + 2 * lane) * g_token + head] * LOG2_E : 0.0f;
+        float high = 2 * lane + 1 < count ? g[(first + 2 * lane + 1) * g_token + head] * LOG2_E : 0.0f;
+        float up_to = low + high;
+        KLAB_UNROLL
+        for (int distance = 1; distance < 32; distance *= 2) {
+            float other = shfl(up_to, (lane - distance) & 31);
+            if (lane >= distance) up_to += other;
+        }
+        total[2 * lane] = up_to - high;
+        total[2 * lane + 1] = up_to;
+    } else if (warp == 1) {
+        KLAB_UNROLL
+        for (int i = lane; i < CHUNK; i += 32) rate[i] = i < count ? beta[(first + i) * beta_token + head] : 0.0f;
+    }
+    cp_async_wait<1>();
+    sync_threads();
+    norms(k_norm, k_tile, qk_norm, epsilon);
+    norms(q_norm, q_tile, qk_norm, epsilon);
+    sync_threads();
+    int64_t at = static_cast<int64_t>(block_idx_x()) * heads + head;
+    if (thread_idx() < CHUNK) {
+        int i = thread_idx();
+        float to_end = exp2f_fast(total[CHUNK - 1] - total[i]), from_start = exp2f_fast(total[i]);
+        gates[at * 3 * CHUNK + i] = from_start * q_norm[i] * scale;
+        gates[at * 3 * CHUNK + CHUNK + i] = to_end * k_norm[i];
+        gates[at * 3 * CHUNK + 2 * CHUNK + i] = exp2f_fast(total[CHUNK - 1]);
+        k_factor[i] = rate[i] * k_norm[i] * from_start;
+    }
+
+    // Elements of a warp's 16 x 64 part of a square: rows i and i + 8, columns 8 n + j and 8 n + j + 1.
+    int i = 16 * warp + lane / 4, j = 2 * (lane % 4);
+    float sums[8][4] = {};
+    products(sums, q_tile, k_tile, warp);
+    weights += at * CHUNK * CHUNK;
+    KLAB_UNROLL
+    for (int n = 0; n < 8; ++n) {
+        KLAB_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            int row = i + 8 * h;
+            float w[2];
+            KLAB_UNROLL
+            for (int e = 0; e < 2; ++e) {
+                int column = 8 * n + j + e;
+                float factor = k_norm[column] * q_norm[row] * scale * exp2f_fast(column <= row ? total[row] - total[column] : 0.0f);
+                w[e] = column <= row ? sums[n][2 * h + e] * factor : 0.0f;
+            }
+            *reinterpret_cast<uint32_t*>(weights + row * CHUNK + 8 * n + j) = pack2<ELEMENT>(w[0], w[1]);
+        }
+    }
+    float a[8][4] = {}, t[8][4];
+    products(a, k_tile, k_tile, warp);
+    KLAB_UNROLL
+    for (int n = 0; n < 8; ++n) {
+        KLAB_UNROLL
+        for (int e = 0; e < 4; ++e) {
+            int row = i + e / 2 * 8, column = 8 * n + j + e % 2;
+            float factor = k_norm[row] * k_norm[column] * rate[row] * exp2f_fast(column < row ? total[row] - total[column] : 0.0f);
+            a[n][e] = column < row ? a[n][e] * factor : 0.0f;
+            t[n][e] = row == column ? 1.0f : (row ^ column) == 1 ? -a[n][e] : 0.0f;
+        }
+    }
+
+    // T = (I + A)^-1 from blocks of 2 on its diagonal to the whole: two blocks T1 and T2 of a size become one of twice the size, with
+    // -T2 A21 T1 below. Up to 16 rows a warp is by itself. No power of A appears, which for keys that are alike would grow beyond all
+    // precision.
+    KLAB_UNROLL
+    for (int level = 1; level < 6; ++level) {
+        int warps = level < 4 ? 1 : 1 << (level - 4);  // whose rows make a block of 2^level rows, from 16 on
+        int block = warp / warps * warps;              // the first of them
+        bool active = level < 4 || warp / warps % 2 == 1;
+        int below = level < 4 ? warp : block - warps;  // 16-column step where A21 begins; T2 begins at `block`
+        store_tiles(t_tile, t, warp, 0, 2 * warp + 1, nullptr);
+        if (level < 4)
+            sync_warp();
+        else
+            sync_threads();
+        float part[8][4] = {};
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) {
+            if (!active || step < below || step >= below + warps) continue;
+            float masked[2][4];
+            KLAB_UNROLL
+            for (int e = 0; e < 8; ++e) {
+                int row = i + e / 2 % 2 * 8, column = 16 * step + 8 * (e / 4) + j + e % 2;
+                masked[e / 4][e % 4] = ((row ^ column) >> level) == 1 ? -a[2 * step + e / 4][e % 4] : 0.0f;
+            }
+            uint32_t left[4];
+            pack_left(left, masked[0], masked[1]);
+            KLAB_UNROLL
+            for (int n = 0; n < 8; n += 2) {
+                if (n / 2 < below || n / 2 > step) continue;  // T is zero right of its diagonal
+                uint32_t b[4];
+                load_right<S_ROW>(b, t_tile, 16 * step, 8 * n);
+                multiply_pair(part[n], part[n + 1], left, b);
+            }
+        }
+        if (active) store_tiles(p_tile, part, warp, 2 * below, 2 * (below + warps) - 1, nullptr);
+        if (level < 4)
+            sync_warp();
+        else
+            sync_threads();
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) {
+            if (!active || step < block || step >= block + warps) continue;
+            uint32_t left[4];
+            pack_left(left, t[2 * step], t[2 * step + 1]);
+            KLAB_UNROLL
+            for (int n = 0; n < 8; n += 2) {
+                if (n / 2 < below || n / 2 >= below + warps) continue;
+                uint32_t b[4];
+                load_right<S_ROW>(b, p_tile, 16 * step, 8 * n);
+                multiply_pair(t[n], t[n + 1], left, b);
+            }
+        }
+    }
+    cp_async_wait<0>();
+    sync_threads();
+    store_tiles(t_tile, t, warp, 0, 2 * warp + 1, rate);
+    store_tiles(p_tile, t, warp, 0, 2 * warp + 1, k_factor);
+    sync_threads();
+
+    values += at * VALUE_DIM * CHUNK;
+    for (int row = 16 * warp; row < VALUE_DIM; row += 16 * WARPS) {
+        float solved[8][4] = {};
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) {
+            uint32_t left[4];
+            load_left_transposed<V_ROW>(left, v_tile, 16 * step, row);
+            KLAB_UNROLL
+            for (int n = 2 * step; n < 8; n += 2) {
+                uint32_t b[4];
+                load_right_transposed<S_ROW>(b, t_tile, 8 * n, 16 * step);
+                multiply_pair(solved[n], solved[n + 1], left, b);
+            }
+        }
+        KLAB_UNROLL
+        for (int n = 0; n < 8; ++n) {
+            KLAB_UNROLL
+            for (int h = 0; h < 2; ++h)
+                *reinterpret_cast<uint32_t*>(values + (row + lane / 4 + 8 * h) * CHUNK + 8 * n + j) =
+                    pack2<ELEMENT>(solved[n][2 * h], solved[n][2 * h + 1]);
+        }
+    }
+    keys += at * CHUNK * KEY_DIM;
+    for (int column = 16 * warp; column < KEY_DIM; column += 16 * WARPS) {
+        uint32_t b[4][4];
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) load_right<K_ROW>(b[step], k_tile, 16 * step, column);
+        KLAB_UNROLL
+        for (int m = 0; m < 4; ++m) {
+            float solved[2][4] = {};
+            KLAB_UNROLL
+            for (int step = 0; step <= m; ++step) {
+                uint32_t left[4];
+                load_left<S_ROW>(left, p_tile, 16 * m, 16 * step);
+                multiply_pair(solved[0], solved[1], left, b[step]);
+            }
+            KLAB_UNROLL
+            for (int e = 0; e < 4; ++e)
+                *reinterpret_cast<uint32_t*>(keys + (16 * m + lane / 4 + 8 * (e % 2)) * KEY_DIM + column + 8 * (e / 2) + j) =
+                    pack2<ELEMENT>(solved[e / 2][2 * (e % 2)], solved[e / 2][2 * (e % 2) + 1]);
+        }
+    }
+}
+"""
+)
+
+SCAN = (
+    COMMON
+    + r"""
+constexpr int TILES = KEY_DIM / 8, STEPS = KEY_DIM / 16;
+constexpr int GATES_BYTES = 3 * CHUNK * 4;
+constexpr int STAGE_BYTES = 3 * K_BYTES + S_BYTES + GATES_BYTES;
+
+// A warp holds 16 columns of the state, transposed, as accumulators: rows value 16 warp + lane / 4 (and + 8), columns key 8 t + 2 (lane % 4)
+// (and + 1). As accumulators they are a left operand, and also the right operand of the product with a query, in the same lanes: the
+// state never goes through shared memory, and warps wait for each other only where a stage of the ring changes.
+KLAB_KERNEL(delta_scan, THREADS)(
+    const ELEMENT* q, const ELEMENT* k, const STATE* initial_state, const int* sequences, const ELEMENT* values, const ELEMENT* keys,
+    const ELEMENT* weights, const float* gates, ELEMENT* out, STATE* final_state, int heads, int group, int64_t q_token, int64_t q_head,
+    int64_t k_token, int64_t k_head, int64_t state_sequence, int64_t state_head, int64_t state_row) {
+    int warp = thread_idx() / 32, lane = thread_idx() % 32, head = block_idx_y(), sequence = block_idx_z();
+    int first_chunk = sequences[4 * sequence], chunks = sequences[4 * sequence + 1];
+    int64_t first = sequences[4 * sequence + 2];
+    int length = sequences[4 * sequence + 3];
+    int column = (block_idx_x() * WARPS + warp) * 16, j = 2 * (lane % 4);
+    unsigned char* smem = shared_memory<unsigned char>();
+    q += first * q_token + head / group * q_head;
+    k += first * k_token + head / group * k_head;
+    int64_t at = static_cast<int64_t>(first_chunk) * heads + head;
+    values += (at * VALUE_DIM + column + lane / 4) * CHUNK + j;
+    keys += at * CHUNK * KEY_DIM;
+    weights += at * CHUNK * CHUNK;
+    gates += at * 3 * CHUNK;
+    out += (first * heads + head) * VALUE_DIM + column + j;
+
+    // keys, weights, gates, k and q of a chunk, in one group.
+    auto copy_chunk = [&](int chunk) {
+        if (chunk < chunks) {
+            unsigned char* stage = smem + chunk % STAGES * STAGE_BYTES;
+            int64_t ahead = static_cast<int64_t>(chunk) * heads;
+            int count = length - chunk * CHUNK;
+            copy_rows<KEY_DIM>(stage, keys + ahead * CHUNK * KEY_DIM, KEY_DIM, CHUNK);
+            copy_rows<KEY_DIM>(stage + K_BYTES, k + chunk * CHUNK * k_token, k_token, count);
+            copy_rows<KEY_DIM>(stage + 2 * K_BYTES, q + chunk * CHUNK * q_token, q_token, count);
+            copy_rows<CHUNK>(stage + 3 * K_BYTES, weights + ahead * CHUNK * CHUNK, CHUNK, CHUNK);
+            for (int i = thread_idx(); i < GATES_BYTES / 16; i += THREADS)
+                cp_async_16(stage + 3 * K_BYTES + S_BYTES + 16 * i, gates + ahead * 3 * CHUNK + 4 * i, true);
+        }
+        cp_async_commit();
+    };
+    uint32_t next[8][2];
+    auto load_values = [&](int chunk) {
+        if (chunk >= chunks) return;
+        const ELEMENT* from = values + static_cast<int64_t>(chunk) * heads * VALUE_DIM * CHUNK;
+        KLAB_UNROLL
+        for (int n = 0; n < 8; ++n) {
+            next[n][0] = *reinterpret_cast<const uint32_t*>(from + 8 * n);
+            next[n][1] = *reinterpret_cast<const uint32_t*>(from + 8 * CHUNK + 8 * n);
+        }
+    };
+    KLAB_UNROLL
+    for (int i = 0; i < STAGES - 1; ++i) copy_chunk(i);
+    load_values(0);
+
+    float state[TILES][4];
+    initial_state += sequence * state_sequence + head * state_head + column + lane / 4;
+    KLAB_UNROLL
+    for (int t = 0; t < TILES; ++t) {
+        KLAB_UNROLL
+        for (int e = 0; e < 4; ++e) state[t][e] = to_float(initial_state[(8 * t + j + e % 2) * state_row + e / 2 * 8]);
+    }
+
+    KLAB_NO_UNROLL
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+        float correction[8][4];  // [value][token]
+        KLAB_UNROLL
+        for (int n = 0; n < 8; ++n) {
+            KLAB_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                Pair pair = unpack2<ELEMENT>(next[n][h]);
+                correction[n][2 * h] = -pair.x;
+                correction[n][2 * h + 1] = -pair.y;
+            }
+        }
+        load_values(chunk + 1);
+        cp_async_wait<(STAGES > 1 ? STAGES - 2 : 0)>();
+        sync_threads();  // this chunk is here for everybody, and nobody reads the one before any more
+        copy_chunk(chunk + STAGES - 1);
+        const unsigned char* stage = smem + chunk % STAGES * STAGE_BYTES;
+        const float* factors = reinterpret_cast<const float*>(stage + 3 * K_BYTES + S_BYTES);
+
+        // keys S - values, then queries S. The state is packed for each: its packed form would take 32 registers in between.
+        KLAB_UNROLL
+        for (int step = 0; step < STEPS; ++step) {
+            uint32_t narrow[4];
+            pack_left(narrow, state[2 * step], state[2 * step + 1]);
+            KLAB_UNROLL
+            for (int n = 0; n < 8; n += 2) {
+                uint32_t b[4];
+                load_right_transposed<K_ROW>(b, stage, 8 * n, 16 * step);
+                multiply_pair(correction[n], correction[n + 1], narrow, b);
+            }
+        }
+        float read[4][2][4] = {};  // [token][value]
+        KLAB_UNROLL
+        for (int step = 0; step < STEPS; ++step) {
+            uint32_t narrow[4];
+            pack_left(narrow, state[2 * step], state[2 * step + 1]);
+            uint32_t right[4] = {narrow[0], narrow[2], narrow[1], narrow[3]};
+            KLAB_UNROLL
+            for (int m = 0; m < 4; ++m) {
+                uint32_t a[4];
+                load_left<K_ROW>(a, stage + 2 * K_BYTES, 16 * m, 16 * step);
+                multiply_pair(read[m][0], read[m][1], a, right);
+            }
+        }
+        KLAB_UNROLL
+        for (int m = 0; m < 4; ++m) {
+            KLAB_UNROLL
+            for (int e = 0; e < 8; ++e) read[m][e / 4][e % 4] *= factors[16 * m + lane / 4 + e / 2 % 2 * 8];
+        }
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) {
+            uint32_t narrow[4];
+            KLAB_UNROLL
+            for (int e = 0; e < 8; ++e) correction[2 * step + e / 4][e % 4] *= -1.0f;
+            pack_left(narrow, correction[2 * step], correction[2 * step + 1]);
+            uint32_t right[4] = {narrow[0], narrow[2], narrow[1], narrow[3]};
+            KLAB_UNROLL
+            for (int m = step; m < 4; ++m) {
+                uint32_t a[4];
+                load_left<S_ROW>(a, stage + 3 * K_BYTES, 16 * m, 16 * step);
+                multiply_pair(read[m][0], read[m][1], a, right);
+            }
+        }
+        KLAB_UNROLL
+        for (int m = 0; m < 4; ++m) {
+            KLAB_UNROLL
+            for (int h = 0; h < 2; ++h) {
+                int token = chunk * CHUNK + 16 * m + lane / 4 + 8 * h;
+                if (token >= length) continue;
+                KLAB_UNROLL
+                for (int n = 0; n < 2; ++n)
+                    *reinterpret_cast<uint32_t*>(out + static_cast<int64_t>(token) * heads * VALUE_DIM + 8 * n) =
+                        pack2<ELEMENT>(read[m][n][2 * h], read[m][n][2 * h + 1]);
+            }
+        }
+
+        float whole = factors[2 * CHUNK];
+        KLAB_UNROLL
+        for (int t = 0; t < TILES; ++t) {
+            KLAB_UNROLL
+            for (int e = 0; e < 4; ++e) state[t][e] *= whole;
+        }
+        KLAB_UNROLL
+        for (int step = 0; step < 4; ++step) {
+            KLAB_UNROLL
+            for (int e = 0; e < 8; ++e) correction[2 * step + e / 4][e % 4] *= factors[CHUNK + 16 * step + e / 4 * 8 + j + e % 2];
+            uint32_t left[4];
+            pack_left(left, correction[2 * step], correction[2 * step + 1]);
+            KLAB_UNROLL
+            for (int t = 0; t < TILES; t += 2) {
+                uint32_t b[4];
+                load_right<K_ROW>(b, stage + K_BYTES, 16 * step, 8 * t);
+                multiply_pair(state[t], state[t + 1], left, b);
+            }
+        }
+    }
+
+    final_state += (static_cast<int64_t>(sequence) * heads + head) * KEY_DIM * VALUE_DIM + column + lane / 4;
+    KLAB_UNROLL
+    for (int t = 0; t < TILES; ++t) {
+        KLAB_UNROLL
+        for (int e = 0; e < 4; ++e) final_state[(8 * t + j + e % 2) * VALUE_DIM + e / 2 * 8] = from_float<STATE>(state[t][e]);
+    }
+}
+"""
+)
