@@ -28,8 +28,18 @@ from klab.kernels.contract import Chip, Kernel, Problem
 from klab.kernels.discover import Catalogue
 from klab.kernels.errors import UsageError
 
-# In order of value: a dense model on one GPU, a mixture of experts, a large dense one and the largest over the GPUs of a server.
-MODELS = {"cuda": ("llama-3.1-8b", "qwen3-30b-a3b", "llama-3.1-70b@4", "deepseek-v3@8"), "cpu": ("qwen3-0.6b",)}
+# In order of value: a dense model on one GPU and in fp8, a mixture of experts, the largest model as it is served, attention with sinks and
+# windows, linear attention, a large dense one, a diffusion transformer, sparse attention, speech.
+MODELS = {
+    "cuda": (
+        "llama-3.1-8b", "llama-3.1-8b+fp8_row", "qwen3-30b-a3b", "deepseek-v3@8+fp8_block", "gpt-oss-20b", "qwen3-next-80b-a3b@2",
+        "llama-3.1-70b@4", "flux.1-dev", "deepseek-v3.2@8", "whisper-large-v3",
+    ),
+    "cpu": ("qwen3-0.6b",),
+}  # fmt: skip
+# Of the time, at most so much goes into correctness: what it has not reached is checked before it is timed, as every trial is.
+CHECK_SHARE = 0.35
+CHECK_LEAST_S = 20.0
 # Left for packing the rows after the tuning.
 WRAP_UP_S = 1.0
 ENERGY_PROBLEMS = 4
@@ -54,14 +64,15 @@ class Share:
 
 
 def shares(models: Sequence[str], chip: Chip) -> list[Share]:
-    """The problems of these models (`name` or `name@tensor_parallel`), each once, with what they weigh; heaviest model first."""
+    """The problems of these models (`name`, `name@tensor_parallel`, `name@4+quantization`), each once, with what they weigh; in order."""
     found: dict[str, Share] = {}
     for text in models:
-        name, _, tp = text.partition("@")
+        before, _, quantization = text.partition("+")
+        name, _, tp = before.partition("@")
         if tp and not tp.isdecimal():
-            raise UsageError(f"--model {text}: write name@4 for tensor parallelism over 4")
+            raise UsageError(f"--model {text}: write name@4 for tensor parallelism over 4, name@4+fp8_block for a format too")
         model = find_model(name)
-        made = plan(model, chip, scenario_for(model, chip, tp=int(tp) if tp else None))
+        made = plan(model, chip, scenario_for(model, chip, tp=int(tp) if tp else None, quantization=quantization or None))
         for row in made.rows:
             if row.problem is None:
                 continue
@@ -97,10 +108,16 @@ class Campaign:
     def run(self) -> Iterator[tuple[Stage, Outcome]]:
         """Run the stages, then tune, until the deadline or a stop. KeyboardInterrupt passes through; what was finished is stored."""
         for stage in self.stages():
+            whole, now = self.job.deadline, time.monotonic()
+            checks = stage.name == "correctness" and whole is not None
+            if checks and whole is not None:
+                self.job.deadline = min(whole, now + max(CHECK_LEAST_S, CHECK_SHARE * (whole - now)))
             outcome = self.job.run(stage.trials, self.catalogue.kernels)
+            self.job.deadline = whole
             self.outcomes[stage.name] = outcome
             yield stage, outcome
-            if outcome.stopped or (self.job.deadline is not None and time.monotonic() >= self.job.deadline):
+            cut = outcome.stopped and not (checks and outcome.stopped == "deadline")
+            if cut or (self.job.deadline is not None and time.monotonic() >= self.job.deadline):
                 return
         yield Stage("tuning", []), self._tune()
 
@@ -142,16 +159,16 @@ def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:
     in the second dtype, each with the default; and on every other one a further candidate, since a default may not split, merge or
     specialise. `pytest -m gpu` runs the rest.
     """
-    chosen: list[Trial] = []
+    chosen: list[tuple[int, Trial]] = []
     second = "float16" if chip.kind == "cuda" else "float32"
     for kernel in kernels:
         examples = [p for p in kernel.problem_type.examples() if safe_unfit(kernel, p, chip) is None]
         in_second = [p for p in examples if p.dtype == second]
         for turn, problem in enumerate([p for p in examples if p.dtype == "bfloat16"] + in_second[::2]):
             count = 2 if turn % 2 else 1
-            chosen += trials([problem], [kernel], chip, CHECK_ONLY, f"sample:{count}").trials
-    # By problem, so that the kernels on one example share its data and its reference.
-    return sorted(chosen, key=lambda t: (t.problem.operator, t.problem.key))
+            chosen += [(turn // 2, trial) for trial in trials([problem], [kernel], chip, CHECK_ONLY, f"sample:{count}").trials]
+    # Two examples of every kernel first; by problem, so that the kernels on one example share its data and its reference.
+    return [trial for _, trial in sorted(chosen, key=lambda item: (item[0], item[1].problem.operator, item[1].problem.key))]
 
 
 def pack(folder: Path) -> Path | None:

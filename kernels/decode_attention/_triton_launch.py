@@ -31,12 +31,12 @@ def span_of(problem: DecodeAttention, length: int, first: int = 0) -> int:
 
 
 def blocks_of(problem: DecodeAttention, block_n: int, length: int, first: int = 0) -> int:
-    """Steps of block_n keys that a sequence of this length takes at most. A window may begin in the middle of a block."""
-    return min(cdiv(max(0, length - first), block_n), cdiv(span_of(problem, length, first) - 1, block_n) + 1)
+    """Steps of block_n keys that a sequence of this length takes."""
+    return cdiv(span_of(problem, length, first), block_n)
 
 
 def longest_of(problem: DecodeAttention, block_n: int, first: int = 0) -> int:
-    """Steps of block_n keys that the longest sequence takes at most."""
+    """Steps of block_n keys that the longest sequence takes: the most of all."""
     return blocks_of(problem, block_n, problem.max_kv_len, first)
 
 

@@ -17,6 +17,16 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton_support.INTERPRETED)
 
 
 @triton.jit
+def first_key(length, Q_LEN: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr):
+    """The first key of a sequence that its queries see, from key FIRST on (0 where there is a window)."""
+    if WINDOW:
+        first = tl.maximum(length - Q_LEN - WINDOW + 1, 0)
+    else:
+        first = FIRST + length * 0
+    return first
+
+
+@triton.jit
 def locate(
     kv_lens,
     splits,
@@ -27,23 +37,25 @@ def locate(
     FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(tile of heads, split, sequence, its length, first block, block behind the last) of this program; blocks count from key FIRST."""
+    """(tile of heads, split, sequence, its length, key where its blocks begin, first block, block behind the last) of this program.
+
+    Blocks count from key FIRST, or from the first key in the window: a window of 128 keys is one block of 128, not parts of two.
+    """
     # Neighbouring programs read neighbouring heads of the same pages: together they read whole DRAM rows.
     program = tl.program_id(0)
     split = program // HEAD_TILES % splits
     sequence = program // HEAD_TILES // splits
     length = tl.load(kv_lens + sequence)
+    base = first_key(length, Q_LEN, WINDOW, FIRST)
     begin = split * blocks_per_split
-    if WINDOW:
-        begin += tl.maximum(length - Q_LEN - WINDOW + 1, 0) // BLOCK_N
-    end = tl.minimum(begin + blocks_per_split, tl.cdiv(length - FIRST, BLOCK_N))
-    return program % HEAD_TILES, split, sequence, length, begin, end
+    end = tl.minimum(begin + blocks_per_split, tl.cdiv(length - base, BLOCK_N))
+    return program % HEAD_TILES, split, sequence, length, base, begin, end
 
 
 @triton.jit
-def pages_of(pages, first, key, length, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each key of a block (its first is `first`), or the one page that holds the block; 0 behind the sequence's end."""
-    if PAGE_SIZE % BLOCK_N == 0:
+def pages_of(pages, first, key, length, WHOLE: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """The page of each key of a block (its first is `first`), or with WHOLE the one page that holds it; 0 behind the sequence's end."""
+    if WHOLE:
         page = tl.load(pages + first // PAGE_SIZE, mask=first < length, other=0)
     else:
         page = tl.load(pages + key // PAGE_SIZE, mask=key < length, other=0)
@@ -175,9 +187,7 @@ def merge_ranges(
     program = tl.program_id(0)
     sequence = program // (Q_LEN * HEADS)
     length = tl.load(kv_lens + sequence)
-    blocks = tl.cdiv(length - FIRST, BLOCK_N)
-    if WINDOW:
-        blocks -= tl.maximum(length - Q_LEN - WINDOW + 1, 0) // BLOCK_N
+    blocks = tl.cdiv(length - first_key(length, Q_LEN, WINDOW, FIRST), BLOCK_N)
     ranges = tl.where(length > 0, PREFIX_COLUMNS + tl.cdiv(blocks, blocks_per_split), 0)
     row = program.to(tl.int64) * columns
     offs_dv = tl.arange(0, BLOCK_DV)

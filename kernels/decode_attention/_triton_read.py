@@ -70,7 +70,8 @@ def read_range(
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
     HEAD_TILES: tl.constexpr = KV_HEADS * ROW_TILES
-    tile, split, sequence, length, begin, end = locate(kv_lens, splits, blocks_per_split, HEAD_TILES, Q_LEN, WINDOW, FIRST, BLOCK_N)
+    WHOLE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0 and WINDOW == 0
+    tile, split, sequence, length, base, begin, end = locate(kv_lens, splits, blocks_per_split, HEAD_TILES, Q_LEN, WINDOW, FIRST, BLOCK_N)
     # Nobody reads the partial result of an empty range. Without splits the zeros of an empty sequence must be written.
     if (not DIRECT) and (begin >= end):
         return
@@ -108,17 +109,17 @@ def read_range(
         totals += tl.where(offs_n == 0, 1.0, 0.0)[None, :]
     # The page numbers are loaded one step ahead and carried over. Loaded in the step that uses them, they would take a stage of the
     # software pipeline each: Triton 3.7 then has one block under way with 3 stages, instead of two.
-    first = FIRST + begin * BLOCK_N
-    page = pages_of(pages, first, first + offs_n, length, PAGE_SIZE, BLOCK_N)
+    first = base + begin * BLOCK_N
+    page = pages_of(pages, first, first + offs_n, length, WHOLE, PAGE_SIZE)
     for block in tl.range(begin, end):
-        first = FIRST + block * BLOCK_N
+        first = base + block * BLOCK_N
         key = first + offs_n
         is_key = key < length
         k_rows = (page.to(tl.int64) * k_page + key % PAGE_SIZE * k_token) * UNIT
         v_rows = k_rows
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
-        page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
+        page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, WHOLE, PAGE_SIZE)
         if HEAD_DIM == PACK * BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :], mask=is_key[:, None], other=0.0)
         else:

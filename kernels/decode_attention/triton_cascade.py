@@ -109,6 +109,7 @@ def _read_prefix(
     Strides of k and v are in UNIT elements. NARROW: an element of k and v is a pair of fp8 columns, and so are BLOCK_D and BLOCK_DV.
     """
     PACK: tl.constexpr = 2 if NARROW else 1
+    WHOLE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
     # Tiles of the same keys are neighbours, so that all but the first read them from L2.
@@ -143,14 +144,14 @@ def _read_prefix(
     odd_values = values
     begin = split * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, tl.cdiv(prefix, BLOCK_N))
-    page = pages_of(pages, begin * BLOCK_N, begin * BLOCK_N + offs_n, prefix, PAGE_SIZE, BLOCK_N)
+    page = pages_of(pages, begin * BLOCK_N, begin * BLOCK_N + offs_n, prefix, WHOLE, PAGE_SIZE)
     for block in tl.range(begin, end):
         key = block * BLOCK_N + offs_n
         k_rows = (page.to(tl.int64) * k_page + key % PAGE_SIZE * k_token) * UNIT
         v_rows = k_rows
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
-        page = pages_of(pages, (block + 1) * BLOCK_N, key + BLOCK_N, prefix, PAGE_SIZE, BLOCK_N)
+        page = pages_of(pages, (block + 1) * BLOCK_N, key + BLOCK_N, prefix, WHOLE, PAGE_SIZE)
         if EVEN and HEAD_DIM == PACK * BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, None] + offs_d[None, :])
         else:

@@ -27,6 +27,8 @@ from klab.kernels.triton_support import KIB, next_power_of_2
 MAX_ROWS = 64  # more query rows go to further programs, which read the same keys from L2
 # Compiled for sm_90: 160 takes 226 registers; 192 spills 80 bytes, and 32 loads of a key or value per thread spill 180 to 290.
 MAX_REGISTERS_FOR_TILES = 160
+# An fp8 tile is there as bytes and as fp16: 112 takes up to 230 registers, 128 spills 16 bytes.
+MAX_REGISTERS_FOR_FP8_TILES = 112
 # float32 has no tensor cores under IEEE rules, so every multiply-add is an instruction: 1024 of them spill up to 870 bytes, 2048 more.
 MAX_FMAS_PER_STEP_FP32 = 512
 
@@ -94,7 +96,8 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
     # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
     loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
     sums = rows * (next_power_of_2(problem.dim_v) + 2 * block_n) // threads
-    if loads > 16 or sums + 4 * loads > MAX_REGISTERS_FOR_TILES:
+    most = MAX_REGISTERS_FOR_FP8_TILES if problem.kv_dtype else MAX_REGISTERS_FOR_TILES
+    if loads > 16 or sums + 4 * loads > most:
         return "the tile would spill registers"
     if problem.dtype == "float32" and rows * block_n * widest // threads > MAX_FMAS_PER_STEP_FP32:
         return "one step would unroll too many multiply-adds"
@@ -107,7 +110,7 @@ def default(problem: DecodeAttention, chip: Chip) -> SplitKvConfig:
     row_bytes = (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype]
     block_n = max(16, min(128, 32 * KIB // next_power_of_2(row_bytes), next_power_of_2(span_of(problem, problem.max_kv_len))))
     # More rows, or multiply-adds without tensor cores, need more threads to hold their sums.
-    wide = block_m_of(problem) > 32 or (problem.dtype == "float32" and block_n > 16)
+    wide = block_m_of(problem) > (16 if problem.kv_dtype else 32) or (problem.dtype == "float32" and block_n > 16)
     return SplitKvConfig(block_n=block_n, num_warps=8 if wide else 4)
 
 

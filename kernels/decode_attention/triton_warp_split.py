@@ -117,7 +117,8 @@ def _read_range_by_warps(
     if SIGNAL:
         tl.extra.cuda.gdc_launch_dependents()
     HEAD_TILES: tl.constexpr = KV_HEADS * ROW_TILES
-    tile, split, sequence, length, begin, end = locate(kv_lens, splits, blocks_per_split, HEAD_TILES, Q_LEN, WINDOW, FIRST, BLOCK_N)
+    WHOLE: tl.constexpr = PAGE_SIZE % BLOCK_N == 0 and WINDOW == 0
+    tile, split, sequence, length, base, begin, end = locate(kv_lens, splits, blocks_per_split, HEAD_TILES, Q_LEN, WINDOW, FIRST, BLOCK_N)
     # Nobody reads the partial result of an empty range. Without splits the zeros of an empty sequence must be written.
     if (not DIRECT) and (begin >= end):
         return
@@ -158,17 +159,17 @@ def _read_range_by_warps(
         largest += (tl.load(sinks + kv_head * GROUP + row % GROUP) * 1.4426950408889634)[None, :]
         total += tl.where(warp == 0, 1.0, 0.0)[:, None]
     # The page numbers are loaded one step ahead, so that they take no stage of the software pipeline.
-    first = FIRST + begin * BLOCK_N
-    page = pages_of(pages, first, first + offs_n, length, PAGE_SIZE, BLOCK_N)
+    first = base + begin * BLOCK_N
+    page = pages_of(pages, first, first + offs_n, length, WHOLE, PAGE_SIZE)
     for block in tl.range(begin, end):
-        first = FIRST + block * BLOCK_N
+        first = base + block * BLOCK_N
         key = first + offs_n
         is_key = (key < length)[:, :, None]
         k_rows = (page.to(tl.int64) * k_page + key % PAGE_SIZE * k_token) * UNIT
         v_rows = k_rows
         if not SAME_ROWS:
             v_rows = (page.to(tl.int64) * v_page + key % PAGE_SIZE * v_token) * UNIT
-        page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, PAGE_SIZE, BLOCK_N)
+        page = pages_of(pages, first + BLOCK_N, key + BLOCK_N, length, WHOLE, PAGE_SIZE)
         if HEAD_DIM == PACK * BLOCK_D:
             keys = tl.load(k_of_head + k_rows[:, :, None] + offs_d, mask=is_key, other=0.0)
         else:
@@ -290,9 +291,9 @@ def fits(problem: DecodeAttention, config: WarpSplitConfig, chip: Chip) -> str |
 
 
 def default(problem: DecodeAttention, chip: Chip) -> WarpSplitConfig:
-    """Sixteen keys for each warp, four warps where the context has as many keys."""
+    """Sixteen keys for each warp, four warps where the context has as many keys; an fp8 step is half the bytes, so twice as many wait."""
     warps = max(1, min(4, next_power_of_2(span_of(problem, problem.max_kv_len)) // 16))
-    return WarpSplitConfig(warp_n=16, num_warps=warps)
+    return WarpSplitConfig(warp_n=16, num_warps=warps, num_stages=5 if problem.kv_dtype else 3)
 
 
 def space(problem: DecodeAttention, chip: Chip) -> Iterator[WarpSplitConfig]:

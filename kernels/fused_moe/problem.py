@@ -211,10 +211,10 @@ class FusedMoe(Problem):
             # One token, most experts unvisited; more visits than a tile of 16 rows holds; sizes that no tile divides.
             cls(1, 64, 32, 8, 2, "float16"),
             cls(3, 40, 24, 6, 2, "float32", local_experts=5, gated=False),
-            cls(45, 72, 56, 3, 2, "float16", swiglu_limit=0.5),
-            cls(21, 96, 136, 6, 3, "float16", skew=1.2, local_experts=4),
-            cls(3, 200, 160, 6, 2, "float16", "fp8_block"),
-            cls(35, 256, 128, 7, 3, "float32", "fp8_block", local_experts=5),
+            cls(40, 72, 56, 2, 1, "float16", swiglu_limit=0.5),
+            cls(11, 96, 136, 6, 3, "float16", skew=1.2, local_experts=4),
+            cls(1, 136, 144, 6, 2, "float16", "fp8_block"),
+            cls(20, 256, 128, 4, 2, "float32", "fp8_block", local_experts=3),
         ]
         return [*made, replace(made[2], dtype="bfloat16"), replace(made[0], dtype="bfloat16"), replace(made[4], dtype="bfloat16")]
 

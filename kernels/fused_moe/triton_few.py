@@ -184,9 +184,9 @@ def default(problem: FusedMoe, chip: Chip) -> FewConfig:
     p = problem
     block_k = max(BLOCK if p.format else 32, min(512, next_power_of_2(min(p.hidden, p.intermediate))))
     up_n = down_n = max(1, 4096 // block_k)
-    while up_n > 2 and p.tokens * p.top_k * cdiv(p.intermediate, up_n) < 2 * chip.sm_count:
+    while up_n > 4 and p.tokens * p.top_k * cdiv(p.intermediate, up_n) < 2 * chip.sm_count:
         up_n //= 2
-    while down_n > 2 and p.tokens * cdiv(p.hidden, down_n) < 2 * chip.sm_count:
+    while down_n > 4 and p.tokens * cdiv(p.hidden, down_n) < 2 * chip.sm_count:
         down_n //= 2
     warps = 4
     while warps > 1 and max(up_n * (2 if p.gated else 1), down_n) * block_k < 8 * 32 * warps:

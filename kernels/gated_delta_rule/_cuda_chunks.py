@@ -19,39 +19,48 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int K_ROW = 2 * KEY_DIM, V_ROW = 2 * VALUE_DIM, S_ROW = 2 * CHUNK;  // bytes of a row in shared memory
 constexpr int K_BYTES = CHUNK * K_ROW, V_BYTES = CHUNK * V_ROW, S_BYTES = CHUNK * S_ROW;
 
-// All threads: 64 rows of DIM elements to a swizzled tile; rows from `count` on become zero.
+// The same number, but one that the compiler cannot follow: addresses computed from it in a loop stay there and hold no registers.
+KLAB_DEVICE int opaque(int value) {
+#if defined(KLAB_ON_DEVICE)
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
+// All threads: 64 rows of DIM elements to a swizzled tile; rows from `count` on become zero. One stepping pointer and addresses that
+// are computed anew each time: kept over the scan's loop they would take 50 registers.
 template <int DIM>
 KLAB_DEVICE void copy_rows(unsigned char* tile, const ELEMENT* source, int64_t stride, int count) {
-    constexpr int CHUNKS = DIM / 8;
-    for (int i = thread_idx(); i < CHUNK * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, chunk = i % CHUNKS;
-        cp_async_16(tile + swizzle<2 * DIM>(row, chunk), source + row * stride + chunk * 8, row < count);
+    constexpr int CHUNKS = DIM / 8, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && CHUNK % STEP == 0, "every thread keeps its column");
+    int thread = opaque(thread_idx()), row = thread / CHUNKS, chunk = thread % CHUNKS;
+    source += row * stride + chunk * 8;
+    KLAB_UNROLL
+    for (int i = 0; i < CHUNK / STEP; ++i) {
+        cp_async_16(tile + swizzle<2 * DIM>(row + i * STEP, chunk), source, row + i * STEP < count);
+        source += STEP * stride;
     }
 }
 
 // Operands of m16n8k16 from a swizzled tile whose rows are ROW bytes; `row` and `column` of the block's corner, in elements.
 // Left operand, rows as they lie.
 template <int ROW>
-KLAB_DEVICE void load_left(uint32_t (&a)[4], const unsigned char* tile, int row, int column) {
-    int lane = thread_idx() % 32;
+KLAB_DEVICE void load_left(uint32_t (&a)[4], const unsigned char* tile, int lane, int row, int column) {
     ldmatrix_x4(a, tile + swizzle<ROW>(row + lane % 16, column / 8 + lane / 16));
 }
 // Left operand from a tile that holds it transposed: block [k][m].
 template <int ROW>
-KLAB_DEVICE void load_left_transposed(uint32_t (&a)[4], const unsigned char* tile, int row, int column) {
-    int lane = thread_idx() % 32;
+KLAB_DEVICE void load_left_transposed(uint32_t (&a)[4], const unsigned char* tile, int lane, int row, int column) {
     ldmatrix_x4_trans(a, tile + swizzle<ROW>(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
 }
 // Two right operands side by side from a block [16 k][16 n]: registers 0, 1 and 2, 3.
 template <int ROW>
-KLAB_DEVICE void load_right(uint32_t (&b)[4], const unsigned char* tile, int row, int column) {
-    int lane = thread_idx() % 32;
+KLAB_DEVICE void load_right(uint32_t (&b)[4], const unsigned char* tile, int lane, int row, int column) {
     ldmatrix_x4_trans(b, tile + swizzle<ROW>(row + lane % 16, column / 8 + lane / 16));
 }
 // The same from a tile that holds it transposed: block [16 n][16 k].
 template <int ROW>
-KLAB_DEVICE void load_right_transposed(uint32_t (&b)[4], const unsigned char* tile, int row, int column) {
-    int lane = thread_idx() % 32;
+KLAB_DEVICE void load_right_transposed(uint32_t (&b)[4], const unsigned char* tile, int lane, int row, int column) {
     ldmatrix_x4(b, tile + swizzle<ROW>(row + lane / 16 * 8 + lane % 8, column / 8 + lane / 8 % 2));
 }
 KLAB_DEVICE void multiply_pair(float (&low)[4], float (&high)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
@@ -98,15 +107,16 @@ KLAB_DEVICE void norms(float* to, const unsigned char* tile, bool qk_norm, float
 
 // A warp's 16 rows of x y^T for 64 rows each of x and y, left of the diagonal's block and on it.
 KLAB_DEVICE void products(float (&sums)[8][4], const unsigned char* x, const unsigned char* y, int warp) {
+    int lane = thread_idx() % 32;
     KLAB_UNROLL
     for (int step = 0; step < KEY_DIM / 16; ++step) {
         uint32_t a[4];
-        load_left<K_ROW>(a, x, 16 * warp, 16 * step);
+        load_left<K_ROW>(a, x, lane, 16 * warp, 16 * step);
         KLAB_UNROLL
         for (int n = 0; n < 8; n += 2) {
             if (n / 2 > warp) continue;
             uint32_t b[4];
-            load_right_transposed<K_ROW>(b, y, 8 * n, 16 * step);
+            load_right_transposed<K_ROW>(b, y, lane, 8 * n, 16 * step);
             multiply_pair(sums[n], sums[n + 1], a, b);
         }
     }
@@ -240,7 +250,7 @@ KLAB_KERNEL(delta_prepare, THREADS)(
             for (int n = 0; n < 8; n += 2) {
                 if (n / 2 < below || n / 2 > step) continue;  // T is zero right of its diagonal
                 uint32_t b[4];
-                load_right<S_ROW>(b, t_tile, 16 * step, 8 * n);
+                load_right<S_ROW>(b, t_tile, lane, 16 * step, 8 * n);
                 multiply_pair(part[n], part[n + 1], left, b);
             }
         }
@@ -258,7 +268,7 @@ KLAB_KERNEL(delta_prepare, THREADS)(
             for (int n = 0; n < 8; n += 2) {
                 if (n / 2 < below || n / 2 >= below + warps) continue;
                 uint32_t b[4];
-                load_right<S_ROW>(b, p_tile, 16 * step, 8 * n);
+                load_right<S_ROW>(b, p_tile, lane, 16 * step, 8 * n);
                 multiply_pair(t[n], t[n + 1], left, b);
             }
         }
@@ -275,11 +285,11 @@ KLAB_KERNEL(delta_prepare, THREADS)(
         KLAB_UNROLL
         for (int step = 0; step < 4; ++step) {
             uint32_t left[4];
-            load_left_transposed<V_ROW>(left, v_tile, 16 * step, row);
+            load_left_transposed<V_ROW>(left, v_tile, lane, 16 * step, row);
             KLAB_UNROLL
             for (int n = 2 * step; n < 8; n += 2) {
                 uint32_t b[4];
-                load_right_transposed<S_ROW>(b, t_tile, 8 * n, 16 * step);
+                load_right_transposed<S_ROW>(b, t_tile, lane, 8 * n, 16 * step);
                 multiply_pair(solved[n], solved[n + 1], left, b);
             }
         }
@@ -295,14 +305,14 @@ KLAB_KERNEL(delta_prepare, THREADS)(
     for (int column = 16 * warp; column < KEY_DIM; column += 16 * WARPS) {
         uint32_t b[4][4];
         KLAB_UNROLL
-        for (int step = 0; step < 4; ++step) load_right<K_ROW>(b[step], k_tile, 16 * step, column);
+        for (int step = 0; step < 4; ++step) load_right<K_ROW>(b[step], k_tile, lane, 16 * step, column);
         KLAB_UNROLL
         for (int m = 0; m < 4; ++m) {
             float solved[2][4] = {};
             KLAB_UNROLL
             for (int step = 0; step <= m; ++step) {
                 uint32_t left[4];
-                load_left<S_ROW>(left, p_tile, 16 * m, 16 * step);
+                load_left<S_ROW>(left, p_tile, lane, 16 * m, 16 * step);
                 multiply_pair(solved[0], solved[1], left, b[step]);
             }
             KLAB_UNROLL
@@ -400,6 +410,7 @@ KLAB_KERNEL(delta_scan, THREADS)(
         const unsigned char* stage = smem + chunk % STAGES * STAGE_BYTES;
         const float* factors = reinterpret_cast<const float*>(stage + 3 * K_BYTES + S_BYTES);
 
+        int here = lane;
         // keys S - values, then queries S. The state is packed for each: its packed form would take 32 registers in between.
         KLAB_UNROLL
         for (int step = 0; step < STEPS; ++step) {
@@ -408,7 +419,7 @@ KLAB_KERNEL(delta_scan, THREADS)(
             KLAB_UNROLL
             for (int n = 0; n < 8; n += 2) {
                 uint32_t b[4];
-                load_right_transposed<K_ROW>(b, stage, 8 * n, 16 * step);
+                load_right_transposed<K_ROW>(b, stage, here, 8 * n, 16 * step);
                 multiply_pair(correction[n], correction[n + 1], narrow, b);
             }
         }
@@ -421,7 +432,7 @@ KLAB_KERNEL(delta_scan, THREADS)(
             KLAB_UNROLL
             for (int m = 0; m < 4; ++m) {
                 uint32_t a[4];
-                load_left<K_ROW>(a, stage + 2 * K_BYTES, 16 * m, 16 * step);
+                load_left<K_ROW>(a, stage + 2 * K_BYTES, here, 16 * m, 16 * step);
                 multiply_pair(read[m][0], read[m][1], a, right);
             }
         }
@@ -440,7 +451,7 @@ KLAB_KERNEL(delta_scan, THREADS)(
             KLAB_UNROLL
             for (int m = step; m < 4; ++m) {
                 uint32_t a[4];
-                load_left<S_ROW>(a, stage + 3 * K_BYTES, 16 * m, 16 * step);
+                load_left<S_ROW>(a, stage + 3 * K_BYTES, here, 16 * m, 16 * step);
                 multiply_pair(read[m][0], read[m][1], a, right);
             }
         }
@@ -472,7 +483,7 @@ KLAB_KERNEL(delta_scan, THREADS)(
             KLAB_UNROLL
             for (int t = 0; t < TILES; t += 2) {
                 uint32_t b[4];
-                load_right<K_ROW>(b, stage + K_BYTES, 16 * step, 8 * t);
+                load_right<K_ROW>(b, stage + K_BYTES, here, 16 * step, 8 * t);
                 multiply_pair(state[t], state[t + 1], left, b);
             }
         }

@@ -119,12 +119,11 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
         for (int h = 0; h < 2; ++h) of[h] = of_w * scale_of(x_scale, (row0 + 8 * h) * x_scale_stride + block, row0 + 8 * h < m);
     };
     auto promote = [&](Sum (&sum)[TILES_N][4], const float (&by)[2]) {
-        settle(sum);
+        settled(sum);
         KLAB_UNROLL
         for (int j = 0; j < TILES_N; ++j)
             KLAB_UNROLL
             for (int i = 0; i < 4; ++i) total[j][i] = fused_multiply_add(sum[j][i], by[i / 2], total[j][i]);
-        settle(total);
     };
     // STEPS at a time, between which nothing is under way: ptxas runs products one after another whose sums are read in the next iteration.
     for (int first = 0; first < steps; first += STEPS) {
@@ -149,7 +148,7 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
         wgmma_wait<1>();  // the step before has been read
     }
     wgmma_wait<0>();
-    settle(reinterpret_cast<float (&)[TILES_N][4]>(sum));
+    settled(sum);
     float of_x[2];
     KLAB_UNROLL
     for (int h = 0; h < 2; ++h) of_x[h] = scale_of(x_scale, (row0 + 8 * h) * x_scale_stride, row0 + 8 * h < m);

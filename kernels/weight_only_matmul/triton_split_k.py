@@ -214,17 +214,17 @@ def _block_k(problem: WeightOnlyMatmul) -> int:
 
 
 def default(problem: WeightOnlyMatmul, chip: Chip) -> SplitKConfig:
-    """All rows of x up to 64 by 128 rows of weights where they fill the chip, 64 otherwise; enough splits that SMs have two CTAs."""
+    """All rows of x up to 64 by 128 rows of weights where they fill the chip, 64 otherwise; enough splits for every SM."""
     bm = min(64, max(16, next_power_of_2(problem.m)))
     # 128 rows share what it costs to sort x: 2.3 instructions per weight instead of 3 for 16 rows of x.
-    wide = cdiv(problem.n, 128) >= chip.sm_count
+    wide = cdiv(problem.n, 128) >= 2 * chip.sm_count
     bn, bk = min(128 if wide else 64, max(16, next_power_of_2(problem.n))), _block_k(problem)
     warps = 8 if bn == 128 and bm > 16 else 4
     while (bn // 16) * (bm // 8) < warps:
         warps //= 2
     tiles, steps, splits = cdiv(problem.m, bm) * cdiv(problem.n, bn), cdiv(problem.k, bk), 1
     # Fewer than 4 steps per split would not pay for the second pass.
-    while tiles * splits < 2 * chip.sm_count and 8 * splits <= steps and splits < 16:
+    while tiles * splits < chip.sm_count and 8 * splits <= steps and splits < 16:
         splits *= 2
     return SplitKConfig(bm, bn, bk, splits, warps, 5 if bm == 16 else 4)
 

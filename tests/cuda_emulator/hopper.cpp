@@ -9,6 +9,7 @@
 #include <map>
 
 #include "emulator.h"
+#include "fp8.cuh"
 #include "hopper.cuh"
 
 #define HERE __builtin_return_address(0)
@@ -31,7 +32,8 @@ struct Product {
     int n;
     bool half, transposed, accumulate, from_registers;
     uint64_t a, b;
-    float* d[WARPGROUP];
+    enum { BITS_16, E4M3, INT8 } elements;
+    float* d[WARPGROUP];  // int32_t for INT8
     const uint32_t* registers[WARPGROUP];
 };
 
@@ -93,8 +95,8 @@ Barrier& named_barrier(int id, int count, const void* pc) {
     return barrier;
 }
 
-// One 16-bit element of an operand in shared memory, at `at` bytes behind its start: the hardware adds, then swizzles what it added.
-float element(uint64_t descriptor, std::size_t at, bool half, const void* pc) {
+// Two bytes of an operand in shared memory, at `at` bytes behind its start: the hardware adds, then swizzles what it added.
+uint16_t element_bits(uint64_t descriptor, std::size_t at, const void* pc) {
     std::size_t address = ((descriptor & 0x3fff) << 4) + at;
     if (descriptor >> 62 != 1) fail(pc, "only operands with rows of 128 swizzled bytes are emulated");
     address ^= (address >> 7 & 7) << 4;
@@ -104,6 +106,11 @@ float element(uint64_t descriptor, std::size_t at, bool half, const void* pc) {
     check_fenced(p, 2, pc);
     uint16_t bits;
     std::memcpy(&bits, p, 2);
+    return bits;
+}
+
+float element(uint64_t descriptor, std::size_t at, bool half, const void* pc) {
+    const uint16_t bits = element_bits(descriptor, at, pc);
     return half ? half_bits_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
 }
 
@@ -114,7 +121,40 @@ float register_element(const uint32_t* const* registers, int row, int k, bool ha
     return half ? half_bits_to_float(bits) : bits_float(static_cast<uint32_t>(bits) << 16);
 }
 
+// 32 elements of k in the 32 bytes of each row: 64 rows of a, n of b.
+void carry_out_8_bit(const Product& product, const void* pc) {
+    static float a[64][32], b[256][32];
+    auto load = [&](uint64_t descriptor, int rows, float (*to)[32]) {
+        const std::size_t stride = (descriptor >> 32 & 0x3fff) << 4;
+        for (int row = 0; row < rows; ++row)
+            for (int k = 0; k < 32; k += 2) {
+                const uint16_t pair = element_bits(descriptor, row / 8 * stride + row % 8 * 128 + k, pc);
+                const uint32_t halves = fp8x2_to_half2(pair);
+                for (int h = 0; h < 2; ++h)
+                    to[row][k + h] = product.elements == Product::INT8 ? static_cast<int8_t>(pair >> (8 * h))
+                                                                      : half_bits_to_float(static_cast<uint16_t>(halves >> (16 * h)));
+            }
+    };
+    load(product.a, 64, a);
+    load(product.b, product.n, b);
+    for (int row = 0; row < 64; ++row)
+        for (int n = 0; n < product.n; ++n) {
+            double sum = 0.0;  // exact for int8, and far better than the hardware's 14 bits for e4m3
+            for (int k = 0; k < 32; ++k) sum += static_cast<double>(a[row][k]) * b[n][k];
+            float* d = product.d[row / 16 * WARP + row % 8 * 4 + n % 8 / 2] + n / 8 * 4 + row % 16 / 8 * 2 + n % 2;
+            if (product.elements == Product::INT8) {
+                int32_t total;
+                std::memcpy(&total, d, 4);
+                total = static_cast<int32_t>(sum) + (product.accumulate ? total : 0);
+                std::memcpy(d, &total, 4);
+            } else {
+                *d = static_cast<float>(sum + (product.accumulate ? *d : 0.0f));
+            }
+        }
+}
+
 void carry_out(const Product& product, const void* pc) {
+    if (product.elements != Product::BITS_16) return carry_out_8_bit(product, pc);
     static float a[64][16], b[16][256];
     auto strides = [](uint64_t descriptor) {
         return std::pair<std::size_t, std::size_t>((descriptor >> 16 & 0x3fff) << 4, (descriptor >> 32 & 0x3fff) << 4);
@@ -220,8 +260,7 @@ void wgmma_wait_groups(int unfinished) {
     collective(At::warpgroup, call, wait_as_a_warp, HERE);
 }
 
-void wgmma_issue(float* d, int n, bool half, const uint32_t* registers, uint64_t a, uint64_t b, bool transposed, bool accumulate) {
-    const void* pc = HERE;
+static void issue(float* d, const uint32_t* registers, Product product, const void* pc) {
     use_clocks();
     if (threads.size() % WARPGROUP) fail(pc, "wgmma in a block that is not made of warpgroups");
     Thread& self = threads[now.thread];
@@ -233,7 +272,6 @@ void wgmma_issue(float* d, int n, bool half, const uint32_t* registers, uint64_t
     Warpgroup& group = warpgroups[first / WARPGROUP];
     if (++group.arrived < WARPGROUP) return wait_for_others();
     group.arrived = 0;
-    Product product{n, half, transposed, accumulate, registers != nullptr, a, b, {}, {}};
     for (int i = 0; i < WARPGROUP; ++i) {
         Thread& thread = threads[first + i];
         if (thread.at != At::warpgroup || thread.products != self.products) fail(pc, "a warpgroup's threads issue different products");
@@ -243,6 +281,14 @@ void wgmma_issue(float* d, int n, bool half, const uint32_t* registers, uint64_t
     }
     group.open.push_back(product);
     if (land_early) carry_out_up_to(self.products, pc);
+}
+void wgmma_issue(float* d, int n, bool half, const uint32_t* registers, uint64_t a, uint64_t b, bool transposed, bool accumulate) {
+    issue(d, registers, Product{n, half, transposed, accumulate, registers != nullptr, a, b, Product::BITS_16, {}, {}}, HERE);
+}
+// Of 8-bit elements: d is int32_t for integers, else float.
+void wgmma8_issue(void* d, int n, bool integers, uint64_t a, uint64_t b, bool accumulate) {
+    const auto elements = integers ? Product::INT8 : Product::E4M3;
+    issue(static_cast<float*>(d), nullptr, Product{n, false, false, accumulate, false, a, b, elements, {}, {}}, HERE);
 }
 
 }  // namespace klab
