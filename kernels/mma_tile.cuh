@@ -35,7 +35,8 @@ KLAB_DEVICE void bring(char* to, const Source& source, int k0) {
             Vec16 v{};
             KLAB_UNROLL
             for (int j = 0; j < 8; ++j) {
-                if (source.inside(row, column + j)) v.word[j / 2] |= static_cast<uint32_t>(source.at(row, column + j)->bits) << (16 * (j % 2));
+                if (source.inside(row, column + j))
+                    v.word[j / 2] |= static_cast<uint32_t>(source.at(row, column + j)->bits) << (16 * (j % 2));
             }
             store_16(at, v);
         }
@@ -57,7 +58,8 @@ KLAB_DEVICE void read_fragments(Fragments& f, const char* stage, int warp_m, int
     for (int j = 0; j < TILES_N; j += 2) {
         if (j + 1 < TILES_N) {
             uint32_t r[4];  // columns 0..7 and 8..15 of k for eight rows of W, then for the next eight
-            ldmatrix_x4(r, stage + X_BYTES + swizzle<BLOCK_K * 2>(warp_n * WARP_N + j * 8 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            const int row = warp_n * WARP_N + j * 8 + lane % 8 + lane / 16 * 8;
+            ldmatrix_x4(r, stage + X_BYTES + swizzle<BLOCK_K * 2>(row, step * 2 + lane / 8 % 2));
             f.w[j][0] = r[0];
             f.w[j][1] = r[1];
             f.w[j + 1][0] = r[2];

@@ -6,7 +6,7 @@ from klab.kernels.contract import Chip
 from klab.kernels.triton_support import cdiv, next_power_of_2
 
 MAX_WARPS = 32
-# Registers for addresses, masks and sums. With them the estimate below is within 10 of what ptxas 12.8 allots for sm_90 (64 to 180 registers).
+# Registers for addresses, masks and sums. With them the estimate below is within 10 of what ptxas allots for sm_90, between 64 and 180.
 ADDRESS_REGISTERS = 20
 
 
@@ -28,7 +28,7 @@ def refusal(elements: int, num_warps: int, held_bytes: int = 0) -> str | None:
     if not is_power_of_2(num_warps) or num_warps > MAX_WARPS:
         return "num_warps must be a power of two of at most 32"
     per_thread = elements // (32 * num_warps)
-    if per_thread < 1:
+    if per_thread < 1 and num_warps > 1:
         return "too many warps for the tile"
     registers = ADDRESS_REGISTERS + per_thread * (4 + held_bytes) // 4
     if registers > min(255, 65536 // (32 * num_warps)):

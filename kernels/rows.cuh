@@ -106,8 +106,8 @@ KLAB_DEVICE void store_fp8(uint8_t* to, const float (&from)[count], float factor
     }
 }
 
-// Over the `lanes` threads of a row (a power of two; of one warp, or whole warps of the block): every thread gets the result. `scratch` are as
-// many floats as the block has warps, another place for each reduction of a launch; all threads of the block take part.
+// Over the `lanes` threads of a row (a power of two; of one warp, or whole warps of the block): every thread gets the result. `scratch` are
+// as many floats as the block has warps, another place for each reduction of a launch; all threads of the block take part.
 struct Add {
     KLAB_DEVICE float operator()(float a, float b) const { return a + b; }
 };

@@ -1,8 +1,8 @@
 // Sampling without a sort: statistics of chunks of the vocabulary, candidates of chunks, the choice among a row's candidates.
 //
 // The scheme is that of FlashInfer's kernels as far as thresholds are found by bisection and not by sorting; here on the order of the float
-// bit patterns, and only among candidates that a cheap bound leaves: the k-th largest of the maxima of groups of logits is no larger than the
-// k-th largest logit.
+// bit patterns, and only among candidates that a cheap bound leaves: the k-th largest of the maxima of groups of logits is no larger than
+// the k-th largest logit.
 //
 // Defines: ELEMENT, THREADS and VECTORS (a chunk is THREADS * VECTORS pieces of 16 bytes), CHOOSE_THREADS, CANDIDATES (of a row, held in
 // registers: a multiple of CHOOSE_THREADS), BOUND_STEPS.
@@ -55,8 +55,8 @@ KLAB_DEVICE void load_logits(float (&x)[VECTORS][PIECE], const ELEMENT* row, int
 }
 
 // Of every chunk the largest logit, and where it stands (greedy) or the sum of weights; and the maxima of its groups (filtered).
-KLAB_KERNEL(chunk_stats, THREADS)(const ELEMENT* logits, float* chunk_max, float* chunk_sum, void* group_max, int vocab, int chunks, int greedy,
-                                  int filtered, int aligned, int64_t stride, float per_unit) {
+KLAB_KERNEL(chunk_stats, THREADS)(const ELEMENT* logits, float* chunk_max, float* chunk_sum, void* group_max, int vocab, int chunks,
+                                  int greedy, int filtered, int aligned, int64_t stride, float per_unit) {
     const int chunk = block_idx_x(), row = block_idx_y();
     float* scratch = shared_memory<float>();  // [2][WARPS]
     float x[VECTORS][PIECE];
@@ -111,20 +111,22 @@ KLAB_KERNEL(merge_greedy, 32)(const float* chunk_max, const float* chunk_at, int
     if (thread_idx() == 0) token[block_idx_x()] = static_cast<int>(at);
 }
 
-// The first of `count` weights at which the sum from `sum` on exceeds `target`, by one warp; the last that is not 0 if rounding leaves none.
-// weight(i) is asked by lane i % 32, all lanes together. `sum` becomes the sum before the answer's 32.
+// The first of `count` weights at which the sum from `sum` on exceeds `target`, by one warp; if rounding leaves none, the last that
+// is not 0. weight(i) is asked by lane i % 32, all lanes together. `sum` becomes the sum before the answer's 32.
 template <class Weight>
 KLAB_DEVICE int where_exceeded(int count, float& sum, float target, Weight weight) {
     int last = 0;
+    float before_last = sum;
     for (int first = 0; first < count; first += 32) {
         const int i = first + thread_idx() % 32;
         const float mine = i < count ? weight(i) : 0.0f, running = running_sum(mine);
         const float found = -warp_max<32>(sum + running > target && mine > 0.0f ? -static_cast<float>(i) : -NO_TOKEN);
         const float latest = warp_max<32>(mine > 0.0f ? static_cast<float>(i) : -1.0f);
-        if (latest >= 0.0f) last = static_cast<int>(latest);
+        if (latest >= 0.0f) last = static_cast<int>(latest), before_last = sum;
         if (found < NO_TOKEN) return static_cast<int>(found);
         sum += shfl(running, 31);
     }
+    sum = before_last;
     return last;
 }
 
@@ -137,10 +139,11 @@ KLAB_KERNEL(pick_from_chunk, THREADS)(const ELEMENT* logits, const float* chunk_
     const float highest = row_max(chunk_max, chunks);
     const float target = draw[row] * row_total(chunk_max, chunk_sum, chunks, highest, per_unit);
     float before = 0.0f;
-    const int chunk = where_exceeded(chunks, before, target, [&](int c) { return chunk_sum[c] * weight_of(chunk_max[c], highest, per_unit); });
+    auto weight_of_chunk = [&](int c) { return chunk_sum[c] * weight_of(chunk_max[c], highest, per_unit); };
+    const int chunk = where_exceeded(chunks, before, target, weight_of_chunk);
     // `before` counts whole steps of 32 chunks: the rest up to the chunk.
     const int step = chunk / 32 * 32, mine = step + thread_idx() % 32;
-    before += warp_sum<32>(mine < chunk ? chunk_sum[mine] * weight_of(chunk_max[mine], highest, per_unit) : 0.0f);
+    before += warp_sum<32>(mine < chunk ? weight_of_chunk(mine) : 0.0f);
 
     float x[VECTORS][PIECE];
     load_logits(x, logits + row * stride, chunk, vocab, aligned);
@@ -163,8 +166,8 @@ KLAB_KERNEL(pick_from_chunk, THREADS)(const ELEMENT* logits, const float* chunk_
 }
 
 // What is no larger than the smallest logit kept (see the top). `maxima` are the row's `count` group maxima, in shared memory.
-KLAB_DEVICE float bound_of(const float* maxima, int count, float highest, float total, float per_unit, int top_k, float top_p, float least_share,
-                           float* scratch) {
+KLAB_DEVICE float bound_of(const float* maxima, int count, float highest, float total, float per_unit, int top_k, float top_p,
+                           float least_share, float* scratch) {
     float lowest = highest, held = 0.0f;
     for (int i = thread_idx(); i < count; i += THREADS) {
         if (maxima[i] == -infinity()) continue;
@@ -189,8 +192,8 @@ KLAB_DEVICE float bound_of(const float* maxima, int count, float highest, float 
 
 // The logits of every chunk that may be kept, in order, with their tokens, at the front of the chunk's own stretch of `values`.
 KLAB_KERNEL(chunk_candidates, THREADS)(const ELEMENT* logits, const float* chunk_max, const float* chunk_sum, const float* group_max,
-                                       float* values, int* places, int* counts, int vocab, int chunks, int top_k, int aligned, int64_t stride,
-                                       float per_unit, float top_p, float least_share) {
+                                       float* values, int* places, int* counts, int vocab, int chunks, int top_k, int aligned,
+                                       int64_t stride, float per_unit, float top_p, float least_share) {
     const int chunk = block_idx_x(), row = block_idx_y(), warp = thread_idx() / 32, lane = thread_idx() % 32;
     chunk_max += static_cast<int64_t>(row) * chunks, chunk_sum += static_cast<int64_t>(row) * chunks;
     float* scratch = shared_memory<float>();      // [2][WARPS]

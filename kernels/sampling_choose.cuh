@@ -19,8 +19,9 @@ KLAB_DEVICE int largest_enough(int low, int high, float goal, Measure measure) {
     return low;
 }
 
-KLAB_KERNEL(choose, CHOOSE_THREADS)(const float* values, const int* places, const int* counts, const float* chunk_max, const float* chunk_sum,
-                                    const float* draw, int* token, int chunks, int top_k, float per_unit, float top_p) {
+KLAB_KERNEL(choose, CHOOSE_THREADS)(const float* values, const int* places, const int* counts, const float* chunk_max,
+                                    const float* chunk_sum, const float* draw, int* token, int chunks, int top_k,
+                                    float per_unit, float top_p) {
     const int row = block_idx_x(), warp = thread_idx() / 32, lane = thread_idx() % 32;
     chunk_max += static_cast<int64_t>(row) * chunks, chunk_sum += static_cast<int64_t>(row) * chunks;
     values += static_cast<int64_t>(row) * chunks * CHUNK, places += static_cast<int64_t>(row) * chunks * CHUNK;
@@ -117,7 +118,8 @@ KLAB_KERNEL(choose, CHOOSE_THREADS)(const float* values, const int* places, cons
         return over_row(mine, CHOOSE_THREADS, scratch + turn * CHOOSE_WARPS, Add());
     };
     int low = LOWEST_KEY;
-    if (top_k > 0) low = largest_enough(low, top, static_cast<float>(top_k), [&](int least, int turn) { return sum_of(least, turn, false); });
+    if (top_k > 0)
+        low = largest_enough(low, top, static_cast<float>(top_k), [&](int least, int turn) { return sum_of(least, turn, false); });
     sync_threads();
     if (top_k > 0) total = sum_of(low, 0, true);
     sync_threads();

@@ -101,7 +101,7 @@ MAX_GRID_Y = 65535
 
 @dataclass(frozen=True)
 class LanesConfig(Config):
-    """`lanes` threads do a stretch of a row, `vectors` times 16 bytes of either half each; a block of `threads` does threads / lanes rows."""
+    """`lanes` threads do a stretch of a row, `vectors` times 16 bytes of either half each; a block does threads / lanes rows."""
 
     lanes: int = 256
     vectors: int = 1
@@ -139,7 +139,7 @@ def fits(problem: Activation, config: LanesConfig, chip: Chip) -> str | None:
 
 
 def default(problem: Activation, chip: Chip) -> LanesConfig:
-    """One piece of either half a thread: occupancy keeps 64 KB of loads under way on an SM. A row's threads hold more only for fp8_row."""
+    """One piece of either half a thread (2048 threads of an SM have 64 KB under way); for fp8_row as many as a row needs."""
     pieces, least = next_power_of_2(_chunks(problem)), _group_lanes(problem)
     lanes, vectors = max(least, min(pieces, 256)), 1
     if problem.quantize == "fp8_row":

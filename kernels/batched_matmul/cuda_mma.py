@@ -1,4 +1,4 @@
-"""CUDA C++ matmul per head: a block computes a tile of one head on mma.sync, reading x and writing out where the heads of a token lie together."""
+"""CUDA C++ matmul per head: a block computes a tile of one head on mma.sync, on tensors where the heads of a token lie together."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ struct Rows {
 };
 
 // Block (i, head): tile i of one head, rows first, so that blocks that run together share the tile of weights in L2.
-KLAB_KERNEL_MIN_BLOCKS(batched_mma, tile::THREADS, 1)(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out,
-                                                     int m, int n, int k, int x_stride, int w_stride, int64_t x_head, int64_t w_head,
-                                                     int64_t out_stride, int64_t out_head) {
+KLAB_KERNEL_MIN_BLOCKS(batched_mma, tile::THREADS, 1)
+(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out, int m, int n, int k, int x_stride, int w_stride,
+ int64_t x_head, int64_t w_head, int64_t out_stride, int64_t out_head) {
     const int tiles_m = ceil_div(m, BLOCK_M), head = block_idx_y();
     const int m0 = block_idx_x() % tiles_m * BLOCK_M, n0 = block_idx_x() / tiles_m * BLOCK_N;
     const Rows x_rows{x + head * x_head + static_cast<int64_t>(m0) * x_stride, x_stride, m - m0, k};

@@ -10,11 +10,18 @@ if TYPE_CHECKING:
     import torch
 
 
+def count_tiles(problem: CausalConv1d, size: int) -> int:
+    """How many runs `Tiles` has."""
+    return sum(max(1, -(-length // size)) for length in problem.seq_lens)
+
+
 class Tiles:
     """Runs of up to `size` tokens, none across a sequence's end; a sequence of no tokens has one run of none, for its state."""
 
     def __init__(self, problem: CausalConv1d, size: int) -> None:
-        self.rows: list[tuple[int, int, int, int]] = []  # sequence, first token of the run, its place in the sequence, the sequence's length
+        self.rows: list[
+            tuple[int, int, int, int]
+        ] = []  # sequence, first token of the run, its place in the sequence, the sequence's length
         for i, (first, length) in enumerate(zip(problem.offsets, problem.seq_lens, strict=False)):
             self.rows += [(i, first + at, at, length) for at in range(0, max(length, 1), size)]
         self._on: dict[torch.device, torch.Tensor] = {}

@@ -9,7 +9,7 @@ from itertools import product
 import cupy  # noqa: F401  where it is absent, so is this kernel
 import torch
 
-from klab.kernels.causal_conv1d._tiles import Tiles
+from klab.kernels.causal_conv1d._tiles import Tiles, count_tiles
 from klab.kernels.causal_conv1d.problem import CausalConv1d
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
@@ -143,7 +143,7 @@ def fits(problem: CausalConv1d, config: RunConfig, chip: Chip) -> str | None:
 def default(problem: CausalConv1d, chip: Chip) -> RunConfig:
     """Eight tokens for one read of the weights and of the inputs before them; smaller blocks where there are few, to use the whole chip."""
     tokens, threads = min(8, next_power_of_2(max(problem.seq_lens))), 128
-    chunks = len(Tiles(problem, tokens)) * problem.channels * SIZE_BYTES[problem.dtype] // 16
+    chunks = count_tiles(problem, tokens) * problem.channels * SIZE_BYTES[problem.dtype] // 16
     while threads > 32 and chunks < 4 * threads * chip.sm_count:
         threads //= 2
     return RunConfig(tokens, threads)
@@ -168,7 +168,9 @@ def cuda_conv(problem: CausalConv1d, config: RunConfig, chip: Chip) -> Launch:
     """CUDA C++: each thread slides over tokens of 16 bytes of channels, so that an input is loaded about once."""
     p, c = problem, config
     tiles = Tiles(p, c.tokens)
-    conv = CudaKernel(SOURCE, "causal_conv", chip, {"ELEMENT": ELEMENT[p.dtype], "WIDTH": p.width, "TOKENS": c.tokens, "THREADS": c.threads})
+    conv = CudaKernel(
+        SOURCE, "causal_conv", chip, {"ELEMENT": ELEMENT[p.dtype], "WIDTH": p.width, "TOKENS": c.tokens, "THREADS": c.threads}
+    )
     per_block = c.threads * 16 // SIZE_BYTES[p.dtype]
     grid = (len(tiles), -(-p.channels // per_block), 1)
 

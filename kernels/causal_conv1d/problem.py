@@ -120,7 +120,9 @@ class CausalConv1d(Problem):
             tokens = f"decode {self.batch}"
         else:
             tokens = f"{self.batch}x{self.seq_lens[0]}" if len(lens) == 1 else f"{self.batch} seqs, {self.tokens} tokens"
-        return f"causal conv1d {tokens} c{self.channels} w{self.width}{' ' + self.activation if self.activation else ''} {SHORT[self.dtype]}"
+        return (
+            f"causal conv1d {tokens} c{self.channels} w{self.width}{' ' + self.activation if self.activation else ''} {SHORT[self.dtype]}"
+        )
 
     @classmethod
     def examples(cls) -> list[Problem]:

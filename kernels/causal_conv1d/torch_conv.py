@@ -18,7 +18,7 @@ def _pieces(problem: CausalConv1d, inputs: Tensors, outputs: Tensors) -> Pieces:
     x, state, out, final = inputs["x"], inputs["conv_state"], outputs["out"], outputs["final_state"]
     if len(set(problem.seq_lens)) == 1:
         shape = (problem.batch, problem.seq_lens[0], problem.channels)
-        return [(torch.cat([state, x.unflatten(0, shape[:2])], 1), out.view(shape), final)]
+        return [(torch.cat([state, x.view(shape)], 1), out.view(shape), final)]
     found: Pieces = []
     for i, (first, length) in enumerate(zip(problem.offsets, problem.seq_lens, strict=False)):
         if length == 0:

@@ -12,7 +12,7 @@ from itertools import product
 import triton
 import triton.language as tl
 
-from klab.kernels.causal_conv1d._tiles import Tiles
+from klab.kernels.causal_conv1d._tiles import Tiles, count_tiles
 from klab.kernels.causal_conv1d.problem import CausalConv1d
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
@@ -102,7 +102,7 @@ def fits(problem: CausalConv1d, config: ConvConfig, chip: Chip) -> str | None:
         return "the tile would spill registers"
     if bytes_per_thread < 16 and warps > 1:
         return "less than 16 bytes for each thread"
-    if len(Tiles(problem, t)) * cdiv(problem.channels, c) >= 2**31 or c * problem.width >= 2**20:
+    if count_tiles(problem, t) * cdiv(problem.channels, c) >= 2**31 or c * problem.width >= 2**20:
         return "too many programs"
     return None
 

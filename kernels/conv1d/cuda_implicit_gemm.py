@@ -44,9 +44,9 @@ struct Taps {
 };
 
 // Block (i, b): tile i of sequence b, channels first, so that blocks that run together share the frames in L2.
-KLAB_KERNEL_MIN_BLOCKS(conv1d_mma, tile::THREADS, 1)(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out,
-                                                    int frames, int frames_out, int channels_out, int x_stride, int w_stride, int w_tap,
-                                                    int64_t x_batch, int64_t out_batch, int64_t out_stride) {
+KLAB_KERNEL_MIN_BLOCKS(conv1d_mma, tile::THREADS, 1)
+(const ELEMENT* __restrict__ x, const ELEMENT* __restrict__ w, ELEMENT* __restrict__ out, int frames, int frames_out, int channels_out,
+ int x_stride, int w_stride, int w_tap, int64_t x_batch, int64_t out_batch, int64_t out_stride) {
     const int tiles_n = ceil_div(channels_out, BLOCK_N), sequence = block_idx_y();
     const int m0 = block_idx_x() / tiles_n * BLOCK_M, n0 = block_idx_x() % tiles_n * BLOCK_N;
     const Frames x_rows{x + sequence * x_batch, x_stride, m0, frames_out - m0, frames};

@@ -90,7 +90,11 @@ class Conv1d(Problem):
             (1, 70, 16, 24, 3, 1, ("float32", "bfloat16")), (2, 6, 5, 7, 3, 2, ("float16", "float32")),
             (1, 9, 24, 130, 2, 1, ("float16", "float32")),
         ]  # fmt: skip
-        return [cls(*shape, dtype=dtype) for *shape, dtypes in shapes for dtype in dtypes]
+        return [
+            cls(batch, frames, c_in, c_out, width, stride, dtype)
+            for batch, frames, c_in, c_out, width, stride, dtypes in shapes
+            for dtype in dtypes
+        ]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

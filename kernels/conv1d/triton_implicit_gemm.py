@@ -74,7 +74,7 @@ def _conv_tile(
     inside_o = tile_o * BLOCK_O + outs < channels_out
     steps_c = tl.cdiv(channels_in, BLOCK_C)
     sums = tl.zeros((BLOCK_T, BLOCK_O), dtype=tl.float32)
-    for step in range(0, WIDTH * steps_c):
+    for step in range(WIDTH * steps_c):
         tap = step // steps_c
         start_c = step % steps_c * BLOCK_C
         frame = first_frames + tap
@@ -109,7 +109,11 @@ def fits(problem: Conv1d, config: ImplicitConfig, chip: Chip) -> str | None:
     for block, size, name in ((bt, problem.frames_out, "t"), (bo, problem.channels_out, "o"), (bc, problem.channels_in, "c")):
         if block > max(16, next_power_of_2(size)):
             return f"block_{name} is larger than the problem"
-    if max(problem.frames + bt * problem.stride, problem.frames_out + bt, problem.width * bo) * max(problem.channels_in, problem.channels_out) >= 2**31:
+    if (
+        max(problem.frames + bt * problem.stride, problem.frames_out + bt, problem.width * bo)
+        * max(problem.channels_in, problem.channels_out)
+        >= 2**31
+    ):
         return "a sequence is too long for 32-bit offsets"
     threads = 32 * warps
     if warps > 16 or (bt // 16) * (bo // 8) < warps:

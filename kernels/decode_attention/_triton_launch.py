@@ -23,6 +23,10 @@ MERGE_ELEMENTS = 4096  # partial values that a merge program holds at once: 32 r
 # where more fit, would make the split rule cut 256 programs on 132 SMs in three to fill slots that bring nothing.
 MAX_PROGRAMS_PER_SM = 2
 REGISTERS_PER_THREAD = 160  # compiled: 95 to 170 with 4 warps
+# Compiled for sm_90: 160 takes 226 registers; 192 spills 80 bytes, and 32 loads of a key or value per thread spill 180 to 290.
+MAX_REGISTERS_FOR_TILES = 160
+# An fp8 tile is there as bytes and as fp16: 112 takes up to 230 registers, 128 spills 16 bytes.
+MAX_REGISTERS_FOR_FP8_TILES = 112
 
 
 def span_of(problem: DecodeAttention, length: int, first: int = 0) -> int:
@@ -84,6 +88,16 @@ def unfit_splits(
     if chosen * problem.batch * problem.q_len * problem.heads * (problem.dim_v + 1) * 4 > chip.memory_bytes // 16:
         return "the partial results need too much memory"
     return None
+
+
+def would_spill(problem: DecodeAttention, rows: int, block_n: int, num_warps: int) -> bool:
+    """Whether `read_range` needs more registers than there are for a tile of this many query rows by block_n keys."""
+    threads = 32 * num_warps
+    dim_v, widest = next_power_of_2(problem.dim_v), next_power_of_2(max(problem.head_dim, problem.dim_v))
+    # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
+    loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
+    tiles = rows * (dim_v + 2 * block_n) // threads + 4 * loads
+    return loads > 16 or tiles > (MAX_REGISTERS_FOR_FP8_TILES if problem.kv_dtype else MAX_REGISTERS_FOR_TILES)
 
 
 def split_counts(chosen: int) -> list[int]:

@@ -19,11 +19,7 @@ INTERPRETED: tl.constexpr = tl.constexpr(triton_support.INTERPRETED)
 @triton.jit
 def first_key(length, Q_LEN: tl.constexpr, WINDOW: tl.constexpr, FIRST: tl.constexpr):
     """The first key of a sequence that its queries see, from key FIRST on (0 where there is a window)."""
-    if WINDOW:
-        first = tl.maximum(length - Q_LEN - WINDOW + 1, 0)
-    else:
-        first = FIRST + length * 0
-    return first
+    return tl.maximum(length - Q_LEN - WINDOW + 1, 0) if WINDOW else FIRST + length * 0
 
 
 @triton.jit

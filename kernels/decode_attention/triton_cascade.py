@@ -29,6 +29,7 @@ from klab.kernels.decode_attention._triton_launch import (
     span_of,
     unfit_splits,
     width_of,
+    would_spill,
 )
 from klab.kernels.decode_attention._triton_ranges import capped, halved_queries, pages_of, two_of
 from klab.kernels.decode_attention._triton_read import read_range
@@ -38,8 +39,9 @@ from klab.kernels.split_rule import COMBINE_TILES, MERGE_TILES, OVERHEAD_TILES, 
 from klab.kernels.triton_support import INTERPRETED, KIB, cdiv, next_power_of_2
 
 MAX_SUFFIX_ROWS = 64
-# Compiled for sm_90 and sm_100: the tiles of the prefix at head dimension 128 take up to 250 registers at 192 by this count.
-MAX_REGISTERS_FOR_TILES = 192
+# Compiled for sm_90 and sm_100: 176 takes up to 254 registers. fp8 is converted on its way: 168 takes as many, 176 spills 88 bytes.
+MAX_REGISTERS_FOR_PREFIX = 176
+MAX_REGISTERS_FOR_FP8_PREFIX = 168
 
 
 @dataclass(frozen=True)
@@ -211,11 +213,11 @@ def _smem_bytes(problem: DecodeAttention, rows: int, block_n: int, stages: int) 
     return max(loop, rows * dim_v * 4) + KIB
 
 
-def _registers(problem: DecodeAttention, rows: int, block_n: int, warps: int) -> int:
+def _prefix_registers(problem: DecodeAttention, config: CascadeConfig) -> int:
     """Registers of a thread for the sums, the scores before and after the exponential, and the pointers of the loads."""
-    widest = next_power_of_2(max(problem.head_dim, problem.dim_v))
-    loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // (32 * warps)
-    return rows * (next_power_of_2(problem.dim_v) + 2 * block_n) // (32 * warps) + 4 * loads
+    threads, widest = 32 * config.prefix_warps, next_power_of_2(max(problem.head_dim, problem.dim_v))
+    loads = config.prefix_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
+    return config.prefix_m * (next_power_of_2(problem.dim_v) + 2 * config.prefix_n) // threads + 4 * loads
 
 
 def prefix_split_count(problem: DecodeAttention, config: CascadeConfig, chip: Chip) -> int:
@@ -277,15 +279,12 @@ def fits(problem: DecodeAttention, config: CascadeConfig, chip: Chip) -> str | N
     splits = config.prefix_splits
     if not 0 <= splits <= min(tiles, MAX_SPLITS) or (splits and cdiv(tiles, cdiv(tiles, splits)) != splits):
         return f"prefix_splits={splits} leaves ranges of the {tiles} blocks empty"
-    passes = (
-        (config.prefix_m, config.prefix_n, config.prefix_stages, config.prefix_warps),
-        (suffix_m(problem), config.block_n, config.num_stages, config.num_warps),
-    )
-    for rows, block_n, stages, warps in passes:
-        if _smem_bytes(problem, rows, block_n, stages) > chip.smem_per_block_bytes:
-            return "too much shared memory"
-        if _registers(problem, rows, block_n, warps) > MAX_REGISTERS_FOR_TILES:
-            return "the tile would spill registers"
+    sizes = ((config.prefix_m, config.prefix_n, config.prefix_stages), (suffix_m(problem), config.block_n, config.num_stages))
+    if any(_smem_bytes(problem, *size) > chip.smem_per_block_bytes for size in sizes):
+        return "too much shared memory"
+    most = MAX_REGISTERS_FOR_FP8_PREFIX if problem.kv_dtype else MAX_REGISTERS_FOR_PREFIX
+    if _prefix_registers(problem, config) > most or would_spill(problem, suffix_m(problem), config.block_n, config.num_warps):
+        return "the tile would spill registers"
     if config.num_warps * 8 > max(config.block_n, next_power_of_2(problem.dim_v)):
         return "too many warps for the tile"
     chosen = split_count(problem, config, chip) + prefix_split_count(problem, config, chip)
@@ -304,16 +303,17 @@ def default(problem: DecodeAttention, chip: Chip) -> CascadeConfig:
     """128 rows where the batch has as many and the sums fit; about 32 KiB of keys and values per step."""
     row_bytes = next_power_of_2((problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype])
     rows = next_power_of_2(batch_rows(problem))
-    prefix_m = max(16, min(128 if problem.dim_v <= 128 else 64, rows))
+    prefix_m = max(16, min(128, rows))
     prefix_n = max(16, min(64 if problem.dim_v <= 128 else 32, next_power_of_2(problem.shared_prefix)))
-    span = span_of(problem, problem.max_kv_len, problem.shared_prefix)
+    block_n = max(16, min(128, 32 * KIB // row_bytes, next_power_of_2(span_of(problem, problem.max_kv_len, problem.shared_prefix))))
+    wide = suffix_m(problem) > 32 or would_spill(problem, suffix_m(problem), block_n, 4)
     return CascadeConfig(
         prefix_m=prefix_m,
         prefix_n=prefix_n,
         prefix_warps=8 if prefix_m == 128 else 4 if prefix_n >= 32 else 2,
         prefix_stages=3 if _smem_bytes(problem, prefix_m, prefix_n, 3) <= chip.smem_per_block_bytes else 2,
-        block_n=max(16, min(128, 32 * KIB // row_bytes, next_power_of_2(span))),
-        num_warps=8 if suffix_m(problem) > 32 else 4,
+        block_n=block_n,
+        num_warps=min(8 if wide else 4, max(block_n, next_power_of_2(problem.dim_v)) // 8),
     )
 
 

@@ -18,6 +18,7 @@ from klab.kernels.decode_attention._triton_launch import (
     span_of,
     split_counts,
     unfit_splits,
+    would_spill,
 )
 from klab.kernels.decode_attention._triton_read import read_range
 from klab.kernels.decode_attention.problem import DecodeAttention
@@ -25,10 +26,6 @@ from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.triton_support import KIB, next_power_of_2
 
 MAX_ROWS = 64  # more query rows go to further programs, which read the same keys from L2
-# Compiled for sm_90: 160 takes 226 registers; 192 spills 80 bytes, and 32 loads of a key or value per thread spill 180 to 290.
-MAX_REGISTERS_FOR_TILES = 160
-# An fp8 tile is there as bytes and as fp16: 112 takes up to 230 registers, 128 spills 16 bytes.
-MAX_REGISTERS_FOR_FP8_TILES = 112
 # float32 has no tensor cores under IEEE rules, so every multiply-add is an instruction: 1024 of them spill up to 870 bytes, 2048 more.
 MAX_FMAS_PER_STEP_FP32 = 512
 
@@ -91,15 +88,10 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
         return "too much shared memory"
     if warps * 8 > max(block_n, next_power_of_2(problem.dim_v)):
         return "too many warps for the tile"
-    threads, rows = 32 * warps, block_m_of(problem)
-    widest = next_power_of_2(max(problem.head_dim, problem.dim_v))
-    # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
-    loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
-    sums = rows * (next_power_of_2(problem.dim_v) + 2 * block_n) // threads
-    most = MAX_REGISTERS_FOR_FP8_TILES if problem.kv_dtype else MAX_REGISTERS_FOR_TILES
-    if loads > 16 or sums + 4 * loads > most:
+    if would_spill(problem, block_m_of(problem), block_n, warps):
         return "the tile would spill registers"
-    if problem.dtype == "float32" and rows * block_n * widest // threads > MAX_FMAS_PER_STEP_FP32:
+    steps = block_m_of(problem) * block_n * next_power_of_2(max(problem.head_dim, problem.dim_v)) // (32 * warps)
+    if problem.dtype == "float32" and steps > MAX_FMAS_PER_STEP_FP32:
         return "one step would unroll too many multiply-adds"
     chosen = split_count(problem, config, chip)
     return unfit_splits(problem, chip, block_n=block_n, num_splits=config.num_splits, chosen=chosen, early_merge=config.early_merge)
@@ -110,7 +102,8 @@ def default(problem: DecodeAttention, chip: Chip) -> SplitKvConfig:
     row_bytes = (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype]
     block_n = max(16, min(128, 32 * KIB // next_power_of_2(row_bytes), next_power_of_2(span_of(problem, problem.max_kv_len))))
     # More rows, or multiply-adds without tensor cores, need more threads to hold their sums.
-    wide = block_m_of(problem) > (16 if problem.kv_dtype else 32) or (problem.dtype == "float32" and block_n > 16)
+    rows = block_m_of(problem)
+    wide = rows > 32 or (problem.dtype == "float32" and block_n > 16) or would_spill(problem, rows, block_n, 4)
     return SplitKvConfig(block_n=block_n, num_warps=8 if wide else 4)
 
 

@@ -64,8 +64,8 @@ class Embedding(Problem):
 
     @classmethod
     def examples(cls) -> list[Problem]:
-        shapes = [(1, 1, 1), (5, 40, 33), (67, 30, 96), (3, 9, 2056), (9, 7, 8)]
-        return [cls(*shape, dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]
+        shapes = [(1, 1, 1), (5, 40, 33), (67, 30, 96), (3, 9, 2056)]
+        return [*(cls(*shape, "float16") for shape in shapes), cls(9, 7, 8), cls(5, 40, 33, "float32"), cls(3, 9, 2056, "float32")]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def count_chunks(problem: GatedDeltaRule, size: int) -> int:
+    """How many chunks of `size` tokens the sequences have."""
+    return sum(cdiv(length, size) for length in problem.seq_lens)
+
+
 class Chunks:
     """The chunks of `size` tokens of all sequences, in order; the last of a sequence may be shorter, an empty sequence has none."""
 

@@ -12,8 +12,9 @@ import torch
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
-from klab.kernels.gated_delta_rule._chunks import Chunks
-from klab.kernels.gated_delta_rule._cuda_chunks import PREPARE, SCAN
+from klab.kernels.gated_delta_rule._chunks import Chunks, count_chunks
+from klab.kernels.gated_delta_rule._cuda_chunks import SCAN
+from klab.kernels.gated_delta_rule._cuda_prepare import PREPARE
 from klab.kernels.gated_delta_rule._cuda_rows import row_strides
 from klab.kernels.gated_delta_rule.problem import NORM_EPSILON, GatedDeltaRule
 
@@ -63,7 +64,7 @@ def fits(problem: GatedDeltaRule, config: ScanConfig, chip: Chip) -> str | None:
     # A lane's state, corrections and outputs, and what is on its way: more than 8 warps would not have the registers.
     if c.warps > 8:
         return "about 200 registers for each of more than 256 threads"
-    needed = len(Chunks(p, CHUNK)) * p.value_heads * CHUNK * 2 * (p.value_dim + p.key_dim + CHUNK + 6)
+    needed = count_chunks(p, CHUNK) * p.value_heads * CHUNK * 2 * (p.value_dim + p.key_dim + CHUNK + 6)
     if needed > chip.memory_bytes // 4:
         return f"the workspace takes {needed / 1e9:.0f} GB"
     return None

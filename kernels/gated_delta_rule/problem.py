@@ -191,4 +191,4 @@ class GatedDeltaRule(Problem):
     @classmethod
     def at_scale(cls) -> list[Problem]:
         qwen = {"key_heads": 16, "value_heads": 32, "key_dim": 128, "value_dim": 128}  # Qwen3-Next 80B-A3B
-        return [cls((8192,), **qwen), cls((1,) * 64, **qwen), cls((1,), **qwen)]
+        return [cls(lens, **qwen) for lens in ((8192,), (1,) * 64, (1,), (1024,) * 16)]  # type: ignore[arg-type]

@@ -121,8 +121,8 @@ def space_chunked(problem: GatedDeltaRule, chip: Chip) -> Iterator[ChunkConfig]:
 
 
 @kernel(
-    GatedDeltaRule, backend="torch", config=ChunkConfig, fits=fits_chunked, default=default_chunked, space=space_chunked, kinds=("cuda", "cpu"),
-    library=True,
+    GatedDeltaRule, backend="torch", config=ChunkConfig, fits=fits_chunked, default=default_chunked, space=space_chunked,
+    kinds=("cuda", "cpu"), library=True,
 )  # fmt: skip
 def torch_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> Launch:
     """Torch matrix products in float32 on all chunks at once (WY form), then one step per chunk for the state."""
@@ -133,7 +133,7 @@ def torch_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> L
     torch.set_float32_matmul_precision("highest")
 
     def in_chunks(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(2, (count, size))
+        return x.reshape(*x.shape[:2], count, size, *x.shape[3:])
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         q, k = (in_chunks(padding.keys(inputs[name], scale)) for name, scale in (("q", p.scale), ("k", 1.0)))

@@ -1,8 +1,8 @@
 """The gated delta rule in chunks, in Triton: matrix products within a chunk, and a scan of the state from chunk to chunk.
 
-  prepare  every chunk and head at once: the inverse of the chunk's equations, and what it makes of v and k;
-  scan     one chunk after the other, columns of the state in parallel: the corrections, the next state;
-  output   every chunk at once again, or within the scan (`fuse_output`): queries times the state and the corrections before them.
+prepare  every chunk and head at once: the inverse of the chunk's equations, and what it makes of v and k;
+scan     one chunk after the other, columns of the state in parallel: the corrections, the next state;
+output   every chunk at once again, or within the scan (`fuse_output`): queries times the state and the corrections before them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton  # noqa: F401  where it is absent, so is this kernel
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES
-from klab.kernels.gated_delta_rule._chunks import Chunks, Workspace, workspace_bytes
+from klab.kernels.gated_delta_rule._chunks import Chunks, Workspace, count_chunks, workspace_bytes
 from klab.kernels.gated_delta_rule._triton_chunks import output, prepare, scan
 from klab.kernels.gated_delta_rule.problem import NORM_EPSILON, GatedDeltaRule
 from klab.kernels.triton_support import cdiv, pipeline_smem_bytes
@@ -70,10 +70,9 @@ def fits(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -> str | No
         return "scan_stages are 1 to 6, warps at most 8"
     if c.fuse_output and c.output_warps != ChunkedConfig.output_warps:
         return "output_warps means nothing when the output is fused"
-    chunks = Chunks(p, c.chunk)
     if max(p.value_heads, p.batch) > MAX_GRID_YZ:
         return f"more than {MAX_GRID_YZ} heads or sequences"
-    needed = workspace_bytes(p, len(chunks), c.chunk, SIZE_BYTES[p.dtype], weights=c.fuse_output, states=not c.fuse_output)
+    needed = workspace_bytes(p, count_chunks(p, c.chunk), c.chunk, SIZE_BYTES[p.dtype], weights=c.fuse_output, states=not c.fuse_output)
     if needed > chip.memory_bytes // 4:
         return f"the workspace takes {needed / 1e9:.0f} GB"
     return _unfit_tiles(p, c, chip)
@@ -83,15 +82,23 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
     """Why the tiles do not fit a block's registers and shared memory, or None."""
     if max(scan_smem_bytes(p, c), prepare_smem_bytes(p, c)) > chip.smem_per_block_bytes:
         return "too much shared memory"
-    # The scan's sums: the state (kept), the corrections and, fused, the results; the others': a square or a chunk of values.
+    # The scan's sums (the state, kept, the corrections and, fused, the results), and two tiles of keys on their way to shared memory.
+    # With fewer than four warps there are no warp-group instructions, and all operands pass through registers once more: two warps
+    # that hold 32 columns spill 5256 bytes for key_dim 128, four none.
     sums = c.block_v * (p.key_dim + c.chunk * (2 + c.fuse_output)) // (32 * c.scan_warps)
-    widest = max(p.key_dim, p.value_dim)
-    if sums > 128 or c.chunk * (widest + c.chunk) // (32 * min(c.prepare_warps, c.output_warps)) > 192:
+    loads = c.chunk * p.key_dim // (32 * c.scan_warps) * (1 if c.scan_warps >= 4 else 2)
+    square = c.chunk * (max(p.key_dim, p.value_dim) + c.chunk) // 32
+    if sums > 128 or sums + loads > 200 or square // min(c.prepare_warps, c.output_warps) >= 160:
         return "the sums would spill registers"
     if (c.chunk // 16) * (c.block_v // 8) < c.scan_warps or (c.chunk // 16) ** 2 * 2 < max(c.prepare_warps, c.output_warps):
         return "too many warps for the tile"
     if p.dtype == "float32":
-        products = (p.key_dim * c.block_v / c.scan_warps, max(widest, c.chunk) * c.chunk / c.prepare_warps, p.key_dim * p.value_dim / c.output_warps)
+        widest = max(p.key_dim, p.value_dim)
+        products = (
+            p.key_dim * c.block_v / c.scan_warps,
+            max(widest, c.chunk) * c.chunk / c.prepare_warps,
+            p.key_dim * p.value_dim / c.output_warps,
+        )
         if c.chunk * max(products) / 32 > MAX_FMAS_PER_PRODUCT_FP32:
             return "one product would unroll too many multiply-adds"
     return None
@@ -139,9 +146,10 @@ def triton_chunked(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -
         rows, sequences = chunks.on(out.device)
         w = workspace.on(out.device)
         of_qk = (*q.stride()[:2], *k.stride()[:2])
+        gates = (g.stride(0), beta.stride(0))
         prepare[(len(chunks), p.value_heads)](
-            q, k, v, g, beta, rows, w["corrections"], w["keys"], w["gates"], w["weights"], *of_qk, *v.stride()[:2], g.stride(0),
-            beta.stride(0), LOG2_E, NORM_EPSILON, WEIGHTS=c.fuse_output, LEVELS=c.chunk.bit_length() - 1, num_warps=c.prepare_warps, num_stages=1, **shape,
+            q, k, v, g, beta, rows, w["corrections"], w["keys"], w["gates"], w["weights"], *of_qk, *v.stride()[:2], *gates, LOG2_E,
+            NORM_EPSILON, WEIGHTS=c.fuse_output, LEVELS=c.chunk.bit_length() - 1, num_warps=c.prepare_warps, num_stages=1, **shape,
         )  # fmt: skip
         scan[(p.value_dim // c.block_v, p.value_heads, p.batch)](
             q, k, state, sequences, w["corrections"], w["keys"], w["gates"], w["weights"], w["states"], out, final_state, *of_qk,

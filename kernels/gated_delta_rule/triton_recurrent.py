@@ -139,8 +139,8 @@ def default(problem: GatedDeltaRule, chip: Chip) -> RecurrentConfig:
 
 
 def space(problem: GatedDeltaRule, chip: Chip) -> Iterator[RecurrentConfig]:
-    """4 to 128 columns and 1 to 16 warps."""
-    for block_v, warps in product((4, 8, 16, 32, 64, 128), (1, 2, 4, 8, 16)):
+    """8 to 128 columns and 1 to 8 warps."""
+    for block_v, warps in product((32, 16, 8, 64, 128), (1, 2, 4, 8)):
         yield RecurrentConfig(block_v, warps)
 
 

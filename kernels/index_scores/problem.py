@@ -162,15 +162,12 @@ class IndexScores(Problem):
     @classmethod
     def examples(cls) -> list[Problem]:
         shapes: list[tuple[dict[str, object], tuple[str, ...]]] = [
-            ({"batch": 1, "q_len": 1, "kv_len": 1, "heads": 1, "head_dim": 64}, ("float16", "bfloat16")),
+            ({"batch": 1, "q_len": 1, "kv_len": 1, "heads": 1, "head_dim": 64}, ("float16",)),
             ({"batch": 2, "q_len": 1, "kv_len": 130, "heads": 64, "head_dim": 128, "page_size": 64}, ("float16", "bfloat16")),
-            ({"batch": 1, "q_len": 70, "kv_len": 70, "heads": 8, "head_dim": 64}, ("float16", "bfloat16", "float32")),
+            ({"batch": 1, "q_len": 70, "kv_len": 70, "heads": 8, "head_dim": 64}, ("bfloat16", "float32")),
             ({"batch": 2, "q_len": 3, "kv_len": 65, "heads": 5, "head_dim": 64, "page_size": 16}, ("float16", "float32")),
-            ({"batch": 2, "q_len": 2, "kv_len": 100, "heads": 16, "head_dim": 128, "format": "fp8"}, ("float16", "bfloat16")),
-            (
-                {"batch": 1, "q_len": 9, "kv_len": 33, "heads": 32, "head_dim": 128, "format": "fp8", "page_size": 64},
-                ("float16", "bfloat16"),
-            ),
+            ({"batch": 2, "q_len": 20, "kv_len": 60, "heads": 16, "head_dim": 128, "format": "fp8"}, ("float16", "bfloat16")),
+            ({"batch": 1, "q_len": 2, "kv_len": 300, "heads": 32, "head_dim": 128, "format": "fp8", "page_size": 64}, ("float16",)),
         ]
         return [cls(**shape, dtype=dtype) for shape, dtypes in shapes for dtype in dtypes]  # type: ignore[arg-type]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,14 +18,19 @@ if TYPE_CHECKING:
 UNUSED_VALUE = 100.0
 
 
-def emphasis(visible: int, rope_dim: int, scale: float) -> float:
-    """What to add to the rotary part of a border token's key, so that losing one of `visible` keys cannot pass for rounding.
+def make_heavy(cache: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor, rank: int, scale: float) -> None:
+    """Give these rows of the cache so much weight that losing one of `visible` keys cannot pass for rounding.
 
-    Queries have a common component of 1 in every rotary dimension, so the logit grows by about ln(1 + 6 sqrt(visible)) for every head. The
-    token then weighs as much as the random rest of the sum, which grows with the root of its length: losing it costs a third of the output.
-    (In real models first and newest tokens are heavy too. Larger values, as in decode_attention, would be larger keys here.)
+    Queries have a common component of 1 in every rotary dimension. A heavy row has one number in all of them, which raises its logit by
+    ln(1 + 24 sqrt(visible)) for every head, and half a latent, so that its own random logit does not undo that for some. It then counts
+    about half as much as the random rest of the sum, which grows with the root of its length. (In real models first and newest tokens
+    are heavy too. Larger values, as in decode_attention, would be larger keys here.)
     """
-    return math.log1p(6.0 * visible**0.5) / (rope_dim * scale)
+    import torch
+
+    number = torch.log1p(24.0 * visible.to(torch.float32).sqrt()) / ((cache.shape[-1] - rank) * scale)
+    cache[pages, slots, :rank] *= 0.5
+    cache[pages, slots, rank:] = number[:, None].to(cache.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,16 +145,15 @@ class LatentAttention(Problem):
         """Give the tokens at every border a weight in the output, and the slots behind a sequence's end one that cannot be missed."""
         import torch
 
-        heavy: list[tuple[int, int, float]] = []
+        heavy: list[tuple[int, int, int]] = []
         unused: list[tuple[int, int]] = []
         for row, length in zip(table, self.kv_lens, strict=True):
             borders = {0, 1, *range(length - self.q_len - 1, length)}
-            more = emphasis(length, self.rope_dim, self.scale)
-            heavy += [(row[t // self.page_size], t % self.page_size, more) for t in sorted(borders) if 0 <= t < length]
+            heavy += [(row[t // self.page_size], t % self.page_size, length) for t in sorted(borders) if 0 <= t < length]
             full = -(-length // self.page_size) * self.page_size
             unused += [(row[t // self.page_size], t % self.page_size) for t in range(length, full)]
-        pages, slots, added = (torch.tensor(column, device=cache.device) for column in zip(*heavy, strict=True))
-        cache[pages, slots, self.kv_lora_rank :] += added[:, None].to(cache.dtype)
+        pages, slots, visible = (torch.tensor(column, device=cache.device) for column in zip(*heavy, strict=True))
+        make_heavy(cache, pages, slots, visible, self.kv_lora_rank, self.scale)
         if unused:
             pages, slots = (torch.tensor(column, device=cache.device) for column in zip(*unused, strict=True))
             cache[pages, slots] = UNUSED_VALUE

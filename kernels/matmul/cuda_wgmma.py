@@ -83,7 +83,7 @@ KLAB_KERNEL(matmul_wgmma, THREADS)(KLAB_TENSOR_MAP(x), KLAB_TENSOR_MAP(w), ELEME
     if (thread_idx() == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, CONSUMERS);
+            barrier_init(empty + i, 4 * CONSUMERS);  // one lane of each warp
         }
         barrier_init_fence();
     }
@@ -131,12 +131,12 @@ KLAB_KERNEL(matmul_wgmma, THREADS)(KLAB_TENSOR_MAP(x), KLAB_TENSOR_MAP(w), ELEME
                 wgmma_commit();
                 // The products of the step before have ended when only this step's are under way: its stage is free.
                 wgmma_wait<1>();
-                if (step > 0 && thread_idx() % 128 == 0) barrier_arrive(empty + before);
+                if (step > 0 && thread_idx() % 32 == 0) barrier_arrive(empty + before);
                 before = stage;
                 if (++stage == STAGES) stage = 0, ++round;
             }
             wgmma_wait<0>();
-            if (thread_idx() % 128 == 0) barrier_arrive(empty + before);
+            if (thread_idx() % 32 == 0) barrier_arrive(empty + before);
             KLAB_UNROLL
             for (int a = 0; a < TILES_PER_GROUP; ++a)
                 store_rows(sum[a], out, out_stride, m, n, tile.m0 + first_row + a * 64, tile.n0);

@@ -17,13 +17,14 @@ ROW_GAINS = 4.0
 
 @dataclass(frozen=True)
 class Norm(Problem):
-    """out = x * weight / sqrt(mean(x^2) + eps), or with kind "layer" (x - mean) * weight / sqrt(variance + eps) + bias; per row, in float32.
+    """Per row and in float32: x * weight / sqrt(mean(x^2) + eps), or of kind "layer" (x - mean) * weight / sqrt(variance + eps) + bias.
 
-    residual: h = x + residual, rounded to `dtype`, is what is normalised and is an output too. gated: the normed row is multiplied by
-    silu(gate) (Qwen3-Next). quantize: "", "fp8_row" or "fp8_group" (see klab.kernels.row_quantize). A norm of heads has tokens * heads rows.
+    residual: x + residual, rounded to `dtype`, is what is normalised and is an output too. gated: the normed row is multiplied by
+    silu(gate) (Qwen3-Next). quantize: "", "fp8_row" or "fp8_group" (see row_quantize). A norm of heads has tokens * heads rows.
 
     inputs: x [rows, width], weight [width]; bias [width] for kind "layer"; residual, gate [rows, width] if asked for; all `dtype`.
-    outputs: out [rows, width], `dtype` or float8_e4m3fn; scale [rows, 1 or ceil(width / 128)] float32 when quantised; residual [rows, width].
+    outputs: out [rows, width], `dtype` or float8_e4m3fn; when quantised scale [rows, 1 or ceil(width / 128)] float32;
+             residual [rows, width], `dtype`.
     """
 
     operator: ClassVar[str] = "norm"
@@ -128,18 +129,24 @@ class Norm(Problem):
     @classmethod
     def examples(cls) -> list[Problem]:
         made: list[Problem] = []
-        for dtype in ("float16", "float32", "bfloat16"):
+        for dtype in ("float16", "float32"):
             made += [
-                cls(1, 1, dtype=dtype),
                 cls(37, 128, dtype=dtype),
                 cls(3, 200, "layer", dtype=dtype),
                 cls(5, 1032, residual=True, dtype=dtype),
-                cls(2, 2504, "layer", residual=True, dtype=dtype),
-                cls(7, 96, gated=True, dtype=dtype),
-                cls(3, 640, quantize="fp8_row", residual=True, dtype=dtype),
                 cls(2, 1184, quantize="fp8_group", residual=True, dtype=dtype),
             ]
-        return [*made, cls(2, 33, dtype="float16"), cls(4, 256, quantize="fp8_group", gated=True), cls(1, 20480, dtype="float16")]
+        return [
+            *made,
+            cls(1, 1, dtype="float16"),
+            cls(2, 33, dtype="float16"),
+            cls(7, 96, gated=True, dtype="float16"),
+            cls(2, 1400, "layer", residual=True, gated=True, dtype="float16"),
+            cls(3, 640, quantize="fp8_row", residual=True, dtype="float16"),
+            cls(1, 20480, dtype="float16"),
+            cls(5, 1032, residual=True),
+            cls(4, 256, quantize="fp8_group", gated=True),
+        ]
 
     @classmethod
     def at_scale(cls) -> list[Problem]:

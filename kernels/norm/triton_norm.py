@@ -21,10 +21,13 @@ from klab.kernels.row_tiles import is_power_of_2, persistent_programs, refusal, 
 from klab.kernels.triton_fp8 import FP8_MAX, to_fp8
 from klab.kernels.triton_support import cdiv, next_power_of_2
 
+# Programs per SM (0: one per tile, no walk) and stages.
+WALKS = ((0, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+
 
 @dataclass(frozen=True)
 class RowConfig(Config):
-    """A program norms `rows` rows at once. per_sm > 0: so many programs per SM walk all rows, and `num_stages` steps are under way at once."""
+    """A program norms `rows` rows at once; per_sm > 0: so many programs per SM walk all rows, `num_stages` steps under way."""
 
     rows: int = 1
     num_warps: int = 4
@@ -138,9 +141,7 @@ def default(problem: Norm, chip: Chip) -> RowConfig:
 def space(problem: Norm, chip: Chip) -> Iterator[RowConfig]:
     """Rows per program, warps, and programs that walk with loads under way."""
     block = block_of(problem)
-    for rows, warps, (per_sm, stages) in product(
-        (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), ((0, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4), (4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
-    ):  # fmt: skip
+    for rows, warps, (per_sm, stages) in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32), WALKS):
         if 32 * warps * 4 > rows * block and warps > 1:
             continue  # fewer than four elements a thread leave loads narrow
         tiles = cdiv(problem.rows, rows)

@@ -82,7 +82,7 @@ def _rope_cache(
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr, Q_TILES: tl.constexpr, KV_TILES: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys of KV_HEADS heads go to columns K_AT.. of cache rows of K_ROW, values to the front of cache rows of V_ROW (a latent: one row)."""
+    """Keys go to columns K_AT.. of cache rows of K_ROW, values to the front of cache rows of V_ROW (with a latent the two are one row)."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if ROTARY:

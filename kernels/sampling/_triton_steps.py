@@ -1,8 +1,8 @@
 """The steps of sampling in Triton: statistics of chunks, candidates of chunks, the choice among a row's candidates.
 
 A row of the vocabulary is cut into chunks, so that few rows fill the chip. Nothing is sorted. As in FlashInfer's sampling kernels, a
-threshold is found by bisection; here on the order of the float32 bit patterns, and only among candidates that a cheap bound leaves: the k-th
-largest of the maxima of 128 logits each is no larger than the k-th largest logit.
+threshold is found by bisection; here on the order of the float32 bit patterns, and only among candidates that a cheap bound leaves: the
+k-th largest of the maxima of 128 logits each is no larger than the k-th largest logit.
 """
 
 # Triton functions take no annotations but tl.constexpr.
@@ -95,7 +95,8 @@ def pick_from_chunk(
 
 @triton.jit
 def _bound(
-    group_max, row, highest, total, per_unit, top_p, least_share, TOP_K: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr
+    group_max, row, highest, total, per_unit, top_p, least_share,
+    TOP_K: tl.constexpr, COUNT: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """A logit that is no larger than the smallest one kept."""
     column = tl.arange(0, COLUMNS)
@@ -197,7 +198,8 @@ def _counted(values, counts, row, most, least, CHUNKS: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def _weighed(
-    values, counts, row, most, least, highest, per_unit, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+    values, counts, row, most, least, highest, per_unit,
+    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """By chunk, the weight of the candidates whose key is at least `least`."""
     sums = tl.zeros((COLUMNS, WIDTH), dtype=tl.float32)
@@ -261,7 +263,7 @@ def choose(
     values, places, counts, chunk_max, chunk_sum, per_unit, top_p, draw, token,
     TOP_K: tl.constexpr, NUCLEUS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: the thresholds by bisection, then the token. The candidates stay in registers if no chunk has more than WIDTH."""
+    """One program per row: thresholds by bisection, then the token. Candidates stay in registers if no chunk has more than WIDTH."""
     row = tl.program_id(0).to(tl.int64)
     largest = load_stats(chunk_max, row, CHUNKS, COLUMNS, LOWEST)
     highest = tl.max(largest, axis=0)

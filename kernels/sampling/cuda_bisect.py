@@ -128,7 +128,10 @@ def cuda_bisect(problem: Sampling, config: ChunkConfig, chip: Chip) -> Launch:
         stats.launch(
             (chunks, p.rows, 1),
             c.threads,
-            [logits, w["max"], w["sum"], w.get("group_max", w["max"]), p.vocab, chunks, int(p.greedy), int(p.filtered), aligned, stride, per_unit],
+            [
+                logits, w["max"], w["sum"], w.get("group_max", w["max"]), p.vocab, chunks, int(p.greedy), int(p.filtered), aligned, stride,
+                per_unit,
+            ],
         )  # fmt: skip
         if p.greedy:
             merge.launch((p.rows, 1, 1), 32, [w["max"], w["sum"], token, chunks])

@@ -18,10 +18,10 @@ SUM_SOURCE = r"""
 #include "device.cuh"
 using namespace klab;
 
-// Block (c, row): 256 columns; always in the order of the splits, so that the same inputs give the same bits.
+// Block (row, c): 256 columns; always in the order of the splits, so that the same inputs give the same bits.
 KLAB_KERNEL(sum_splits, 256)(const float* __restrict__ parts, ELEMENT* __restrict__ out, int m, int n, int splits, int64_t out_stride) {
-    const int column = block_idx_x() * 256 + thread_idx();
-    const int64_t row = block_idx_y();
+    const int64_t row = block_idx_x();
+    const int column = block_idx_y() * 256 + thread_idx();
     if (column >= n) return;
     float total = 0.0f;
     for (int split = 0; split < splits; ++split) total += parts[(split * static_cast<int64_t>(m) + row) * n + column];
@@ -56,6 +56,6 @@ def split_launch(problem: ScaledMatmul, multiply: CudaKernel, grid: Grid, thread
         strides = [Int64(stride) for stride in (x.stride(0), w.stride(0), to_stride, *row_strides(p, inputs))]
         multiply.launch(grid, threads, [x, w, inputs["x_scale"], inputs["w_scale"], to, p.m, p.n, p.k, part, int(aligned), *strides])
         if splits > 1:
-            add_up.launch((cdiv(p.n, 256), p.m, 1), 256, [to, out, p.m, p.n, splits, Int64(out.stride(0))])
+            add_up.launch((p.m, cdiv(p.n, 256), 1), 256, [to, out, p.m, p.n, splits, Int64(out.stride(0))])
 
     return launch

@@ -67,7 +67,8 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
     const int group_rows = min_of(tiles_m - first_m, GROUP_M);
     const int m0 = (first_m + in_group % group_rows) * BLOCK_M, n0 = in_group / group_rows * BLOCK_N;
     const int k_begin = block_idx_y() * part, k_end = min_of(k, k_begin + part);
-    const int steps = max_of(0, ceil_div(k_end - k_begin, BLOCK_K));
+    // Whole unrolled rounds: beyond the end of k the copies bring zeros.
+    const int steps = round_up(max_of(0, ceil_div(k_end - k_begin, BLOCK_K)), STEPS);
 
     const char* x_tile = static_cast<const char*>(x) + m0 * x_stride + k_begin;
     const char* w_tile = static_cast<const char*>(w) + n0 * w_stride + k_begin;
@@ -112,7 +113,7 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
         KLAB_UNROLL
         for (int i = 0; i < 4; ++i) total[j][i] = 0.0f;
     auto load_scales = [&](float (&of)[2], int step) {
-        // Beyond the end the products are zero, and any scale will do.
+        // Beyond the end the products are zero, and any finite scale will do.
         const int block = k_begin / BLOCK_K + min_of(step, ceil_div(k - k_begin, BLOCK_K) - 1);
         const float of_w = w_scale[n0 / BLOCK_K * w_scale_stride + block];
         KLAB_UNROLL

@@ -153,19 +153,20 @@ class ScaledMatmul(Problem):
 
     @classmethod
     def examples(cls) -> list[Problem]:
-        # No multiples of tiles, one row, one step of k, a last block of 16 columns, sizes that TMA and 16-byte copies cannot take.
+        # No multiples of tiles, one row, one step of k, a last block of 16 columns, sizes that TMA and 16-byte copies cannot take; few
+        # rows with a k long enough for the defaults to split it.
         return [
             cls(1, 17, 33, "float32", "fp8_row"),
             cls(130, 136, 160, "float16", "fp8_row"),
             cls(3, 48, 48, "bfloat16", "fp8_tensor"),
-            cls(1, 264, 656, "float16", "fp8_block"),
+            cls(1, 264, 1168, "float16", "fp8_block"),
             cls(70, 144, 272, "float32", "fp8_block"),
             cls(130, 264, 400, "bfloat16", "fp8_block"),
             cls(33, 48, 80, "bfloat16", "int8_row"),
-            cls(20, 136, 528, "float16", "int8_row"),
+            cls(20, 136, 1040, "float16", "int8_row"),
             cls(17, 48, 96, "float32", "mxfp8"),
             cls(130, 144, 384, "bfloat16", "mxfp8"),
-            cls(16, 40, 128, "float16", "mxfp4"),
+            cls(16, 40, 1056, "float16", "mxfp4"),
             cls(130, 136, 512, "bfloat16", "mxfp4"),
             cls(9, 64, 96, "float32", "nvfp4"),
             cls(136, 144, 256, "bfloat16", "nvfp4"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from klab.kernels.contract import Problem, Tensors
 from klab.kernels.dtypes import SHORT, SIZE_BYTES, UNIT_ROUNDOFF, random_normal, torch_dtype
 from klab.kernels.errors import UsageError
-from klab.kernels.latent_attention.problem import UNUSED_VALUE, emphasis
+from klab.kernels.latent_attention.problem import UNUSED_VALUE, make_heavy
 
 if TYPE_CHECKING:
     import torch
@@ -98,16 +98,16 @@ class SparseLatentAttention(Problem):
             if token % 2:
                 indices[token] = indices[token].roll(token % 5)
         q[..., self.kv_lora_rank :] += 1.0
-        heavy = slots[:, : min(2, self.kv_len)].flatten()
-        more = emphasis(min(self.topk, self.kv_len), self.rope_dim, self.scale)
-        cache[(heavy // self.page_size).to(device), (heavy % self.page_size).to(device), self.kv_lora_rank :] += more
+        heavy = slots[:, : min(2, self.kv_len)].flatten().to(device)
+        visible = torch.full_like(heavy, min(self.topk, self.kv_len))
+        make_heavy(cache, heavy // self.page_size, heavy % self.page_size, visible, self.kv_lora_rank, self.scale)
         unused = torch.ones(pages * self.page_size, dtype=torch.bool)
         unused[slots.flatten()] = False
         cache[unused.view(pages, self.page_size).to(device)] = UNUSED_VALUE
         return {"q": q, "kv_cache": cache, "indices": indices.to(device)}
 
     def _rows_of(self, token: int, draw: int) -> torch.Tensor:
-        """The cached rows of one list: rows 0 and 1 at its ends, heavy ones (see `emphasis`), and others once around at a random stride."""
+        """The cached rows of one list: the heavy rows 0 and 1 (see `make_heavy`) at its ends, others once around at a random stride."""
         import torch
 
         seen, count = self.visible(token), self.listed(token)

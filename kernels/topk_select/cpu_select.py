@@ -43,7 +43,7 @@ def cpu_select(problem: TopkSelect, config: CpuSelectConfig, chip: Chip) -> Laun
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         scores = inputs["scores"]
-        first = scores[:, : blocks * block].unflatten(1, (blocks, block)).topk(of_block, dim=2, sorted=False)
+        first = scores[:, : blocks * block].view(problem.rows, blocks, block).topk(of_block, dim=2, sorted=False)
         base = torch.arange(0, blocks * block, block, device=scores.device)[:, None]
         columns = (first.indices + base).flatten(1)
         rest = torch.arange(blocks * block, width, device=scores.device).expand(problem.rows, -1)

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
+from klab.kernels.topk_select._rounds import chunk_sizes, default_chunk, rounds_of, unfit, workspaces
 from klab.kernels.topk_select.problem import TopkSelect
-from klab.kernels.triton_support import cdiv, next_power_of_2
+from klab.kernels.triton_support import next_power_of_2
 
-MAX_PER_THREAD = 64  # scores, a register each
 PIECE_PER_THREAD = 4  # scores whose positions are found at once
 INTERPOLATED = tl.constexpr(9)  # counts before plain bisection, which ends what interpolation does not (many equal scores)
 
@@ -120,93 +120,51 @@ def _select(
         tl.store(out_scores + to + offs_k, tl.full((BLOCK_K,), float("-inf"), dtype=tl.float32), mask=is_hole)
 
 
-def rounds(problem: TopkSelect, chunk: int) -> list[int]:
-    """The width of a row in each round; the last one fits a chunk."""
-    widths = [problem.width]
-    while widths[-1] > chunk:
-        widths.append(cdiv(widths[-1], chunk) * problem.top_k)
-    return widths
-
-
 def fits(problem: TopkSelect, config: BisectConfig, chip: Chip) -> str | None:
-    """A chunk is held in registers, and is at least twice as long as what is chosen of it where a row takes several rounds."""
-    chunk, warps = config.chunk, config.num_warps
-    if any(value < 1 or value & (value - 1) for value in (chunk, warps)) or warps > 32:
-        return "chunk and num_warps must be powers of two, num_warps at most 32"
-    if not 16 <= chunk <= 32768 or chunk > max(16, next_power_of_2(problem.width)):
-        return "chunk is 16 to 32768 and no longer than the row"
-    if problem.width > chunk and chunk < 2 * problem.top_k:
-        return "a round must leave fewer scores than it is given: chunk is at least twice top_k"
-    if problem.top_k > 32767:
-        return "positions are counted in 15 bits"
-    if chunk > MAX_PER_THREAD * 32 * warps or (warps > 1 and chunk < 32 * warps):
-        return "a thread holds 1 to 64 scores"
-    return None
+    """See `unfit`."""
+    return unfit(problem, config.chunk, config.num_warps)
 
 
 def default(problem: TopkSelect, chip: Chip) -> BisectConfig:
-    """The row if a chunk holds it, or chunks of four times what is chosen where more of them are needed to fill the chip."""
-    row = max(16, next_power_of_2(problem.width))
-    chunk = min(row, 32768)
-    if problem.rows * cdiv(problem.width, chunk) < 2 * chip.sm_count:
-        chunk = min(chunk, max(1024, next_power_of_2(4 * problem.top_k)))
-    chunk = max(chunk, min(row, next_power_of_2(2 * problem.top_k)))
-    return BisectConfig(chunk, max(1, min(16, chunk // 256)))
+    """See `default_chunk`."""
+    return BisectConfig(*default_chunk(problem, chip))
 
 
 def space(problem: TopkSelect, chip: Chip) -> Iterator[BisectConfig]:
     """Chunks of 1024 to 32768 scores (or the row), 1 to 32 warps."""
-    own = min(32768, max(16, next_power_of_2(problem.width)))
-    for chunk, warps in product(sorted({1024, 2048, 4096, 8192, 16384, 32768, own}), (1, 2, 4, 8, 16, 32)):
+    for chunk, warps in product(chunk_sizes(problem), (1, 2, 4, 8, 16, 32)):
         yield BisectConfig(chunk, warps)
 
 
 @kernel(TopkSelect, backend="triton", config=BisectConfig, space=space, default=default, fits=fits)
 def triton_bisect(problem: TopkSelect, config: BisectConfig, chip: Chip) -> Launch:
     """Triton top-k: chunks of a row in registers, the threshold by bisection of ordered integers, positions by a scan."""
-    widths, top_k = rounds(problem, config.chunk), problem.top_k
-
-    def chunk_of(width: int) -> int:
-        return min(config.chunk, max(16, 32 * config.num_warps, next_power_of_2(width)))
-
-    workspaces: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def workspace(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        if device not in workspaces:
-            workspaces[device] = [
-                (
-                    torch.empty((problem.rows, width), dtype=torch.float32, device=device),
-                    torch.empty((problem.rows, width), dtype=torch.int32, device=device),
-                )
-                for width in widths[1:]
-            ]
-        return workspaces[device]
+    rounds, top_k = rounds_of(problem, config.chunk, config.num_warps), problem.top_k
+    between: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         scores, out = inputs["scores"], outputs["indices"]
-        between = workspace(scores.device)
+        if out.device not in between:
+            between[out.device] = workspaces(problem, rounds, out.device)
         columns = out  # not read in the first round
-        for i, width in enumerate(widths):
-            last = i + 1 == len(widths)
-            to_scores, to_columns = (scores, out) if last else between[i]
-            chunk = chunk_of(width)
-            chunks = cdiv(width, chunk)
-            _select[(problem.rows * chunks,)](
+        for i, r in enumerate(rounds):
+            to_scores, to_columns = (scores, out) if r.last else between[out.device][i]
+            _select[(problem.rows * r.chunks,)](
                 scores,
                 columns,
                 to_scores,
                 to_columns,
-                width,
-                chunks,
+                r.width,
+                r.chunks,
                 scores.stride(0),
                 columns.stride(0),
                 to_columns.stride(0),
                 TOP_K=top_k,
-                CHUNK=chunk,
-                PIECE=min(chunk, 32 * config.num_warps * PIECE_PER_THREAD),
+                CHUNK=r.chunk,
+                PIECE=min(r.chunk, 32 * config.num_warps * PIECE_PER_THREAD),
                 BLOCK_K=next_power_of_2(top_k),
-                FIRST=i == 0,
-                LAST=last,
+                FIRST=r.first,
+                LAST=r.last,
                 num_warps=config.num_warps,
             )
             scores, columns = to_scores, to_columns

@@ -1,6 +1,6 @@
 """CUDA C++ that the weight-only kernels share: copying packed weights and activations, and multiplying them.
 
-A source puts `FRAGMENTS` behind its includes. Its defines: ELEMENT, SCALE (the C++ types of activations and scales), INT4 (1, or 0 for fp8),
+A source puts `FRAGMENTS` behind its includes. Its defines: ELEMENT, SCALE (the C++ types of activations and scales), INT4 (1; 0 is fp8),
 GROUP (columns of k per scale, 0: one scale per row), ALIGNED (rows of x and w are whole 16-byte chunks at multiples of 16 bytes).
 
 A warp multiplies in steps: 16 rows of weights per tile and 64 bytes of each row, which is STEP_K columns. Lane (group, pair) = (lane / 4,
@@ -15,7 +15,7 @@ FRAGMENTS = r"""
 namespace klab {
 constexpr int STEP_BYTES = 64, STEP_K = INT4 ? 128 : 64;   // of one row of weights
 constexpr int LANE_K = STEP_K / 4, X_CHUNKS = LANE_K / 8;  // columns of a lane, and their 16-byte chunks in x
-constexpr int HALVED = INT4 ? 1 : 0;                       // columns >> HALVED are bytes of w: a shift, since / 2 rounds to zero in three
+constexpr int HALVED = INT4 ? 1 : 0;                       // columns >> HALVED are bytes of w; / 2 takes three instructions
 constexpr int X_ROW_BYTES = STEP_K * 2;                    // of one row of x per step
 
 // a * b + c on two numbers each.
@@ -64,8 +64,8 @@ struct Magic<half_t> {
     static constexpr uint32_t shift = 1, places = 0x3f803f80u, factor = 0x5c005c00u;
 };
 
-// Eight weights of a lane, number `chunk` of its 16 bytes, as pairs: int4 {0, 4}, {1, 5}, {2, 6}, {3, 7}; fp8 {0, 2}, {1, 3}, {4, 6}, {5, 7}.
-// All values are exact.
+// Eight weights of a lane, number `chunk` of its 16 bytes, as pairs: int4 {0, 4}, {1, 5}, {2, 6}, {3, 7}; fp8 {0, 2}, {1, 3}, {4, 6},
+// {5, 7}. All values are exact.
 KLAB_DEVICE void unpack(uint32_t (&pair)[4], const Vec16& packed, int chunk) {
     using Bits = Magic<ELEMENT>;
     KLAB_UNROLL

@@ -21,9 +21,7 @@ class Scratch:
         return self._buffers[key][: rows * columns].view(rows, columns)
 
 
-def dequantize_rows(
-    problem: WeightOnlyMatmul, w: torch.Tensor, scale: torch.Tensor, scratch: Scratch, dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize_rows(problem: WeightOnlyMatmul, w: torch.Tensor, scale: torch.Tensor, scratch: Scratch, dtype: torch.dtype) -> torch.Tensor:
     """[rows, k] of `dtype` in the scratch: element times scale, rounded once. Integers and fp8 are exact in every `dtype`."""
     rows = w.shape[0]
     wide = scratch.get("wide", rows, problem.k, like=w, dtype=dtype)
@@ -42,7 +40,7 @@ def dequantize_rows(
     group = problem.group or problem.k
     whole = problem.k // group
     if whole:
-        wide[:, : whole * group].unflatten(1, (whole, group)).mul_(scale[:, :whole, None])
+        wide[:, : whole * group].view(rows, whole, group).mul_(scale[:, :whole, None])
     if whole * group < problem.k:
         wide[:, whole * group :].mul_(scale[:, whole:])
     return wide

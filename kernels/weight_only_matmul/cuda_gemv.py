@@ -56,9 +56,9 @@ KLAB_DEVICE void bring_stage(const Part& p, char* stage, int k0) {
 
 // Block (i, s): TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float [SPLIT, M, n].
 // With a least number of blocks ptxas takes the registers it needs; without, it spills a few for a block more than shared memory allows.
-KLAB_KERNEL_MIN_BLOCKS(weight_only_gemv, THREADS, 1)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
-                                       void* __restrict__ to, int n, int k, int part, int x_stride, int w_stride,
-                                       int64_t scale_stride, int64_t to_stride) {
+KLAB_KERNEL_MIN_BLOCKS(weight_only_gemv, THREADS, 1)
+(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale, void* __restrict__ to, int n, int k,
+ int part, int x_stride, int w_stride, int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, n0 = block_idx_x() * TILE_N, k_begin = block_idx_y() * part;
     char* ring = shared_memory<char>() + warp * STAGES * STAGE_BYTES;
     float* scales = reinterpret_cast<float*>(shared_memory<char>() + RING_BYTES);

@@ -42,9 +42,9 @@ KLAB_DEVICE void spread(const Put& put) {
 // Block (i, s, j): BLOCK_M rows by TILE_N columns of the output from the s-th part of k; `to` is the output, or with SPLIT > 1 float
 // [SPLIT, m, n]. With a least number of blocks ptxas takes the registers it needs; without, it spills a few for a block more than shared
 // memory allows.
-KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, 1)(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
-                                      void* __restrict__ to, int m, int n, int k, int part, int x_stride, int w_stride,
-                                      int64_t scale_stride, int64_t to_stride) {
+KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, 1)
+(const ELEMENT* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale, void* __restrict__ to, int m, int n, int k,
+ int part, int x_stride, int w_stride, int64_t scale_stride, int64_t to_stride) {
     const int warp = thread_idx() / 32, lane = thread_idx() % 32, warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
     const int n0 = block_idx_x() * TILE_N, m0 = block_idx_z() * BLOCK_M, n_left = n - n0, m_left = m - m0;
     const int k_begin = block_idx_y() * part, k_end = min_of(k, k_begin + part);
@@ -95,9 +95,10 @@ KLAB_KERNEL_MIN_BLOCKS(weight_only_mma, THREADS, 1)(const ELEMENT* __restrict__ 
             const char* at = ring + static_cast<uint32_t>(i) % STAGES * STAGE_BYTES + step * STEP_TOTAL;
             const char* rows = at + warp_n * WARP_N * STEP_BYTES;
             // Steps behind the end of k have no weights, but may have no group either.
-            const int group = static_cast<uint32_t>(k_begin + i * STAGE_K + step * STEP_K) / group_k;
+            const int group = static_cast<uint32_t>(k_begin + i * STAGE_K + step * STEP_K) / group_k - first_group;
+            const float* factors = scales + warp_n * WARP_N * groups + min_of(group, groups - 1);
             if (GROUP)
-                scaled_step(sum, rows, at + W_BYTES, BLOCK_M, scales + warp_n * WARP_N * groups + min_of(group - first_group, groups - 1), groups);
+                scaled_step(sum, rows, at + W_BYTES, BLOCK_M, factors, groups);
             else
                 multiply_step(sum, rows, at + W_BYTES, BLOCK_M);
         }
@@ -244,7 +245,7 @@ def space(problem: WeightOnlyMatmul, chip: Chip) -> Iterator[MmaConfig]:
 
 @kernel(WeightOnlyMatmul, backend="cuda", config=MmaConfig, fits=fits, default=default, space=space)
 def cuda_mma(problem: WeightOnlyMatmul, config: MmaConfig, chip: Chip) -> Launch:
-    """mma.sync with the weights as first operand, unpacked in registers by and-xor and multiply-add; cp.async ring, deterministic split-K."""
+    """mma.sync with the weights as first operand, unpacked in registers by bit tricks; cp.async ring, deterministic split-K."""
     p, c = problem, config
     defines = common_defines(p) | {
         "BLOCK_M": c.block_m, "WARPS_N": c.warps_n, "WARPS_K": c.warps_k, "ROW_TILES": c.row_tiles, "UNROLL": c.unroll,

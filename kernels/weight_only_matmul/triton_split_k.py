@@ -244,7 +244,7 @@ def space(problem: WeightOnlyMatmul, chip: Chip) -> Iterator[SplitKConfig]:
 
 @kernel(WeightOnlyMatmul, backend="triton", config=SplitKConfig, space=space, default=default, fits=fits)
 def triton_split_k(problem: WeightOnlyMatmul, config: SplitKConfig, chip: Chip) -> Launch:
-    """Triton: weights unpacked by PTX bit tricks into the first operand of the matrix unit, groups scaled in float32, deterministic split-K."""
+    """Triton: weights unpacked by PTX bit tricks into the matrix unit's first operand, groups scaled in float32, deterministic split-K."""
     m, n, k, splits = problem.m, problem.n, problem.k, config.split_k
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n), splits)
     per_word = PER_WORD[problem.format]

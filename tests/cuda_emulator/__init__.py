@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from klab.kernels.cuda_module import HEADERS, CudaKernel, Grid, Int64
+from klab.kernels.cuda_module import HEADERS, Argument, CudaKernel, Grid, Int64, TensorMap
 
 HERE = Path(__file__).parent
 # -fsanitize=thread calls a hook at each memory access (memory.cpp defines the hooks); the others trap.
@@ -52,7 +52,7 @@ class Emulator:
         """Why kernels cannot be emulated here, or an empty string."""
         return "" if shutil.which("g++") else "needs g++ to compile CUDA kernels for the host"
 
-    def __call__(self, kernel: CudaKernel, grid: Grid, block_threads: int, args: Sequence[torch.Tensor | int | float]) -> None:
+    def __call__(self, kernel: CudaKernel, grid: Grid, block_threads: int, args: Sequence[Argument]) -> None:
         """Run one launch on CPU tensors; EmulationError says what went wrong."""
         defines = tuple(sorted((name, str(value)) for name, value in kernel.defines.items()))
         library = _library(kernel.source, kernel.name, defines)
@@ -72,7 +72,14 @@ class _Tensor(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("bytes", ctypes.c_size_t), ("accessible", ctypes.c_void_p), ("item_bytes", ctypes.c_size_t))
 
 
-def _arguments(name: str, signature: ctypes.Array, args: Sequence[torch.Tensor | int | float]) -> tuple[list, list[_Tensor], list]:
+class _TensorMap(ctypes.Structure):
+    _fields_ = (
+        ("base", ctypes.c_void_p), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64), ("row_bytes", ctypes.c_int64),
+        ("box_rows", ctypes.c_int64),
+    )  # fmt: skip
+
+
+def _arguments(name: str, signature: ctypes.Array, args: Sequence[Argument]) -> tuple[list, list[_Tensor], list]:
     """Each argument as a C value, after a check against the kernel's parameters; and which bytes the tensors allow."""
     parameters = [text.decode() for text in itertools.takewhile(lambda text: text is not None, (signature[i] for i in itertools.count()))]
     if len(parameters) != len(args):
@@ -82,12 +89,11 @@ def _arguments(name: str, signature: ctypes.Array, args: Sequence[torch.Tensor |
         if isinstance(value, torch.Tensor):
             given = f"{str(value.dtype).removeprefix('torch.')} tensor"
             storage.append(ctypes.c_void_p(value.data_ptr()))
-            extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
-            accessible = torch.zeros(extent, dtype=torch.uint8)
-            if extent:
-                accessible.as_strided(value.shape, value.stride()).fill_(1)
-            keep.append(accessible)
-            tensors.append(_Tensor(value.data_ptr(), extent * value.element_size(), accessible.data_ptr(), value.element_size()))
+            tensors.append(_allowed(value, keep))
+        elif isinstance(value, TensorMap):
+            given, t = "tensor map", value.tensor
+            storage.append(_TensorMap(t.data_ptr(), *t.shape, t.stride(0) * t.element_size(), value.box_rows))
+            tensors.append(_allowed(t, keep))
         elif isinstance(value, float):
             given = "float"
             storage.append(ctypes.c_float(value))
@@ -99,6 +105,16 @@ def _arguments(name: str, signature: ctypes.Array, args: Sequence[torch.Tensor |
         if given != parameter and not (parameter == "tensor" and given.endswith(parameter)):
             raise EmulationError(f"argument {i} of {name} is {given}; the kernel declares {parameter}")
     return storage, tensors, keep
+
+
+def _allowed(tensor: torch.Tensor, keep: list[torch.Tensor]) -> _Tensor:
+    """Which bytes a kernel may touch for the sake of a tensor: its elements, not what lies between its rows."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    accessible = torch.zeros(extent, dtype=torch.uint8)
+    if extent:
+        accessible.as_strided(tensor.shape, tensor.stride()).fill_(1)
+    keep.append(accessible)
+    return _Tensor(tensor.data_ptr(), extent * tensor.element_size(), accessible.data_ptr(), tensor.element_size())
 
 
 @lru_cache(maxsize=1)

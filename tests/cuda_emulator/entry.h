@@ -17,6 +17,9 @@ template <> struct Parameter<int64_t*> { static constexpr const char* is = "int6
 template <> struct Parameter<uint8_t*> { static constexpr const char* is = "uint8 tensor"; };
 template <> struct Parameter<void*> { static constexpr const char* is = "tensor"; };
 template <class T> struct Parameter<const T*> : Parameter<T*> {};
+#if defined(KLAB_TENSOR_MAP)
+template <> struct Parameter<TensorMap> { static constexpr const char* is = "tensor map"; };
+#endif
 
 template <class... P>
 struct Signature {

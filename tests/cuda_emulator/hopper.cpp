@@ -11,6 +11,7 @@
 #include "emulator.h"
 #include "fp8.cuh"
 #include "hopper.cuh"
+#include "tma.cuh"
 
 #define HERE __builtin_return_address(0)
 namespace klab::emulator {
@@ -21,8 +22,17 @@ namespace {
 
 constexpr int WARPGROUP = 128;
 
+// A box on its way from the copy engine.
+struct Box {
+    char* to;
+    TensorMap map;
+    int column, row;
+};
+
 struct Barrier {
     int count = 0, left = 0;
+    int64_t due = 0;  // bytes announced and not yet arrived
+    std::vector<Box> boxes;
     uint32_t phase = 0;
     std::vector<uint32_t> gathered, completed;
     std::vector<int> waiting;
@@ -51,11 +61,8 @@ void learn(std::vector<uint32_t>& known, const std::vector<uint32_t>& more) {
     for (std::size_t i = 0; i < more.size(); ++i) known[i] = std::max(known[i], more[i]);
 }
 
-void arrive(Barrier& barrier) {
-    Thread& self = threads[now.thread];
-    learn(barrier.gathered, self.known);
-    barrier.gathered[now.thread] = self.tick++;
-    if (--barrier.left > 0) return;
+void complete(Barrier& barrier) {
+    if (barrier.left > 0 || barrier.due != 0) return;
     barrier.left = barrier.count;
     barrier.completed = barrier.gathered;
     ++barrier.phase;
@@ -63,7 +70,42 @@ void arrive(Barrier& barrier) {
     barrier.waiting.clear();
 }
 
+void arrive(Barrier& barrier) {
+    Thread& self = threads[now.thread];
+    learn(barrier.gathered, self.known);
+    barrier.gathered[now.thread] = self.tick++;
+    --barrier.left;
+    complete(barrier);
+}
+
+// Rows of 128 bytes; the engine swizzles addresses, as the products do.
+void land(const Box& box) {
+    const TensorMap& map = box.map;
+    const std::size_t start = box.to - static_cast<char*>(shared_memory_begin());
+    for (int64_t r = 0; r < map.box_rows; ++r)
+        for (int64_t c = 0; c < 64; ++c) {
+            std::size_t at = start + r * 128 + c * 2;
+            at ^= (at >> 7 & 7) << 4;
+            const bool inside = box.row + r < map.rows && box.column + c < map.columns;
+            const char* from = static_cast<const char*>(map.base) + (box.row + r) * map.row_bytes + (box.column + c) * 2;
+            uint16_t bits = 0;
+            if (inside) std::memcpy(&bits, from, 2);
+            std::memcpy(static_cast<char*>(shared_memory_begin()) + at, &bits, 2);
+        }
+}
+
+void land_all(Barrier& barrier) {
+    for (const Box& box : barrier.boxes) {
+        land(box);
+        barrier.due -= box.map.box_rows * 128;
+    }
+    const bool some = !barrier.boxes.empty();
+    barrier.boxes.clear();
+    if (some) complete(barrier);
+}
+
 void wait(Barrier& barrier, uint32_t phase) {
+    land_all(barrier);
     while (barrier.phase == phase) {
         threads[now.thread].at = At::barrier;
         barrier.waiting.push_back(now.thread);
@@ -249,6 +291,31 @@ void named_barrier_sync(int id, int count) {
     uint32_t phase = barrier.phase;
     arrive(barrier);
     wait(barrier, phase);
+}
+void barrier_arrive_expect(uint64_t* barrier, int bytes) {
+    Barrier& found = barrier_at(barrier, HERE);
+    found.due += bytes;
+    arrive(found);
+}
+// The bytes are nobody's until the barrier's phase ends: they are NaN before, and belong to what the asking thread had done by its arrival.
+void tma_load(void* box, const TensorMap& map, uint64_t* barrier, int column, int row) {
+    Barrier& found = barrier_at(barrier, HERE);
+    const std::size_t bytes = map.box_rows * 128;
+    if (offset_of(box) % 1024) fail(HERE, "a box at byte %zu of shared memory: swizzled boxes start at multiples of 1024", offset_of(box));
+    if (row < 0 || column < 0) fail(HERE, "a box at row %d, column %d", row, column);
+    check_shared(box, bytes, HERE);
+    Thread& self = threads[now.thread];
+    const uint32_t tick = self.tick;
+    if (tick > 1) self.tick = tick - 1;
+    check_write(box, bytes, HERE);
+    self.tick = tick;
+    ++self.fences;  // what the engine writes needs no fence before a product
+    for (int64_t r = 0; r < map.box_rows && row + r < map.rows && column < map.columns; ++r)
+        check_read(static_cast<const char*>(map.base) + (row + r) * map.row_bytes + column * 2,
+                   static_cast<std::size_t>(std::min<int64_t>(64, map.columns - column)) * 2, HERE);
+    std::memset(box, 0xff, bytes);
+    found.boxes.push_back(Box{static_cast<char*>(box), map, column, row});
+    if (land_early || !found.waiting.empty()) land_all(found);
 }
 void fence_async_proxy() { ++threads[now.thread].fences; }
 

@@ -95,7 +95,7 @@ def test_an_interrupt_keeps_what_was_measured_and_exits_130(place):
 
 def test_a_campaign_continues_where_the_last_one_ended(place):
     words = ("campaign", "--chip", "cpu", "--model", "config.json", "--out", "camp", "--json")
-    first = klab(*words, "--budget", "15s", cwd=place)
+    first = klab(*words, "--budget", "25s", cwd=place)
     assert first.returncode == 0, first.stderr
     files = [p.name for p in (place / "camp").iterdir()]
     assert files == ["results.jsonl.gz"]

@@ -31,6 +31,10 @@ PROBLEMS = [
     PrefillAttention((100,), 4, 2, 64, logit_gain=300.0, **HALF),
     PrefillAttention((40, 31), 6, 2, 80, logit_gain=300.0, dtype="float32"),
     PrefillAttention((100,), 2, 1, 64, window=30, dtype="float32"),
+    PrefillAttention((70, 9), 6, 2, 64, sinks=True, softcap=5.0, window=40, **HALF),
+    PrefillAttention((66, 5), 4, 2, 64, prefix_lens=(100, 40), page_size=64, sinks=True, kv_dtype="float8_e4m3fn", **HALF),
+    PrefillAttention((66,), 4, 2, 128, prefix_lens=(100,), page_size=32, softcap=5.0, **HALF),
+    PrefillAttention((90, 40), 2, 1, 64, kv_tokens=(20, 150), causal=False, sinks=True, **HALF),
 ]
 
 

@@ -100,40 +100,69 @@ def test_a_cascade_that_loses_a_key_where_its_passes_meet_fails(lost):
     assert not check(problem, decode(problem, lost=lost), seed=2).passed
 
 
-def prefill(problem, *, causal=0, scale=1.0, window=0):
-    """A right prefill in float32, but for a causal mask or a window that is shifted, or a scale that is off."""
+def prefill(problem, *, causal=0, scale=1.0, window=0, last=0, sink=1.0, sinks_of=0, cap=1.0, scales="kv", scales_of=0, overrun=0):
+    """A right prefill in float32, but for: a causal mask or a window that is shifted, a scale or cap that is off, keys dropped at the end,
+    sinks weighed wrong or taken from the next head, scales of keys and values swapped or taken from the next head, slots read past the end.
+    """
 
     def launch(inputs, outputs):
         q_at, kv_at = offsets(problem.q_lens), offsets(problem.kv_lens)
         group = problem.heads // problem.kv_heads
         for i, q_len in enumerate(problem.q_lens):
             q = inputs["q"][q_at[i] : q_at[i + 1]].float()
-            k, v = (inputs[n][kv_at[i] : kv_at[i + 1]].float().repeat_interleave(group, 1) for n in ("k", "v"))
+            k, v = keys_of(inputs, i, kv_at, group)
             position = torch.arange(q_len)[:, None] + problem.prefixes[i]
-            key = torch.arange(problem.kv_lens[i])[None, :]
-            hidden = key > position + causal
+            key = torch.arange(k.shape[0])[None, :]
+            hidden = (key > position + causal + overrun) if problem.causal else (key >= problem.kv_lens[i] - last).expand(q_len, -1)
             if problem.window:
-                hidden |= key <= position - problem.window - window
+                hidden = hidden | (key <= position - problem.window - window)
             scores = torch.einsum("qhd,khd->hqk", q, k) * problem.scale * scale
-            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+            if problem.softcap:
+                scores = torch.tanh(scores / problem.softcap / cap) * problem.softcap * cap
+            scores = scores.masked_fill(hidden, float("-inf"))
+            if problem.sinks:
+                extra = inputs["sinks"].roll(sinks_of) + torch.tensor(max(sink, 1e-30)).log()
+                scores = torch.cat((scores, extra[:, None, None].expand(-1, q_len, 1)), dim=-1)
+            weights = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[0]]
             outputs["out"][q_at[i] : q_at[i + 1]] = torch.einsum("hqk,khd->qhd", weights, v)
+
+    def keys_of(inputs, i, kv_at, group):
+        for name, other in zip("kv", scales, strict=True):
+            if problem.page_size:
+                pages = inputs["block_table"][i, : -(-problem.kv_lens[i] // problem.page_size)].long()
+                x = inputs[f"{name}_cache"].float()[pages].flatten(0, 1)[: problem.kv_lens[i] + overrun]
+            else:
+                x = inputs[name][kv_at[i] : kv_at[i + 1]].float()
+            if problem.kv_dtype:
+                x = x * inputs[f"{other}_scale"].roll(scales_of)[:, None]
+            yield x.repeat_interleave(group, 1)
 
     return launch
 
 
+MASKS = [{"causal": -1}, {"causal": 1}, {"scale": 1.03}]
+WINDOWS = [*MASKS, {"window": 1}, {"window": -1}]
 PREFILL = [
-    PrefillAttention((2048,), 1, 1, 64),
-    PrefillAttention((512,), 1, 1, 64, prefix_lens=(8192,)),
-    PrefillAttention((4, 100), 1, 1, 64, prefix_lens=(16384, 3000)),
-    PrefillAttention((600,), 1, 1, 64, logit_gain=6.0),
-    PrefillAttention((900,), 1, 1, 64, window=128),
+    (PrefillAttention((2048,), 1, 1, 64), MASKS),
+    (PrefillAttention((512,), 1, 1, 64, prefix_lens=(8192,)), MASKS),
+    (PrefillAttention((4, 100), 1, 1, 64, prefix_lens=(16384, 3000)), MASKS),
+    (PrefillAttention((600,), 1, 1, 64, logit_gain=6.0), MASKS),
+    (PrefillAttention((500,), 1, 1, 64, window=128), WINDOWS),
+    (PrefillAttention((100,), 1, 1, 64, prefix_lens=(7000,), window=4096), WINDOWS),
+    (PrefillAttention((300,), 1, 1, 64, causal=False, kv_tokens=(4608,)), [{"last": 1}, {"scale": 1.03}]),
+    (PrefillAttention((400,), 2, 1, 64, window=64, sinks=True), [*WINDOWS, {"sink": 0.0}, {"sink": 1.3}, {"sinks_of": 1}]),
+    (PrefillAttention((800,), 1, 1, 64, softcap=50.0), [*MASKS, {"cap": 1.5}, {"cap": 100.0}]),
+    (PrefillAttention((400,), 2, 2, 64, softcap=30.0, sinks=True), [{"cap": 100.0}, {"sink": 0.0}, {"sinks_of": 1}]),
+    (PrefillAttention((200,), 4, 2, 64, kv_dtype="float8_e4m3fn"), [*MASKS, {"scales": "vk"}, {"scales": "kk"}, {"scales_of": 1}]),
+    (PrefillAttention((300, 70), 2, 1, 64, prefix_lens=(4000, 35), page_size=16), [*MASKS, {"overrun": 1}]),
+    (PrefillAttention((64,), 2, 1, 64, prefix_lens=(16000,), page_size=64), MASKS),
 ]
 
 
-@pytest.mark.parametrize("problem", PREFILL, ids=lambda p: p.label())
-def test_a_right_prefill_passes_and_a_wrong_one_does_not(problem):
+@pytest.mark.parametrize(("problem", "faults"), PREFILL, ids=lambda p: p.label() if isinstance(p, PrefillAttention) else "")
+def test_a_right_prefill_passes_and_a_wrong_one_does_not(problem, faults):
     right = check(problem, prefill(problem), seed=1)
     assert right.passed and right.error < 0.5 * right.tolerance
-    for fault in [{"causal": -1}, {"causal": 1}, {"scale": 1.03}, *([{"window": 1}, {"window": -1}] if problem.window else [])]:
+    for fault in faults:
         for seed in (2, 3):
             assert not check(problem, prefill(problem, **fault), seed=seed).passed, fault
