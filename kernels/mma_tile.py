@@ -10,6 +10,9 @@ from klab.kernels.contract import Chip, Config
 from klab.kernels.cuda_module import ELEMENT
 from klab.kernels.dtypes import SIZE_BYTES
 
+# Copies of 16 bytes that a thread issues per stage; their addresses are registers: with 72, one warp spills 160 words.
+MAX_COPIES_PER_THREAD = 36
+
 
 @dataclass(frozen=True)
 class MmaTileConfig(Config):
@@ -61,6 +64,8 @@ def unfit(dtype: str, config: MmaTileConfig, chip: Chip) -> str | None:
         return "needs two stages"
     if c.smem_bytes > chip.smem_per_block_bytes:
         return f"{c.smem_bytes} B of shared memory, {chip.smem_per_block_bytes} allowed"
+    if (c.block_m + c.block_n) * c.block_k // 8 > MAX_COPIES_PER_THREAD * c.threads:
+        return "the addresses of one stage's copies would spill registers"
     if c.registers > min(255, 65536 // c.threads):
         return f"about {c.registers} registers, {min(255, 65536 // c.threads)} allowed"
     return None

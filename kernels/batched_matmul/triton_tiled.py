@@ -22,6 +22,8 @@ MAX_SUMS_PER_THREAD = 128
 # float32 has no tensor cores under IEEE rules: every multiply-add is an unrolled instruction, and its operands are registers too.
 MAX_SUMS_PER_THREAD_FP32 = 64
 MAX_FMAS_PER_STEP_FP32 = 4096
+# Elements of x and w that a thread brings per step, eight to a pointer: with 256 some configurations of two warps spill.
+MAX_LOADS_PER_THREAD = 192
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ def fits(problem: BatchedMatmul, config: BatchedConfig, chip: Chip) -> str | Non
     if warps > 16 or (bm // 16) * (bn // 8) < warps:
         return "too many warps for the tile"
     fp32 = problem.dtype == "float32"
+    if config.weights_first and (bn < 64 or warps < 4 or fp32):
+        return "weights first is for the matrix unit, which wants 64 of their rows and four warps"
+    if (bm + bn) * bk // threads > MAX_LOADS_PER_THREAD:
+        return "the pointers of one step would spill registers"
     if bm * bn // threads > (MAX_SUMS_PER_THREAD_FP32 if fp32 else MAX_SUMS_PER_THREAD):
         return "the sums would spill registers"
     if fp32 and bm * bn * bk // threads > MAX_FMAS_PER_STEP_FP32:
@@ -153,7 +159,11 @@ def space(problem: BatchedMatmul, chip: Chip) -> Iterator[BatchedConfig]:
         if bm > max(16, next_power_of_2(problem.m)) or (bm < 64 and problem.m >= 8 * bm):
             continue
         for first, warps, stages in product((False, True), (2, 4, 8), (1, 2, 3, 4, 5)):
-            if bm * bn < 1024 * warps // 2 or stages > max(1, cdiv(problem.k, bk)) or (first and (fp32 or bm >= 128)):
+            if (
+                bm * bn < 1024 * warps // 2
+                or stages > max(1, cdiv(problem.k, bk))
+                or (first and (fp32 or bm >= 128 or bn < 64 or warps < 4))
+            ):
                 continue  # idle warps, idle stages, and an order for few rows
             yield BatchedConfig(bm, bn, bk, first, warps, stages)
 

@@ -22,6 +22,8 @@ MAX_SUMS_PER_THREAD = 128
 # float32 has no tensor cores under IEEE rules: every multiply-add is an unrolled instruction, and its operands are registers too.
 MAX_SUMS_PER_THREAD_FP32 = 64
 MAX_FMAS_PER_STEP_FP32 = 4096
+# Elements of x and w that a thread brings per step, eight to a pointer: with 256 some configurations of two warps spill.
+MAX_LOADS_PER_THREAD = 192
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def fits(problem: Conv1d, config: ImplicitConfig, chip: Chip) -> str | None:
     if warps > 16 or (bt // 16) * (bo // 8) < warps:
         return "too many warps for the tile"
     fp32 = problem.dtype == "float32"
+    if (bt + bo) * bc // threads > MAX_LOADS_PER_THREAD:
+        return "the pointers of one step would spill registers"
     if bt * bo // threads > (MAX_SUMS_PER_THREAD_FP32 if fp32 else MAX_SUMS_PER_THREAD):
         return "the sums would spill registers"
     if fp32 and bt * bo * bc // threads > MAX_FMAS_PER_STEP_FP32:

@@ -22,11 +22,11 @@ from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.decode_attention._triton_launch import (
     MAX_SPLITS,
     Prefix,
+    block_n_of,
     caches,
     ranges_launch,
     rows_of,
     rule_of,
-    span_of,
     unfit_splits,
     width_of,
     would_spill,
@@ -301,11 +301,10 @@ def fits(problem: DecodeAttention, config: CascadeConfig, chip: Chip) -> str | N
 
 def default(problem: DecodeAttention, chip: Chip) -> CascadeConfig:
     """128 rows where the batch has as many and the sums fit; about 32 KiB of keys and values per step."""
-    row_bytes = next_power_of_2((problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype])
     rows = next_power_of_2(batch_rows(problem))
     prefix_m = max(16, min(128, rows))
     prefix_n = max(16, min(64 if problem.dim_v <= 128 else 32, next_power_of_2(problem.shared_prefix)))
-    block_n = max(16, min(128, 32 * KIB // row_bytes, next_power_of_2(span_of(problem, problem.max_kv_len, problem.shared_prefix))))
+    block_n = block_n_of(problem, suffix_m(problem), problem.shared_prefix)
     wide = suffix_m(problem) > 32 or would_spill(problem, suffix_m(problem), block_n, 4)
     return CascadeConfig(
         prefix_m=prefix_m,

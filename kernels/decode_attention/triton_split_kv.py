@@ -12,10 +12,10 @@ from itertools import product
 
 from klab.kernels.contract import Chip, Config, Launch, kernel
 from klab.kernels.decode_attention._triton_launch import (
+    block_n_of,
     ranges_launch,
     rows_of,
     rule_of,
-    span_of,
     split_counts,
     unfit_splits,
     would_spill,
@@ -99,10 +99,9 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
 
 def default(problem: DecodeAttention, chip: Chip) -> SplitKvConfig:
     """About 32 KiB of keys and values per step, which three stages keep on their way."""
-    row_bytes = (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype]
-    block_n = max(16, min(128, 32 * KIB // next_power_of_2(row_bytes), next_power_of_2(span_of(problem, problem.max_kv_len))))
     # More rows, or multiply-adds without tensor cores, need more threads to hold their sums.
     rows = block_m_of(problem)
+    block_n = block_n_of(problem, rows)
     wide = rows > 32 or (problem.dtype == "float32" and block_n > 16) or would_spill(problem, rows, block_n, 4)
     return SplitKvConfig(block_n=block_n, num_warps=8 if wide else 4)
 

@@ -182,7 +182,8 @@ def fits(problem: FusedMoe, config: FewConfig, chip: Chip) -> str | None:
 def default(problem: FusedMoe, chip: Chip) -> FewConfig:
     """16 bytes per thread and load, and enough programs to fill the chip."""
     p = problem
-    block_k = max(BLOCK if p.format else 32, min(512, next_power_of_2(min(p.hidden, p.intermediate))))
+    # The largest power of two within both rows, so that few lanes are idle.
+    block_k = max(BLOCK if p.format else 32, min(512, next_power_of_2(min(p.hidden, p.intermediate) + 1) // 2))
     up_n = down_n = max(1, 4096 // block_k)
     while up_n > 4 and p.tokens * p.top_k * cdiv(p.intermediate, up_n) < 2 * chip.sm_count:
         up_n //= 2

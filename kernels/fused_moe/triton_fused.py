@@ -88,7 +88,8 @@ def default(problem: FusedMoe, chip: Chip) -> FusedConfig:
     if problem.format:
         config = FusedConfig(min(bm, 64), 128, 128, 128, 128, 16, 8 if bm >= 64 else 4, 4)
     elif bm == 128:
-        config = FusedConfig()
+        # Triton learns alignment only of sizes that 16 divides: 128 columns of 360 are stored one by one, and spill 528 bytes.
+        config = FusedConfig(block_n=128 if problem.intermediate % 16 == 0 else 64)
     else:
         config = FusedConfig(bm, 64 if bm == 64 else 32, 128, 128 if bm == 64 else 64, 128, 16 if bm == 64 else 1, 4, 4)
     if not aligned:
@@ -142,7 +143,8 @@ def _workspace(problem: FusedMoe, block_m: int, device: torch.device) -> _Worksp
         aligned=workspace(choices, p.local, block_m, device),
         x=empty(p.tokens if scaled else 1, p.hidden, operand),
         x_scale=empty(p.tokens if scaled else 1, cdiv(p.hidden, BLOCK), torch.float32),
-        active=empty(slots, p.intermediate, operand),
+        # Rows at multiples of 16 elements, which is what Triton needs to know to store more than one at a time.
+        active=empty(slots, cdiv(p.intermediate, 16) * 16, operand)[:, : p.intermediate],
         active_scale=empty(slots if scaled else 1, cdiv(p.intermediate, BLOCK), torch.float32),
         down=empty(choices, p.hidden, torch_dtype(p.dtype)),
     )

@@ -73,7 +73,7 @@ def fits(problem: GatedDeltaRule, config: ScanConfig, chip: Chip) -> str | None:
 def default(problem: GatedDeltaRule, chip: Chip) -> ScanConfig:
     """As many warps to a block as still leave most multiprocessors a block, since they share what is loaded."""
     warps = min(8, problem.value_dim // 16)
-    while warps > 1 and problem.batch * problem.value_heads * problem.value_dim // (16 * warps) < 3 * chip.sm_count // 4:
+    while warps > 2 and problem.batch * problem.value_heads * problem.value_dim // (16 * warps) < 3 * chip.sm_count // 4:
         warps //= 2
     return ScanConfig(warps)
 

@@ -179,12 +179,13 @@ class GatedDeltaRule(Problem):
         shapes: list[dict[str, object]] = [
             {"seq_lens": (1, 1, 0), "key_heads": 1, "value_heads": 2, "key_dim": 64, "value_dim": 32},
             {"seq_lens": (1,), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 64, "state_dtype": "bfloat16"},
-            {"seq_lens": (3, 1), "key_heads": 2, "value_heads": 2, "key_dim": 64, "value_dim": 32, "qk_norm": False},
+            {"seq_lens": (3, 1), "key_heads": 2, "value_heads": 2, "key_dim": 64, "value_dim": 32, "qk_norm": False, "decay": 0.5},
             # Weak decay: the state matters most. Keys that are nearly alike: the chunk's equations do.
             {"seq_lens": (65, 0, 131), "key_heads": 1, "value_heads": 2, "key_dim": 64, "value_dim": 32, "decay": 1e-3},
             {"seq_lens": (100,), "key_heads": 1, "value_heads": 1, "key_dim": 64, "value_dim": 32, "decay": 0.01, "key_offset": 3.0},
-            # The decays of 64 tokens multiply to about exp(-500): each must be applied as a difference of logarithms.
-            {"seq_lens": (70, 17), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 64, "decay": 5.0},
+            # The decays of 64 tokens multiply to about exp(-500): each must be applied as a difference of logarithms. A whole chunk at the
+            # end shows the decay of its last token, which padding would hide.
+            {"seq_lens": (70, 64), "key_heads": 1, "value_heads": 1, "key_dim": 128, "value_dim": 64, "decay": 5.0},
         ]
         return [cls(**shape, dtype=dtype) for shape in shapes for dtype in ("float16", "float32", "bfloat16")]  # type: ignore[arg-type]
 

@@ -105,9 +105,9 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
 
 
 def default(problem: GatedDeltaRule, chip: Chip) -> ChunkedConfig:
-    """Chunks of 64; columns as wide as still give most multiprocessors a program of the scan, at least 16."""
+    """Chunks of 64 (16 in float32, where 32 spill 984 bytes); columns as wide as still give most multiprocessors a program of the scan, at least 16."""
     longest = max(problem.seq_lens)
-    config = ChunkedConfig(chunk=16 if longest <= 16 else 32 if longest <= 32 or problem.dtype == "float32" else 64)
+    config = ChunkedConfig(chunk=16 if longest <= 16 or problem.dtype == "float32" else 32 if longest <= 32 else 64)
     block_v = min(64, problem.value_dim)
     while block_v > 16 and problem.batch * problem.value_heads * cdiv(problem.value_dim, block_v) < 3 * chip.sm_count // 4:
         block_v //= 2
@@ -122,7 +122,7 @@ def default(problem: GatedDeltaRule, chip: Chip) -> ChunkedConfig:
 
 def space(problem: GatedDeltaRule, chip: Chip) -> Iterator[ChunkedConfig]:
     """Chunks of 32 and 64 (16 where sequences are that short), all widths of the scan, fused or not."""
-    chunks = (16, 32) if max(problem.seq_lens) <= 16 else (64, 32)
+    chunks = (16, 32) if max(problem.seq_lens) <= 16 or problem.dtype == "float32" else (64, 32)
     for chunk, block_v, scan_warps, stages, prepare_warps in product(chunks, (16, 32, 64, 128), (2, 4, 8), (1, 2, 3), (2, 4, 8)):
         config = ChunkedConfig(chunk, block_v, scan_warps, stages, prepare_warps)
         yield replace(config, fuse_output=True)

@@ -1,8 +1,8 @@
 """FlashAttention for Hopper in CUDA C++: warpgroup products (wgmma), one warpgroup that only copies, softmax under the other's products.
 
 The schedule is that of FlashAttention-3 (Shah et al., arXiv 2407.08608): a warpgroup computes the scores of the next keys while its values
-of the last ones are still being multiplied, and two warpgroups take turns at the tensor cores. Unlike there, keys and values are copied
-by cp.async and not by TMA, so that they may lie in pages of any size and packed sequences end where they end.
+of the last ones are still being multiplied, and two warpgroups take turns at the tensor cores. Whole blocks of packed keys and values come
+by TMA; queries, pages of any size, and the block in which a sequence ends (behind it lies another) by cp.async.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import cupy  # noqa: F401  absent CuPy makes this file "unavailable" when it is found, not when it is launched
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
-from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64
+from klab.kernels.cuda_module import ELEMENT, CudaKernel, Int64, TensorMap
 from klab.kernels.mma_attention import refusal, row_strides
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.prefill_tiles import Tiles
 from klab.kernels.wgmma import wgmma_functions
 
+if TYPE_CHECKING:
+    import torch
+
 SOURCE = r"""
 #include "attention.cuh"
-#include "hopper.cuh"
+#include "tma.cuh"
 using namespace klab;
 
 constexpr int THREADS = 128 * (CONSUMERS + 1);
@@ -43,7 +47,7 @@ struct Barriers {
 // One block of queries of one head. Keys and positions count from key `begin`, which is a multiple of BLOCK_N; they are taken from the last
 // block of keys to the first.
 struct Work {
-    int head, sequence, q_start, rows, position, kv_start, begin, count, blocks;
+    int head, sequence, q_start, rows, position, kv_start, begin, kv_len, count, blocks;
 };
 
 KLAB_DEVICE Work work_of(const int* tiles, int number, int heads, int tile_count, int window) {
@@ -58,6 +62,7 @@ KLAB_DEVICE Work work_of(const int* tiles, int number, int heads, int tile_count
     work.begin = WINDOWED ? max_of(0, position - window + 1) / BLOCK_N * BLOCK_N : 0;
     work.position = position - work.begin;
     work.kv_start = tile[2] + work.begin;
+    work.kv_len = kv_len - work.begin;
     work.count = CAUSAL ? work.position + work.rows : kv_len;
     work.blocks = ceil_div(work.count, BLOCK_N);
     return work;
@@ -83,6 +88,9 @@ KLAB_DEVICE void copy_rows(unsigned char* panels, RowAt row_at) {
 }
 
 KLAB_KERNEL(flash_forward_hopper, THREADS)(
+#if TMA
+    KLAB_TENSOR_MAP(k_map), KLAB_TENSOR_MAP(v_map),
+#endif
     const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, const int* tiles, const int* block_table, const void* sinks, ELEMENT* out,
     int heads, int group, int tile_count, int q_token, int q_head, int64_t k_page, int k_token, int k_head, int64_t v_page, int v_token,
     int v_head, int out_token, int out_head, int table_width, int window, float scale_log2, float softcap) {
@@ -148,12 +156,31 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
                     return base + static_cast<int64_t>(work.kv_start + key) * stride;
                 }
             };
-            auto copy_values = [&](int i) {
-                int stage = (blocks_before + i) % STAGES, key = (work.blocks - 1 - i) * BLOCK_N;
-                barrier_wait(&barriers->empty_v[stage], ((blocks_before + i) / STAGES & 1) ^ 1);
-                copy_rows<BLOCK_N, HEAD_DIM_V>(smem + Q_BYTES + STAGES * K_BYTES + stage * V_BYTES,
-                                               [&](int row) { return row_of(values, v_page, v_token, key + row); });
-                issued(&barriers->full_v[stage]);
+            auto copy_block = [&](int i, bool of_keys) {
+                int turn_of_block = blocks_before + i, stage = turn_of_block % STAGES, key = (work.blocks - 1 - i) * BLOCK_N;
+                uint64_t* full = of_keys ? &barriers->full_k[stage] : &barriers->full_v[stage];
+                unsigned char* to = smem + Q_BYTES + (of_keys ? stage * K_BYTES : STAGES * K_BYTES + stage * V_BYTES);
+                if (LAG == 0) flush();
+                barrier_wait(of_keys ? &barriers->empty_k[stage] : &barriers->empty_v[stage], (turn_of_block / STAGES & 1) ^ 1);
+#if TMA
+                if (key + BLOCK_N <= work.kv_len) {
+                    if (thread_idx() > 0) {
+                        barrier_arrive(full);
+                    } else {
+                        int column = work.head / group * (of_keys ? k_head : v_head);
+                        barrier_arrive_expect(full, of_keys ? K_BYTES : V_BYTES);
+                        for (int panel = 0; panel < (of_keys ? K_PANELS : V_PANELS); ++panel)
+                            tma_load(to + panel * KV_PANEL, of_keys ? k_map : v_map, full, column + panel * 64, work.kv_start + key);
+                    }
+                    flush();
+                    return;
+                }
+#endif
+                if (of_keys)
+                    copy_rows<BLOCK_N, HEAD_DIM>(to, [&](int row) { return row_of(keys, k_page, k_token, key + row); });
+                else
+                    copy_rows<BLOCK_N, HEAD_DIM_V>(to, [&](int row) { return row_of(values, v_page, v_token, key + row); });
+                issued(full);
             };
             barrier_wait(&barriers->empty_q, (turn & 1) ^ 1);
             copy_rows<BLOCK_M, HEAD_DIM>(smem, [&](int row) -> const ELEMENT* {
@@ -162,14 +189,10 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
             issued(&barriers->full_q);
             KLAB_NO_UNROLL
             for (int i = 0; i < work.blocks; ++i) {
-                int stage = (blocks_before + i) % STAGES, key = (work.blocks - 1 - i) * BLOCK_N;
-                barrier_wait(&barriers->empty_k[stage], ((blocks_before + i) / STAGES & 1) ^ 1);
-                copy_rows<BLOCK_N, HEAD_DIM>(smem + Q_BYTES + stage * K_BYTES,
-                                             [&](int row) { return row_of(keys, k_page, k_token, key + row); });
-                issued(&barriers->full_k[stage]);
-                if (i > 0) copy_values(i - 1);
+                copy_block(i, true);
+                if (i > 0) copy_block(i - 1, false);
             }
-            copy_values(work.blocks - 1);
+            copy_block(work.blocks - 1, false);
             flush();
             blocks_before += work.blocks;
         }
@@ -345,13 +368,15 @@ KLAB_KERNEL(flash_forward_hopper, THREADS)(
 class HopperConfig(Config):
     """A block of threads takes 64 `consumers` queries of one head and steps over keys in tiles of `block_n`, `stages` of them in memory.
 
-    `take_turns`: the warpgroups issue their products in turn, so that one softens while the other multiplies; else as it comes.
+    `tma`: whole blocks of keys come by the copy engine, else by cp.async of 128 threads, whose 170 instructions for 128 keys and head
+    dimension 128 take an eighth of the issue slots that the products leave. `take_turns`: the warpgroups issue their products in turn, so that one softens while the other multiplies; else as it comes.
     `heads_inner`: neighbouring blocks differ in head, else in queries of one head (fewer keys and values compete for the L2 cache).
     """
 
     consumers: int = 2
     block_n: int = 128
     stages: int = 2
+    tma: bool = False
     take_turns: bool = True
     heads_inner: bool = True
 
@@ -385,6 +410,8 @@ def fits(problem: PrefillAttention, config: HopperConfig, chip: Chip) -> str | N
         return "consumers are 1 to 3, block_n is a multiple of 16 up to 256, stages are 1 to 8"
     if config.take_turns and config.consumers < 2:
         return "one warpgroup has nobody to take turns with"
+    if config.tma and (problem.page_size or problem.head_dim % 64 or problem.dim_v % 64):
+        return "the copy engine's boxes are of 64 columns and of packed keys"
     if smem_bytes(problem, config) > chip.smem_per_block_bytes:
         return f"needs {smem_bytes(problem, config)} B of shared memory, {chip.name} has {chip.smem_per_block_bytes}"
     if registers(problem, config) > REGISTERS[config.consumers][1]:
@@ -394,10 +421,10 @@ def fits(problem: PrefillAttention, config: HopperConfig, chip: Chip) -> str | N
 
 def space(problem: PrefillAttention, chip: Chip) -> Iterator[HopperConfig]:
     """Every combination that may be worth a measurement; invalid ones are dropped by `fits`."""
-    for inner, turns, stages, n, consumers in itertools.product(
-        (True, False), (True, False), (2, 3, 4), (64, 80, 96, 112, 128, 144, 160, 176, 192, 224), (2, 3, 1)
+    for inner, turns, tma, stages, n, consumers in itertools.product(
+        (True, False), (True, False), (True, False), (2, 3, 4), (64, 80, 96, 112, 128, 144, 160, 176, 192, 224), (2, 3, 1)
     ):
-        yield HopperConfig(consumers, n, stages, turns, inner)
+        yield HopperConfig(consumers, n, stages, tma, turns, inner)
 
 
 def default(problem: PrefillAttention, chip: Chip) -> HopperConfig:
@@ -407,8 +434,14 @@ def default(problem: PrefillAttention, chip: Chip) -> HopperConfig:
         consumers, lengths = 2, (64,)
     elif problem.causal:
         lengths = tuple(n for n in lengths if n <= 128)
-    preferred = [HopperConfig(consumers, n) for n in lengths] + [HopperConfig(2, 64), HopperConfig(2, 64, 1), HopperConfig(2, 32, 1)]
+    preferred = [HopperConfig(consumers, n, tma=tma) for n in lengths for tma in (True, False)]
+    preferred += [HopperConfig(2, 64), HopperConfig(2, 64, 1), HopperConfig(2, 32, 1)]
     return next((config for config in preferred if fits(problem, config, chip) is None), preferred[-1])
+
+
+def _as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, dim] as one matrix of all heads side by side, with whatever lies between them."""
+    return x.as_strided((x.shape[0], (x.shape[1] - 1) * x.stride(1) + x.shape[2]), (x.stride(0), 1))
 
 
 @kernel(PrefillAttention, backend="cuda", config=HopperConfig, space=space, default=default, fits=fits)
@@ -437,6 +470,7 @@ def cuda_flash_hopper(problem: PrefillAttention, config: HopperConfig, chip: Chi
             "SINKS": int(problem.sinks),
             "SOFTCAP": int(problem.softcap > 0),
             "PAGE_SIZE": problem.page_size,
+            "TMA": int(config.tma),
         },
         smem_bytes(problem, config),
     )
@@ -448,13 +482,14 @@ def cuda_flash_hopper(problem: PrefillAttention, config: HopperConfig, chip: Chi
         tensors = {"q": inputs["q"], keys: inputs[keys], values: inputs[values], "out": outputs["out"]}
         strides = {name: row_strides("cuda_flash_hopper", name, tensor) for name, tensor in tensors.items()}
         pages = [strides[name].pop(0) if problem.page_size else 0 for name in (keys, values)]
+        maps = [TensorMap(_as_matrix(inputs[name]), config.block_n) for name in (keys, values)] if config.tma else []
         # What the code of this problem does not read is any pointer.
         table, sinks = inputs.get("block_table", inputs["q_offsets"]), inputs.get("sinks", inputs["q"])
         flash.launch(
             (min(chip.sm_count, len(tiles) * problem.heads), 1, 1),
             128 * (config.consumers + 1),
             [
-                inputs["q"], inputs[keys], inputs[values], tiles.on(inputs["q"].device), table, sinks, outputs["out"],
+                *maps, inputs["q"], inputs[keys], inputs[values], tiles.on(inputs["q"].device), table, sinks, outputs["out"],
                 problem.heads, problem.heads // problem.kv_heads, len(tiles), *strides["q"], Int64(pages[0]), *strides[keys],
                 Int64(pages[1]), *strides[values], *strides["out"], table.stride(0), problem.window, scale_log2, float(problem.softcap),
             ],

@@ -136,9 +136,9 @@ class WeightOnlyMatmul(Problem):
     def examples(cls) -> list[Problem]:
         shapes = [
             (1, 1, 2, "int4", 128, ("bfloat16", "float32")), (1, 33, 67, "fp8", 0, ("float16", "float32")),
-            (3, 33, 130, "int4", 128, ("float16",)), (3, 24, 2080, "int4", 128, ("float16",)), (2, 80, 384, "int4", 128, ("bfloat16",)), (17, 40, 520, "int4", 128, ("float16",)),
-            (33, 48, 256, "int4", 0, ("bfloat16", "float32")), (4, 96, 320, "fp8", 0, ("float16",)),
-            (40, 72, 208, "fp8", 64, ("bfloat16",)),
+            (3, 33, 130, "int4", 128, ("float16",)), (2, 80, 384, "int4", 128, ("bfloat16",)), (17, 40, 520, "int4", 128, ("float16",)),
+            (3, 24, 2080, "int4", 128, ("float16",)), (33, 48, 256, "int4", 0, ("bfloat16", "float32")),
+            (4, 96, 320, "fp8", 0, ("float16",)), (40, 72, 208, "fp8", 64, ("bfloat16",)),
             (5, 40, 160, "int4", 32, ("float16", "float32")), (64, 136, 320, "int4", 64, ("float16", "bfloat16")),
         ]  # fmt: skip
         return [cls(m, n, k, dtype, form, group) for m, n, k, form, group, dtypes in shapes for dtype in dtypes]

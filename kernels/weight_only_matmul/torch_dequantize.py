@@ -1,4 +1,8 @@
-"""PyTorch without a fused kernel: the weights become a whole matrix of `dtype` in every launch, which is then multiplied."""
+"""PyTorch without a fused kernel: the weights become a whole matrix of `dtype` in every launch, which is then multiplied.
+
+torch's fused kernels (_weight_int4pack_mm and its CPU twin) do not compete: they read weights only in layouts of their own, with zero
+points, and rearranging them in every launch would cost more than this.
+"""
 
 from __future__ import annotations
 

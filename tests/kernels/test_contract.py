@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from klab.kernels.contract import Config, NoConfig, digest, sources_of
 from klab.kernels.discover import discover
@@ -51,12 +52,17 @@ def test_unknown_and_missing_fields_are_named():
 def test_inputs_are_seeded_and_padded_rows_hold_the_same_shapes(problem):
     first, again, other = (problem.inputs(seed=s) for s in (1, 1, 2))
     padded = problem.inputs(seed=1, row_padding=8)
+    main = str(getattr(torch, problem.dtype))
+    apart = 0
     for name, tensor in first.items():
         assert tensor.equal(again[name])
-        assert padded[name].shape == tensor.shape
-        if tensor.is_floating_point():
+        assert padded[name].shape == tensor.shape and padded[name].stride(-1) == 1
+        if str(tensor.dtype) == main and tensor.dim() > 1:
             assert not tensor.equal(other[name])
-            assert padded[name].stride(-1) == 1 and padded[name].stride(-2) == tensor.shape[-1] + 8
+        # Activations and weights lie apart; scales, tables, states and what is packed may stay dense.
+        apart += tensor.dim() > 1 and padded[name].stride(-2) > tensor.shape[-1]
+    assert apart, "nothing is padded"
+    assert any(not tensor.equal(other[name]) for name, tensor in first.items())
     meta = problem.inputs(seed=1, device="meta")
     assert {n: (t.shape, t.dtype) for n, t in meta.items()} == {n: (t.shape, t.dtype) for n, t in first.items()}
 

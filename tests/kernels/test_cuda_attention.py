@@ -179,7 +179,7 @@ def test_spaces_are_valid_and_lead_with_the_default():
         (REAL_PREFILL[0], {"block_n": 128}, "would spill"),
         (REAL_PREFILL[0], {"q_in_registers": True}, "would spill"),
         (replace(REAL_PREFILL[0], dtype="float32"), {}, "not float32"),
-        (replace(REAL_PREFILL[0], head_dim=72), {}, "multiples of 16"),
+        (replace(REAL_PREFILL[0], head_dim=68), {}, "multiples of 8"),
         (replace(REAL_PREFILL[0], head_dim=512), {}, "up to 256"),
         (replace(REAL_PREFILL[0], head_dim=64, head_dim_v=128), {}, "larger than that of k"),
         (replace(REAL_PREFILL[0], q_lens=(1,) * 70000), {}, "second dimension"),

@@ -49,9 +49,15 @@ def test_rings_and_tiles(problem, config, early):
 
 
 FAULTS = {
-    "the ring is overwritten before it is read": ("barrier_wait(empty + stage, (round & 1) ^ 1);", "if (!round) barrier_wait(empty + stage, 1);"),
+    "the ring is overwritten before it is read": (
+        "barrier_wait(empty + stage, (round & 1) ^ 1);",
+        "if (!round) barrier_wait(empty + stage, 1);",
+    ),
     "products begin before the data have come": ("barrier_wait(full + stage, round & 1);", ""),
-    "a stage is freed before its products have ended": ("if (step > 0 && thread_idx() % 32 == 0) barrier_arrive(empty + before);", "if (thread_idx() % 32 == 0) barrier_arrive(empty + stage);"),
+    "a stage is freed before its products have ended": (
+        "if (step > 0 && thread_idx() % 32 == 0) barrier_arrive(empty + before);",
+        "if (thread_idx() % 32 == 0) barrier_arrive(empty + stage);",
+    ),
     "the next 16 columns begin 16 bytes on": ("w_at + 32 * i", "w_at + 16 * i"),
     "sums are stored before the last products": ("wgmma_wait<0>();\n", ""),
     "the rows of the second warpgroup are the first's": ("+ first_row * 128;", ";"),

@@ -42,6 +42,8 @@ def test_what_inductor_is_given_is_right(monkeypatch):
 
 @pytest.mark.parametrize("name", ["triton_embedding", "cuda_embedding"])
 def test_the_default_fits_wherever_models_go(name):
-    for tokens, width, dtype, chip in itertools.product((1, 33, 16384), (1, 130, 2048, 16384), ("bfloat16", "float32"), (HOPPER, BLACKWELL)):
+    for tokens, width, dtype, chip in itertools.product(
+        (1, 33, 16384), (1, 130, 2048, 16384), ("bfloat16", "float32"), (HOPPER, BLACKWELL)
+    ):
         problem = Embedding(tokens, 128256, width, dtype)
         assert KERNELS[name].unfit(problem, chip) is None, problem.label()

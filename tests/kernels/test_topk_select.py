@@ -1,5 +1,6 @@
 """Top-k selection: what counts as right, and that kernels end on rows that are hard for bisection."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,11 +111,8 @@ def test_triton_kernel_on_hard_rows():
         "from test_topk_select import *\nfor chunk in (256, 128):\n    k = KERNELS['triton_bisect']\n"
         "    found = check(HARD, k.build(HARD, k.config_type(chunk, 2), HOPPER), seed=1)\n    assert found.passed, found.reason"
     )
-    environment = {
-        **__import__("os").environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}",
-    }
+    folder = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{folder}:{folder.parent}"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=280, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
 
