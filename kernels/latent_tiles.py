@@ -181,6 +181,8 @@ def triton_fits(shape: LatentShape, config: LatentConfig, chip: Chip) -> str | N
     threads = 32 * warps
     if rows * shape.rank // threads > 128:
         return "the sums would spill registers"
+    if keys * shape.row_bytes // 16 // threads > 48:  # compiled: 72 spill 900 bytes
+        return "the loads of a step would spill registers"
     if shape.dtype == "float32" and rows * keys * shape.rank // threads > 512:
         return "one step would unroll too many multiply-adds"
     chosen = triton_splits(shape, config, chip)

@@ -97,12 +97,9 @@ def would_spill(problem: DecodeAttention, rows: int, block_n: int, num_warps: in
     # Registers of a thread: the sums, the scores before and after the exponential, a 64-bit pointer per 16 bytes of a key or value.
     loads = block_n * widest * SIZE_BYTES[problem.cache_dtype] // 16 // threads
     tiles = rows * (dim_v + 2 * block_n) // threads + 4 * loads
+    most = MAX_REGISTERS_FOR_FP8_TILES if problem.kv_dtype else MAX_REGISTERS_FOR_TILES
     # 32 rows with 32 scores per thread: 255 registers and 16 to 56 bytes spilled, at any head dimension.
-    return (
-        loads > 16
-        or (rows == 32 and rows * block_n // threads >= 32)
-        or tiles > (MAX_REGISTERS_FOR_FP8_TILES if problem.kv_dtype else MAX_REGISTERS_FOR_TILES)
-    )
+    return loads > 16 or tiles > most or (rows == 32 and rows * block_n // threads >= 32)
 
 
 def block_n_of(problem: DecodeAttention, rows: int, first: int = 0) -> int:
@@ -110,6 +107,12 @@ def block_n_of(problem: DecodeAttention, rows: int, first: int = 0) -> int:
     row_bytes = next_power_of_2((problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype])
     most = 64 if rows == 32 else 128
     return max(16, min(most, 32 * KIB // row_bytes, next_power_of_2(span_of(problem, problem.max_kv_len, first))))
+
+
+def stages_of(problem: DecodeAttention, block_n: int) -> int:
+    """Stages of the loads of a program, of which all but one wait: 3 to 5, so that about 48 KiB are on their way."""
+    step_bytes = block_n * (problem.head_dim + problem.dim_v) * SIZE_BYTES[problem.cache_dtype]
+    return min(5, max(3, 1 + cdiv(48 * KIB, step_bytes)))
 
 
 def split_counts(chosen: int) -> list[int]:

@@ -27,6 +27,7 @@ from klab.kernels.decode_attention._triton_launch import (
     ranges_launch,
     rows_of,
     rule_of,
+    stages_of,
     unfit_splits,
     width_of,
     would_spill,
@@ -312,6 +313,7 @@ def default(problem: DecodeAttention, chip: Chip) -> CascadeConfig:
         prefix_warps=8 if prefix_m == 128 else 4 if prefix_n >= 32 else 2,
         prefix_stages=3 if _smem_bytes(problem, prefix_m, prefix_n, 3) <= chip.smem_per_block_bytes else 2,
         block_n=block_n,
+        num_stages=stages_of(problem, block_n),
         num_warps=min(8 if wide else 4, max(block_n, next_power_of_2(problem.dim_v)) // 8),
     )
 

@@ -7,7 +7,7 @@ on the same block of keys; ranges of a long sequence are read at the same time a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from klab.kernels.contract import Chip, Config, Launch, kernel
@@ -17,6 +17,7 @@ from klab.kernels.decode_attention._triton_launch import (
     rows_of,
     rule_of,
     split_counts,
+    stages_of,
     unfit_splits,
     would_spill,
 )
@@ -98,12 +99,13 @@ def fits(problem: DecodeAttention, config: SplitKvConfig, chip: Chip) -> str | N
 
 
 def default(problem: DecodeAttention, chip: Chip) -> SplitKvConfig:
-    """About 32 KiB of keys and values per step, which three stages keep on their way."""
+    """About 32 KiB of keys and values per step and 48 KiB on their way; more warps where four cannot hold the sums."""
     # More rows, or multiply-adds without tensor cores, need more threads to hold their sums.
     rows = block_m_of(problem)
     block_n = block_n_of(problem, rows)
     wide = rows > 32 or (problem.dtype == "float32" and block_n > 16) or would_spill(problem, rows, block_n, 4)
-    return SplitKvConfig(block_n=block_n, num_warps=8 if wide else 4)
+    config = SplitKvConfig(block_n=block_n, num_warps=8 if wide else 4, num_stages=stages_of(problem, block_n))
+    return config if smem_bytes(problem, config) <= chip.smem_per_block_bytes // 2 else replace(config, num_stages=3)
 
 
 def space(problem: DecodeAttention, chip: Chip) -> Iterator[SplitKvConfig]:

@@ -105,7 +105,7 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
 
 
 def default(problem: GatedDeltaRule, chip: Chip) -> ChunkedConfig:
-    """Chunks of 64 (16 in float32, where 32 spill 984 bytes); columns as wide as still give most multiprocessors a program of the scan, at least 16."""
+    """Chunks of 64 (16 in float32, where 32 spill 984 bytes); columns as wide as still leave most multiprocessors a program, at least 16."""
     longest = max(problem.seq_lens)
     config = ChunkedConfig(chunk=16 if longest <= 16 or problem.dtype == "float32" else 32 if longest <= 32 else 64)
     block_v = min(64, problem.value_dim)
