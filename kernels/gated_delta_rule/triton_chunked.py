@@ -90,7 +90,8 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
     square = c.chunk * (max(p.key_dim, p.value_dim) + c.chunk) // 32
     if sums > 128 or sums + loads > 200 or square // min(c.prepare_warps, c.output_warps) >= 160:
         return "the sums would spill registers"
-    if (c.chunk // 16) * (c.block_v // 8) < c.scan_warps or (c.chunk // 16) ** 2 * 2 < max(c.prepare_warps, c.output_warps):
+    strips = c.chunk // 16
+    if strips * c.block_v // 8 < c.scan_warps or strips**2 * 2 < c.prepare_warps or strips * p.value_dim // 8 < c.output_warps:
         return "too many warps for the tile"
     if p.dtype == "float32":
         widest = max(p.key_dim, p.value_dim)
@@ -105,13 +106,13 @@ def _unfit_tiles(p: GatedDeltaRule, c: ChunkedConfig, chip: Chip) -> str | None:
 
 
 def default(problem: GatedDeltaRule, chip: Chip) -> ChunkedConfig:
-    """Chunks of 64 (16 in float32, where 32 spill 984 bytes); columns as wide as still leave most multiprocessors a program, at least 16."""
+    """Chunks of 64 (16 in float32, where 32 spill 984 bytes); columns as wide as leave most multiprocessors a program, at least 16."""
     longest = max(problem.seq_lens)
     config = ChunkedConfig(chunk=16 if longest <= 16 or problem.dtype == "float32" else 32 if longest <= 32 else 64)
     block_v = min(64, problem.value_dim)
     while block_v > 16 and problem.batch * problem.value_heads * cdiv(problem.value_dim, block_v) < 3 * chip.sm_count // 4:
         block_v //= 2
-    config = replace(config, block_v=block_v, prepare_warps=4 if config.chunk > 16 else 2, output_warps=4 if config.chunk > 16 else 2)
+    config = replace(config, block_v=block_v, prepare_warps=4 if config.chunk > 16 else 2)
     # Where the columns fill the chip, memory is the limit, and the states need not go through it.
     for fused, warps, stages in product((True, False), (4, 8, 2), (2, 1)):
         tried = replace(config, fuse_output=fused, scan_warps=warps, scan_stages=stages)

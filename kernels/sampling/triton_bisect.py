@@ -55,7 +55,7 @@ def fits(problem: Sampling, config: ChunkConfig, chip: Chip) -> str | None:
 
 
 def default(problem: Sampling, chip: Chip) -> ChunkConfig:
-    """Chunks of 4096, smaller where there are too few to fill the chip twice; 16 candidates a thread."""
+    """Chunks of 4096, smaller where there are too few to fill the chip twice; 8 candidates a thread (16 spill 16 B on sm_90)."""
     chunk = max(GROUP, min(4096, next_power_of_2(problem.vocab)))
     while chunk > 1024 and problem.rows * cdiv(problem.vocab, chunk) < 2 * chip.sm_count:
         chunk //= 2
@@ -64,8 +64,8 @@ def default(problem: Sampling, chip: Chip) -> ChunkConfig:
     if not problem.filtered:
         return ChunkConfig(chunk, max(1, chunk // 512))
     columns = next_power_of_2(cdiv(problem.vocab, chunk))
-    candidates = min(4096, columns * chunk)
-    return ChunkConfig(chunk, max(1, chunk // 512), candidates, max(1, min(8, candidates // 512)))
+    candidates = min(max(2048, columns), columns * chunk)
+    return ChunkConfig(chunk, max(1, chunk // 512), candidates, max(1, min(8, candidates // 256)))
 
 
 def space(problem: Sampling, chip: Chip) -> Iterator[ChunkConfig]:
