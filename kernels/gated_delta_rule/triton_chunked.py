@@ -24,6 +24,8 @@ LOG2_E = 1.4426950408889634
 MAX_GRID_YZ = 65535
 # float32 has no tensor cores under IEEE rules: every multiply-add of a product is an unrolled instruction.
 MAX_FMAS_PER_PRODUCT_FP32 = 4096
+# Head dimensions of 128 spill 400 to 6700 bytes whatever the blocks.
+MAX_DIM_FP32 = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def fits(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -> str | No
         return "head dimensions, chunks, blocks and warps must be powers of two"
     if min(*dims, c.chunk, c.block_v) < 16 or max(dims) > 256 or c.chunk > 64:
         return "head dimensions are 16 to 256, chunks 16 to 64, block_v from 16"
+    if p.dtype == "float32" and max(dims) > MAX_DIM_FP32:
+        return f"float32 products of more than {MAX_DIM_FP32} elements spill: they are unrolled"
     if c.block_v > p.value_dim:
         return "block_v is wider than the values"
     if c.chunk >= 2 * max(16, max(p.seq_lens)):
