@@ -247,10 +247,32 @@ class NoConfig(Config):
 
 @dataclass(frozen=True)
 class Package:
-    """What an outside contestant needs: the module that it imports (inside its build function) and how to install it."""
+    """What an outside contestant needs: the module that it imports (inside its build function) and how to install it.
+
+    `distributions` are the names under which that module is installed (default: the module's own first part); the first one found tells
+    the version.
+    """
 
     module: str
     install: str
+    distributions: tuple[str, ...] = ()
+
+    @property
+    def version(self) -> str:
+        """`name==1.2.3` of what is installed, or "" where it is not or does not tell."""
+        return _installed_version(self.distributions or (self.module.split(".")[0],))
+
+
+@cache
+def _installed_version(names: tuple[str, ...]) -> str:
+    import importlib.metadata
+
+    for name in names:
+        try:
+            return f"{name}=={importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 @dataclass(frozen=True)
@@ -281,8 +303,12 @@ class Kernel:
 
     @property
     def source_digest(self) -> str:
-        """Identity of the code: a kernel that changed is another contestant, so old results do not stand for it."""
-        return source_digest(self.path)
+        """Identity of the code: a kernel that changed is another contestant, so old results do not stand for it.
+
+        The version of the package that an outside kernel calls is part of it.
+        """
+        code = source_digest(self.path)
+        return digest([code, self.requires.version]) if self.requires else code
 
     def fits(self, problem: Problem, config: Config, chip: Chip) -> str | None:
         """None when it can run; otherwise the reason in a few words."""

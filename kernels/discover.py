@@ -20,11 +20,20 @@ INSTALL = {"torch": "torch", "triton": "triton", "cupy": "cupy-cuda13x", "cupy_b
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A kernel file that gave no kernel here: `reason` is one line; `install` is the remedy where a package is missing."""
+    """A kernel file that gave no kernel here: `reason` is one line; `install` is the remedy where a package is missing.
+
+    `kernel` is the id of an outside contestant whose package is absent, which is nobody's fault.
+    """
 
     path: Path
     reason: str
     install: str | None = None
+    kernel: str = ""
+
+    @property
+    def outside(self) -> bool:
+        """Whether all that is missing is an outside contestant's package."""
+        return bool(self.kernel)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,9 @@ class Catalogue:
         for name in names:
             found = [k for k in self.kernels.values() if name in (k.id, k.name)]
             if not found:
+                for absent in self.unavailable:
+                    if absent.kernel and name in (absent.kernel, absent.kernel.split("/")[-1]):
+                        raise UsageError(f"{absent.reason}; {absent.install}")
                 raise UsageError(f"unknown kernel {name!r}; known: {', '.join(sorted(self.kernels))}")
             chosen += found
         return chosen
@@ -117,7 +129,8 @@ def _add(found: Catalogue, path: Path, module_name: str | None) -> None:
         found.unavailable.append(Unavailable(path, "defines no kernel (nothing decorated with @kernel)"))
     for kernel in kernels:
         if kernel.requires is not None and not _installed(kernel.requires.module):
-            found.unavailable.append(Unavailable(path, f"{kernel.id} needs {kernel.requires.module}", kernel.requires.install))
+            reason = f"{kernel.id} needs {kernel.requires.module}"
+            found.unavailable.append(Unavailable(path, reason, kernel.requires.install, kernel.id))
             continue
         taken = found.kernels.get(kernel.id)
         if taken is None:

@@ -59,8 +59,12 @@ def command(app: typer.Typer) -> None:
             finally:
                 job.journal.close()
                 packed = pack(out_dir)
+        outside = sum(absent.outside for absent in catalogue.unavailable)
         for absent in catalogue.unavailable:
-            talk.print(f"not here: {absent.path.stem}: {absent.reason}", markup=False)
+            if not absent.outside:
+                talk.print(f"not here: {absent.path.stem}: {absent.reason}", markup=False)
+        if outside:
+            talk.print(f"not here: {outside} kernels of packages that are not installed (klab kernels lists them)", markup=False)
         for line in job.report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
         for line in made.notes:

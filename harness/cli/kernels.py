@@ -44,7 +44,7 @@ def command(app: typer.Typer) -> None:
             for operator in found.operators
             for kernel in found.of(operator)
         ]
-        missing = [{"path": str(u.path), "reason": u.reason, "install": u.install} for u in found.unavailable]
+        missing = [{"path": str(u.path), "reason": u.reason, "install": u.install, "kernel": u.kernel} for u in found.unavailable]
         if as_json:
             for row in rows:
                 emit({"type": "kernel", **row})
@@ -143,9 +143,26 @@ def _show(rows: list[dict[str, Any]], missing: list[dict[str, Any]], chips: list
         "not yet: it fits, but no such result is here. -: it does not fit (klab kernels --chip C says why).",
         soft_wrap=True,
     )
+    for line in _absent_packages(missing):
+        out.print(line, markup=False, soft_wrap=True)
     for file in missing:
-        remedy = f"; {file['install']}" if file["install"] else ""
-        out.print(f"not available: {file['path']}: {file['reason']}{remedy}", style="yellow", markup=False, soft_wrap=True)
+        if not file["kernel"]:
+            remedy = f"; {file['install']}" if file["install"] else ""
+            out.print(f"not available: {file['path']}: {file['reason']}{remedy}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _absent_packages(missing: list[dict[str, Any]]) -> list[str]:
+    """One line per package that outside contestants need and that is not here: how to install it, and who needs it."""
+    waiting: dict[str, list[str]] = {}
+    for file in missing:
+        if file["kernel"]:
+            waiting.setdefault(file["install"], []).append(file["kernel"])
+    if not waiting:
+        return []
+    return [
+        "outside contestants that are not installed:",
+        *(f"  {install}: {', '.join(sorted(kernels))}" for install, kernels in sorted(waiting.items())),
+    ]
 
 
 def _cell(on_chip: dict[str, Any], *, alone: bool) -> str:

@@ -18,6 +18,11 @@ from klab.kernels.contract import Json, digest
 
 PACKAGES = ("torch", "triton", "numpy", "scipy", "nvidia-ml-py")
 CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+# Named where installed. Rows of two versions do not mix in any case: the version is part of an outside kernel's source_digest.
+OUTSIDE = (
+    "flashinfer-python", "flash-attn", "flash-attn-3", "flash-attn-4", "vllm", "sglang-kernel", "sgl-kernel", "deep-gemm", "xformers",
+    "nvidia-cudnn-frontend", "quack-kernels", "nvidia-cutlass-dsl", "tilelang", "cuda-tile",
+)  # fmt: skip
 EPOCH_CUDA = ("kind", "device", "driver", "torch", "triton", "cupy", "cuda", "power_limit_w")
 EPOCH_CPU = ("kind", "cpu_model", "torch", "threads")
 
@@ -38,9 +43,10 @@ def cpu_model() -> str:
 
 
 def software() -> dict[str, Json]:
-    """Versions of what takes part in a measurement; None for what is absent."""
+    """Versions of what takes part in a measurement; None for what is absent, and no entry for an absent outside package."""
     found: dict[str, Json] = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()}"}
     found |= {name: version(name) for name in PACKAGES}
+    found |= {name: installed for name in OUTSIDE if (installed := version(name)) is not None}
     return found | {"cupy": version(*CUPY)}
 
 

@@ -155,7 +155,7 @@ def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
     if sparse:
         problem = SparseLatentAttention(step.tokens, step.context, a.index_topk, **ranks, sequences=step.batch, dtype=step.dtype)
     else:
-        problem = LatentProblem((step.context,) * step.batch, **ranks, q_len=step.new, dtype=step.dtype)
+        problem = LatentProblem((step.context,) * step.batch, **ranks, q_len=step.new, dtype=step.dtype, kv_dtype=step.kv_dtype)
     full = {"batch": step.batch, "q_len": step.new, "kv_len": step.context, "heads": heads, "latent": a.kv_lora_rank, "rope": a.rope_dim}
     return [
         *drafts,
@@ -173,10 +173,13 @@ def _per_head(role: str, step: Step, heads: int, n: int, k: int) -> Draft:
 
 def _indexer(a: LatentAttention, step: Step) -> list[Draft]:
     """Scores of every visible key by small heads, then the choice of the best."""
-    scores = IndexScores(step.batch, step.new, step.context, a.index_heads, a.index_dim, step.dtype)
+    # DeepSeek V3.2 scores in fp8, over pages of its own cache.
+    scores = IndexScores(step.batch, step.new, step.context, a.index_heads, a.index_dim, step.dtype, format="fp8", page_size=LATENT_PAGE)
     drafts = [drafted("index_scores", scores)]
     if step.context > a.index_topk:
-        drafts.append(drafted("index_topk", TopkSelect(step.tokens, step.context, a.index_topk)))
+        # Of one sequence from its first token on, the rows are a triangle.
+        triangle = not step.decodes and step.batch == 1 and step.prefix == 0
+        drafts.append(drafted("index_topk", TopkSelect(step.tokens, step.context, a.index_topk, causal=triangle)))
     return drafts
 
 

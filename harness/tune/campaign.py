@@ -25,7 +25,7 @@ from klab.harness.tune.job import CHECK_ONLY, Job, Outcome
 from klab.harness.tune.pick import energy_trials
 from klab.harness.tune.tuner import Options, Target, Tuned, Tuner
 from klab.kernels.contract import Chip, Kernel, Problem
-from klab.kernels.discover import Catalogue
+from klab.kernels.discover import Catalogue, operators
 from klab.kernels.errors import UsageError
 
 # In order of value: a dense model on one GPU and in fp8, a mixture of experts, the largest model as it is served, attention with sinks and
@@ -98,7 +98,9 @@ class Campaign:
         chip, policy = self.job.chip, default_policy(self.job.chip)
         kernels = sorted(self.catalogue.kernels.values(), key=lambda k: (not k.library, k.id))
         yield Stage("correctness", correctness_trials(kernels, chip))
-        compared = trials([s.problem for s in self.shares], kernels, chip, policy).trials
+        # The anchor first: what memory-bound kernels are held against.
+        anchors = operators()["copy"].at_scale()[:1] if chip.kind == "cuda" else []
+        compared = trials([*anchors, *(s.problem for s in self.shares)], kernels, chip, policy).trials
         yield Stage("comparison", compared)
         heavy = [s.problem.key for s in sorted(self.shares, key=lambda s: -s.bound_us)]
         if chip.kind == "cuda":

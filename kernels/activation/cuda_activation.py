@@ -131,7 +131,7 @@ def fits(problem: Activation, config: LanesConfig, chip: Chip) -> str | None:
         return f"a group of {GROUP} columns needs {_group_lanes(problem)} lanes"
     if c.lanes * c.vectors >= 2 * chunks and c.lanes > _group_lanes(problem):
         return "half of the threads would have nothing to do"
-    # Values, what they are read from, and 20 for the rest. Rows of more than 2048 pieces have no other way for fp8_row: 48 B a thread spill.
+    # Values, what they are read from, and 20 for the rest. Rows of over 2048 pieces have no other way for fp8_row: 48 B a thread spill.
     registers = 16 // SIZE_BYTES[problem.dtype] * c.vectors + 4 * c.vectors + 20
     if registers > 65536 // c.threads and (problem.quantize != "fp8_row" or c.lanes < MAX_THREADS):
         return "the values would spill registers"

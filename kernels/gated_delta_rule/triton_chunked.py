@@ -130,8 +130,8 @@ def space(problem: GatedDeltaRule, chip: Chip) -> Iterator[ChunkedConfig]:
     chunks = (16, 32) if max(problem.seq_lens) <= 16 or problem.dtype == "float32" else (64, 32)
     for chunk, block_v, scan_warps, stages, prepare_warps in product(chunks, (16, 32, 64, 128), (2, 4, 8), (1, 2, 3), (2, 4, 8)):
         config = ChunkedConfig(chunk, block_v, scan_warps, stages, prepare_warps)
-        yield replace(config, fuse_output=True)
         yield from (replace(config, output_warps=warps) for warps in (2, 4, 8))
+        yield replace(config, fuse_output=True)
 
 
 @kernel(GatedDeltaRule, backend="triton", config=ChunkedConfig, space=space, default=default, fits=fits)

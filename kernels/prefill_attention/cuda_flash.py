@@ -337,8 +337,11 @@ def space(problem: PrefillAttention, chip: Chip) -> Iterator[FlashConfig]:
 
 
 def default(problem: PrefillAttention, chip: Chip) -> FlashConfig:
-    """The first that fits of: 32 rows per warp up to head dim 128 (192 spills), 16 rows per warp, and ever smaller tiles."""
-    candidates = [FlashConfig()] if problem.head_dim <= 128 else []
+    """The first that fits of: 32 rows per warp up to head dim 128 (192 spills, as 128 does with pages or a cap), 16 rows per warp, and
+    ever smaller tiles.
+    """
+    roomy = problem.head_dim <= (96 if problem.page_size or problem.softcap else 128)
+    candidates = [FlashConfig()] if roomy else []
     candidates += [FlashConfig(warps=8), FlashConfig(block_n=32, warps=8), FlashConfig(64, 32, 4), FlashConfig(64, 32, 4, 1)]
     return next((config for config in candidates if fits(problem, config, chip) is None), candidates[-1])
 

@@ -175,18 +175,16 @@ def flash_forward(
     DV: tl.constexpr,
     DV_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
-    EIGHTS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """One block of query rows of one unit (a query head, or with packing the heads of one key head) over all keys it sees.
 
     k and v are packed tensors, or caches of pages whose numbers are in `table`.
     """
-    if EIGHTS:
-        # The compiler knows only of multiples of 16: without these, heads of 72 columns would be loaded 2 bytes at a time.
-        stride_qt, stride_qh = tl.multiple_of(stride_qt, 8), tl.multiple_of(stride_qh, 8)
-        stride_kp, stride_kt, stride_kh = tl.multiple_of(stride_kp, 8), tl.multiple_of(stride_kt, 8), tl.multiple_of(stride_kh, 8)
-        stride_vp, stride_vt, stride_vh = tl.multiple_of(stride_vp, 8), tl.multiple_of(stride_vt, 8), tl.multiple_of(stride_vh, 8)
-        stride_ot, stride_oh = tl.multiple_of(stride_ot, 8), tl.multiple_of(stride_oh, 8)
+    # Of arguments the compiler knows multiples of 16 only: counted in eights, heads of 72 columns are loaded 16 bytes at a time.
+    stride_qt, stride_qh, stride_ot, stride_oh = stride_qt * UNIT, stride_qh * UNIT, stride_ot * UNIT, stride_oh * UNIT
+    stride_kp, stride_kt, stride_kh = stride_kp * UNIT, stride_kt * UNIT, stride_kh * UNIT
+    stride_vp, stride_vt, stride_vh = stride_vp * UNIT, stride_vt * UNIT, stride_vh * UNIT
     unit, q_start, q_len, kv_start, kv_len, block, sequence = work_of(tiles, tile_count, UNITS, HEADS_FASTEST)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = row // ROWS_PER_TOKEN
@@ -296,11 +294,12 @@ def triton_flash(problem: PrefillAttention, config: FlashConfig, chip: Chip) -> 
         k, v = (inputs[f"{name}_cache" if problem.page_size else name] for name in "kv")
         # What the code of this problem does not read is any pointer.
         table, sinks, k_scale, v_scale = (inputs.get(name, q) for name in ("block_table", "sinks", "k_scale", "v_scale"))
-        k_strides, v_strides = ((0, *x.stride())[-4:-1] for x in (k, v))
-        eights = problem.head_dim % 16 > 0 and not any(s % 8 for x in (q, k, v, out) for s in x.stride()[:-1])
+        unit = 8 if problem.head_dim % 16 and not any(s % 8 for x in (q, k, v, out) for s in x.stride()[:-1]) else 1
+        # Of q, k, v and out, in the kernel's order: from page to page, token to token and head to head.
+        strides = [s // unit for x in (q, k, v, out) for s in ((0, *x.stride())[-4:-1] if x is k or x is v else x.stride()[:2])]
         flash_forward[(len(tiles) * units,)](
-            q, k, v, out, tiles.on(q.device), table, sinks, k_scale, v_scale, *q.stride()[:2], *k_strides, *v_strides, *out.stride()[:2],
-            table.stride(0), len(tiles), problem.scale * LOG2_E, EIGHTS=eights, **constants,
+            q, k, v, out, tiles.on(q.device), table, sinks, k_scale, v_scale, *strides,
+            table.stride(0), len(tiles), problem.scale * LOG2_E, UNIT=unit, **constants,
         )  # fmt: skip
 
     return launch

@@ -287,7 +287,7 @@ def test_every_model_plans_on_every_chip(model, chip):
         if row.problem:
             assert (row.flops, row.bytes_moved) == (row.problem.flops(), row.problem.bytes_moved())
             assert row.bound_us == pytest.approx(
-                max(row.flops / chip.peak_flops(made.dtype), row.bytes_moved / chip.memory_gb_per_s / 1e9) * 1e6
+                max(row.flops / chip.peak_flops(row.problem.math_dtype), row.bytes_moved / chip.memory_gb_per_s / 1e9) * 1e6
             )
         else:  # every operator has kernels; only what takes several GPUs is no problem of one
             assert row.operator in ("all_reduce", "all_gather")

@@ -55,7 +55,7 @@ def probe(source, bodies, count, **defines):
 
 FLASH_DEFINES = {
     "ELEMENT": "half_t", "HEAD_DIM": 64, "HEAD_DIM_V": 64, "BLOCK_M": 32, "BLOCK_N": 16, "WARPS": 2, "STAGES": 1, "Q_IN_REGISTERS": 0,
-    "HEADS_INNER": 0,
+    "HEADS_INNER": 0, "SINKS": 0, "SOFTCAP": 0, "PAGE_SIZE": 0,
 }  # fmt: skip
 
 
@@ -117,6 +117,12 @@ ODD_PREFILL = [
     (PrefillAttention((70, 20), 4, 1, 80, prefix_lens=(13, 90)), {"stages": 3, "block_n": 32}),
     (PrefillAttention((50,), 2, 2, 112, head_dim_v=48, causal=False), {"block_m": 64, "warps": 2, "stages": 1}),
     (PrefillAttention((150,), 1, 1, 128, window=40, dtype="float16"), {"warps": 8, "block_n": 32, "q_in_registers": True}),
+    # Pages that are no multiple of a block, or of a power of two, behind a window; sinks and a cap; more queries than keys.
+    (
+        PrefillAttention((70, 9), 4, 2, 64, prefix_lens=(60, 3), page_size=3, window=50, sinks=True, softcap=20.0),
+        {"block_m": 64, "block_n": 32, "warps": 2, "stages": 2},
+    ),
+    (PrefillAttention((130, 40), 2, 1, 72, kv_tokens=(17, 90), causal=False, dtype="float16"), {"block_n": 48, "stages": 1}),
 ]
 ODD_DECODE = [
     # 40 query rows of one key/value head: three blocks of 16 rows, or two of 32, the last one ragged; pieces that some rows do not see.
