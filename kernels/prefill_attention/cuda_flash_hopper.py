@@ -49,6 +49,16 @@ class HopperConfig(Config):
     take_turns: bool = True
     heads_inner: bool = True
 
+    @property
+    def block_m(self) -> int:
+        """Queries of a block, for who ranks configurations by their tiles."""
+        return 64 * self.consumers
+
+    @property
+    def warps(self) -> int:
+        """Warps that multiply."""
+        return 4 * self.consumers
+
 
 def smem_bytes(problem: PrefillAttention, config: HopperConfig) -> int:
     """Panels of 64 columns (rows of 128 bytes) for queries, keys and values; the barriers; 1 KiB to begin at a multiple of it."""
@@ -98,11 +108,11 @@ def space(problem: PrefillAttention, chip: Chip) -> Iterator[HopperConfig]:
 
 def default(problem: PrefillAttention, chip: Chip) -> HopperConfig:
     """The longest steps that fit, in two warpgroups, or three where heads are short; a causal mask or a window wastes more of long ones."""
-    consumers, lengths = (3, (128, 96)) if max(problem.head_dim, problem.dim_v) <= 64 else (2, (176, 128, 96, 80, 64))
-    if problem.window and problem.window <= 512:
-        consumers, lengths = 2, (64,)
-    elif problem.causal:
-        lengths = tuple(n for n in lengths if n <= 128)
+    short = max(problem.head_dim, problem.dim_v) <= 64
+    narrow = 0 < problem.window <= 512
+    consumers = 3 if short and not narrow else 2
+    longest = 64 if narrow else 128 if short or problem.causal else 176
+    lengths = [n for n in (176, 128, 96, 80, 64) if n <= longest]
     preferred = [HopperConfig(consumers, n, tma=tma) for n in lengths for tma in (True, False)]
     preferred += [HopperConfig(2, 64), HopperConfig(2, 64, 1), HopperConfig(2, 32, 1)]
     return next((config for config in preferred if fits(problem, config, chip) is None), preferred[-1])

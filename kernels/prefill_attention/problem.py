@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -146,14 +147,17 @@ class PrefillAttention(Problem):
     def _drawn(self, seed: int, device: str, row_padding: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, and k and v (packed or in pages) as they are before fp8: `dtype`, with weight on the borders."""
         rows = (self.pages, self.page_size) if self.page_size else (sum(self.kv_lens),)
-        options = {"device": device, "row_padding": row_padding}
         # A soft-cap changes logits of its own size only: queries are scaled so that the keys that matter lose a tenth of an e-fold to it.
         gain = max(1.0, (0.3 * self.softcap**2) ** (1 / 6) / self.logit_gain)
-        q = random_normal((sum(self.q_lens), self.heads, self.head_dim), self.dtype, seed=seed, scale=gain, **options)
+
+        def draw(i: int, *shape: int, scale: float = 1.0, outliers: bool = False) -> torch.Tensor:
+            make = activations if outliers else random_normal
+            return make(shape, self.dtype, seed=seed + i, device=device, row_padding=row_padding, scale=scale)
+
+        q = draw(0, sum(self.q_lens), self.heads, self.head_dim, scale=gain)
         # What fp8 costs is judged on keys with outlier channels, as caches have them.
-        draw = activations if self.kv_dtype else random_normal
-        k = draw((*rows, self.kv_heads, self.head_dim), self.dtype, seed=seed + 1, **options)
-        v = random_normal((*rows, self.kv_heads, self.dim_v), self.dtype, seed=seed + 2, **options)
+        k = draw(1, *rows, self.kv_heads, self.head_dim, outliers=bool(self.kv_dtype))
+        v = draw(2, *rows, self.kv_heads, self.dim_v)
         if device != "meta":
             self._mark_borders(k, v, self._table(seed))
         return q, k, v
@@ -195,7 +199,7 @@ class PrefillAttention(Problem):
         deviation = self.logit_gain if not self.softcap else max(self.logit_gain, (0.3 * self.softcap**2) ** (1 / 6))
         deviation = min(deviation, self.softcap or deviation)
         log_keys = math.log(max(2.0, keys))
-        return min(log_keys + deviation**2 / 2, deviation * (2 * log_keys) ** 0.5 + 0.5)
+        return float(min(log_keys + deviation**2 / 2, deviation * (2 * log_keys) ** 0.5 + 0.5))
 
     def _mark_borders(self, k: torch.Tensor, v: torch.Tensor, table: list[list[int]]) -> None:
         """Give the keys behind a long prefix, and those at a border of what some query sees, a weight in the output.
@@ -220,7 +224,7 @@ class PrefillAttention(Problem):
                 borders |= {p - self.window + j for p in (prefix, prefix + q_len // 2, length - 1) for j in (0, 1)}
                 loud = max(1.0, min(self.window, length) ** 0.5 / 2)
             gain |= dict.fromkeys((t for t in borders if 0 <= t < length and q_len), loud)
-            rows = range(start, start + length)
+            rows: Sequence[int] = range(start, start + length)
             if self.page_size:
                 rows = _slots(table[i], self.page_size, length)
                 unused += _slots(table[i], self.page_size, -(-length // self.page_size) * self.page_size)[length:]
