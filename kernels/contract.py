@@ -7,6 +7,7 @@ it never imports another kernel file.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import inspect
@@ -349,15 +350,28 @@ def sources_of(path: Path) -> list[Path]:
     folder = Path(__file__).parent
     files, todo = {path}, [path]
     while todo:
-        text = todo.pop().read_text()
-        names = [name for name in re.findall(r"klab\.kernels\.([\w.]+)", text) if name.split(".")[-1] not in _NOT_CODE]
-        helpers = [folder / f"{name.replace('.', '/')}.py" for name in names]
+        at = todo.pop()
+        text = at.read_text()
+        names = _imported(text) if at.suffix == ".py" else set()
+        helpers = [folder / f"{name.replace('.', '/')}.py" for name in names if name.split(".")[-1] not in _NOT_CODE]
         headers = [folder / name for name in re.findall(r"[\w.]+\.cuh", text)]
         for file in helpers + headers:
             if file.is_file() and file not in files:
                 files.add(file)
                 todo.append(file)
     return sorted(files, key=lambda f: (f != path, f.name))
+
+
+@cache
+def _imported(text: str) -> set[str]:
+    """What may be modules of this package in a source's imports, without its name: `from klab.kernels.a import b` gives a and a.b."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+    return {name.removeprefix("klab.kernels.") for name in found if name.startswith("klab.kernels.")}
 
 
 @cache

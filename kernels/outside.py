@@ -93,3 +93,9 @@ def host(values: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     return torch.tensor(values, dtype=torch.int32)
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """x itself where all its rows begin at multiples of 16 bytes, as TMA wants them; else a copy (as some checks' padded rows are)."""
+    size = x.element_size()
+    return x if all(stride * size % 16 == 0 for stride in x.stride()[:-1]) else x.contiguous()

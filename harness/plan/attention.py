@@ -33,22 +33,20 @@ def attention_rows(a: Attention, hidden: int, step: Step) -> list[Draft]:
         # Whole heads of queries and keys; of cross-attention's keys the norm is taken once, with their projection.
         drafts.append(step.normed("qk_norm", step.tokens * (heads if a.cross else heads + kv_heads), a.head_dim, kind="rms"))
     if (a.rotary or a.causal) and not a.cross:
-        cache = RopeCache(
-            step.tokens,
-            heads,
-            kv_heads,
-            a.head_dim,
-            rotary_dim=a.rotary_dim,
-            page_size=step.page_size,
-            kv_dtype=step.kv_dtype,
-            rotary=a.rotary,
-            dtype=step.dtype,
-        )
-        drafts.append(drafted("rope_and_cache" if a.rotary else "cache_write", cache))
+        drafts.append(_positions(a, heads, kv_heads, step))
     drafts.append(softmax_attention(a, heads, kv_heads, step))
     if a.output_gate:
         drafts.append(step.activated("output_gate", step.tokens, heads * a.head_dim, "sigmoid", gated=True))
     return drafts + after
+
+
+def _positions(a: Attention, heads: int, kv_heads: int, step: Step) -> Draft:
+    """Queries and keys turned; where later tokens will read them, keys and values written to the cache."""
+    features: dict[str, Any] = {"rotary_dim": a.rotary_dim, "dtype": step.dtype}
+    if not a.causal:
+        return drafted("rope", RopeCache(step.tokens, heads, kv_heads, a.head_dim, cache=False, **features))
+    features |= {"page_size": step.page_size, "kv_dtype": step.kv_dtype, "rotary": a.rotary}
+    return drafted("rope_and_cache" if a.rotary else "cache_write", RopeCache(step.tokens, heads, kv_heads, a.head_dim, **features))
 
 
 def _split(drafts: list[Draft]) -> tuple[list[Draft], list[Draft]]:

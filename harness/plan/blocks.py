@@ -48,6 +48,6 @@ def _attention(all_heads: int, head_dim: int, step: Step) -> list[Draft]:
     }
     return [
         step.normed("qk_norm", rows * 2 * heads, head_dim, kind="rms"),
-        drafted("rope", RopeCache(rows, heads, heads, head_dim, interleaved=True, dtype=step.dtype)),
+        drafted("rope", RopeCache(rows, heads, heads, head_dim, cache=False, interleaved=True, dtype=step.dtype)),
         drafted("attention", problem, shape),
     ]

@@ -107,13 +107,17 @@ def space(problem: PrefillAttention, chip: Chip) -> Iterator[HopperConfig]:
 
 
 def default(problem: PrefillAttention, chip: Chip) -> HopperConfig:
-    """The longest steps that fit, in two warpgroups, or three where heads are short; a causal mask or a window wastes more of long ones."""
+    """The longest steps that fit, in two warpgroups, or three where heads are short; a causal mask or a window wastes more of long ones.
+
+    One warpgroup where two would leave half of the chip without work.
+    """
     short = max(problem.head_dim, problem.dim_v) <= 64
     narrow = 0 < problem.window <= 512
-    consumers = 3 if short and not narrow else 2
+    few = problem.heads * sum(-(-q_len // 128) for q_len in problem.q_lens) <= chip.sm_count // 2
+    consumers = 1 if few else 3 if short and not narrow else 2
     longest = 64 if narrow else 128 if short or problem.causal else 176
     lengths = [n for n in (176, 128, 96, 80, 64) if n <= longest]
-    preferred = [HopperConfig(consumers, n, tma=tma) for n in lengths for tma in (True, False)]
+    preferred = [HopperConfig(consumers, n, tma=tma, take_turns=not few) for n in lengths for tma in (True, False)]
     preferred += [HopperConfig(2, 64), HopperConfig(2, 64, 1), HopperConfig(2, 32, 1)]
     return next((config for config in preferred if fits(problem, config, chip) is None), preferred[-1])
 

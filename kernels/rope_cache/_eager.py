@@ -33,13 +33,16 @@ def put(cache: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
 
 def rope_cache(problem: RopeCache, inputs: Tensors, outputs: Tensors) -> None:
     """All outputs, one operator after the other."""
-    slots = inputs["slot_mapping"].long()
     keys = inputs["k_rope"][:, None] if problem.latent else inputs["k"]
     if problem.rotary:
         cos, sin = (inputs[name][inputs["positions"]][:, None] for name in ("cos", "sin"))
         queries = "q_rope" if problem.latent else "q"
         outputs[queries].copy_(turn(problem, inputs[queries], cos, sin))
         keys = turn(problem, keys, cos, sin)
+    if not problem.cache:
+        outputs["k"].copy_(keys)
+        return
+    slots = inputs["slot_mapping"].long()
     if problem.latent:
         cache, scale = outputs["cache"], inputs.get("kv_scale")
         whole = torch.cat([inputs["latent"].to(keys.dtype), keys[:, 0]], dim=-1)

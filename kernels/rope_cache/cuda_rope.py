@@ -21,7 +21,7 @@ SOURCE = r"""
 using namespace klab;
 
 constexpr int CHUNK = chunk_of<ELEMENT>();
-enum { INTERLEAVED = 1, ROTARY = 2, FP8 = 4, ALIGNED = 8 };
+enum { INTERLEAVED = 1, ROTARY = 2, FP8 = 4, ALIGNED = 8, CACHE = 16 };
 
 // Rows of one token: `heads` of them, `from_head` apart where they are read, `to_head` apart where they go.
 struct Rows {
@@ -131,7 +131,7 @@ KLAB_DEVICE void turn_element(const Rows& rows, int head, int column, int half, 
 KLAB_KERNEL(rope_and_cache, THREADS)(
     const ELEMENT* __restrict__ q, const ELEMENT* __restrict__ k, const ELEMENT* __restrict__ v, ELEMENT* __restrict__ q_out, void* k_cache,
     void* v_cache, const void* k_scale, const void* v_scale, const void* positions, const void* cos_table, const void* sin_table,
-    const int* __restrict__ slots, int tokens, int heads, int kv_heads, int dim, int dim_v, int half, int k_at, int k_row, int v_row,
+    const void* slots, int tokens, int heads, int kv_heads, int dim, int dim_v, int half, int k_at, int k_row, int v_row,
     int options, int q_head, int k_head, int v_head, int table_stride, int64_t q_token, int64_t k_token, int64_t v_token) {
     const bool aligned = options & ALIGNED, interleaved = options & INTERLEAVED;
     const int step = aligned ? CHUNK : 1;
@@ -150,7 +150,8 @@ KLAB_KERNEL(rope_and_cache, THREADS)(
     const bool keys = !queries && item < k_items;
     if (!queries && !keys) item -= k_items;
     const int per = queries || keys ? per_row : per_value, head = item / per * HEADS, at = item % per;
-    const int64_t slot = queries ? 0 : slots[token];
+    // Without a cache the keys of a token go to the row of that token, and there are no values.
+    const int64_t slot = queries || !(options & CACHE) ? token : static_cast<const int*>(slots)[token];
     // In bytes: an element of the cache is fp8 or ELEMENT.
     const int size = options & FP8 ? 1 : static_cast<int>(sizeof(ELEMENT));
     Rows rows;
@@ -196,7 +197,7 @@ def fits(problem: RopeCache, config: HeadsConfig, chip: Chip) -> str | None:
         return "more heads than there are"
     if c.threads * (32 + 12 * c.heads) > 65536:
         return "the heads would spill registers"
-    if problem.tokens * (problem.heads + 2 * problem.kv_heads) * max(problem.head_dim, problem.latent, problem.dim_v) >= 2**31:
+    if problem.tokens * (problem.heads + (1 + problem.cache) * problem.kv_heads) * max(problem.head_dim, problem.latent, problem.dim_v) >= 2**31:
         return "more elements than 32 bits count"
     return None
 
@@ -219,10 +220,10 @@ def cuda_rope(problem: RopeCache, config: HeadsConfig, chip: Chip) -> Launch:
     p, c = problem, config
     function = CudaKernel(SOURCE, "rope_and_cache", chip, {"ELEMENT": ELEMENT[p.dtype], "HEADS": c.heads, "THREADS": c.threads})
     chunk = 16 // SIZE_BYTES[p.dtype]
-    kv_heads, values = (1, p.latent) if p.latent else (p.kv_heads, p.dim_v)
+    kv_heads, values = (1, p.latent) if p.latent else (p.kv_heads, p.dim_v * p.cache)
     half = p.turned // 2 if p.rotary else 0
     k_row = p.latent + p.head_dim
-    options = p.interleaved + 2 * p.rotary + 4 * bool(p.kv_dtype)
+    options = p.interleaved + 2 * p.rotary + 4 * bool(p.kv_dtype) + 16 * p.cache
     whole = all(size % chunk == 0 for size in (p.head_dim, values, 2 * half if p.interleaved else half, 2 * half))
 
     def items(step: int) -> int:
@@ -239,6 +240,9 @@ def cuda_rope(problem: RopeCache, config: HeadsConfig, chip: Chip) -> Launch:
         if p.latent:
             k, v, caches = inputs["k_rope"][:, None], inputs["latent"][:, None], [outputs["cache"]] * 2
             scales = [inputs.get("kv_scale", k)] * 2
+        elif not p.cache:
+            k = v = inputs["k"]
+            caches, scales = [outputs["k"]] * 2, [k] * 2
         else:
             k, v, caches = inputs["k"], inputs["v"], [outputs["k_cache"], outputs["v_cache"]]
             scales = [inputs.get("k_scale", k), inputs.get("v_scale", k)]
@@ -249,7 +253,7 @@ def cuda_rope(problem: RopeCache, config: HeadsConfig, chip: Chip) -> Launch:
             (cdiv(p.tokens * items(chunk if fast else 1), c.threads), 1, 1),
             c.threads,
             [
-                q, k, v, q_out, *caches, *scales, inputs.get("positions", k), *tables, inputs["slot_mapping"], p.tokens, p.heads, kv_heads,
+                q, k, v, q_out, *caches, *scales, inputs.get("positions", k), *tables, inputs.get("slot_mapping", k), p.tokens, p.heads, kv_heads,
                 p.head_dim, values, half, p.latent, k_row, k_row if p.latent else p.dim_v, options + 8 * fast, q.stride(1), k.stride(1),
                 v.stride(1), tables[0].stride(0), Int64(q.stride(0)), Int64(k.stride(0)), Int64(v.stride(0)),
             ],

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, and the write of keys and values to their slots of the KV cache."""
+"""Rotary position embedding of queries and keys, and the write of keys and values to their slots of the KV cache, if there is one."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class RopeCache(Problem):
     or (x[2 i], x[2 i + 1]) with `interleaved`. Behind `rotary_dim` (0: head_dim) a head is copied. All in float32, rounded once.
     fp8 values are value / scale of their head, clamped to +-448. rotary=False: the cache is written and nothing turned (q is left out).
     latent > 0 (MLA): the one cache row of a token is `latent` values, copied, then the turned key of head_dim; kv_heads is ignored.
+    cache=False: q and k are turned and nothing else, as in diffusion transformers and encoders.
 
     The cache has exactly `tokens` slots, so that each is written: pages of `page_size` in any order, the last perhaps short. In an engine
     q is turned in place and the cache is larger; the bytes are the same.
@@ -33,8 +34,10 @@ class RopeCache(Problem):
     inputs: q [tokens, heads, head_dim], k [tokens, kv_heads, head_dim], v [tokens, kv_heads, dim_v], `dtype`; positions [tokens] int32;
             cos, sin [table rows, rotary_dim / 2] float32; slot_mapping [tokens] int32; fp8: k_scale, v_scale [kv_heads] float32.
             latent: q_rope [tokens, heads, head_dim], latent [tokens, latent], k_rope [tokens, head_dim]; fp8: kv_scale [1] float32.
+            cache=False: no v and no slot_mapping.
     outputs: q [tokens, heads, head_dim], k_cache [tokens, kv_heads, head_dim], v_cache [tokens, kv_heads, dim_v];
              latent: q_rope [tokens, heads, head_dim], cache [tokens, latent + head_dim].
+             cache=False: q [tokens, heads, head_dim], k [tokens, kv_heads, head_dim].
     """
 
     operator: ClassVar[str] = "rope_cache"
@@ -51,6 +54,7 @@ class RopeCache(Problem):
     kv_dtype: str = ""
     rotary: bool = True
     dtype: str = "bfloat16"
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.heads, self.kv_heads, self.head_dim, self.page_size) < 1 or min(self.head_dim_v, self.latent) < 0:
@@ -59,6 +63,8 @@ class RopeCache(Problem):
             raise UsageError(f"rotary_dim is even and at most head_dim={self.head_dim}, not {self.turned}")
         if self.kv_dtype not in ("", "float8_e4m3fn"):
             raise UsageError(f"rope_cache writes its own dtype or float8_e4m3fn, not {self.kv_dtype!r}")
+        if not self.cache and (not self.rotary or self.latent or self.head_dim_v or self.kv_dtype):
+            raise UsageError(f"without a cache there are only q and k to turn, no values, no latent and no fp8: {self.to_json()}")
 
     @property
     def turned(self) -> int:
@@ -85,7 +91,9 @@ class RopeCache(Problem):
         if self.latent:
             shapes: dict[str, tuple[int, ...]] = {"latent": (self.tokens, self.latent), "k_rope": (self.tokens, self.head_dim)}
             return {"q_rope": (self.tokens, self.heads, self.head_dim), **shapes} if self.rotary else shapes
-        shapes = {"k": (self.tokens, self.kv_heads, self.head_dim), "v": (self.tokens, self.kv_heads, self.dim_v)}
+        shapes = {"k": (self.tokens, self.kv_heads, self.head_dim)}
+        if self.cache:
+            shapes["v"] = (self.tokens, self.kv_heads, self.dim_v)
         return {"q": (self.tokens, self.heads, self.head_dim), **shapes} if self.rotary else shapes
 
     def inputs(self, *, seed: int, device: str = "cpu", row_padding: int = 0) -> Tensors:
@@ -105,7 +113,8 @@ class RopeCache(Problem):
             for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
                 padded = torch.nn.functional.pad(table.float(), (0, row_padding), value=float("nan"))
                 found[name] = padded.to(device)[:, : self.turned // 2]
-        found["slot_mapping"] = self._slots(generator).to(torch.int32).to(device)
+        if self.cache:
+            found["slot_mapping"] = self._slots(generator).to(torch.int32).to(device)
         if self.kv_dtype:
             for name in ["kv_scale"] if self.latent else ["k_scale", "v_scale"]:
                 # Powers of two would hide a reciprocal; the largest values of a normal distribution reach 448 times the smallest.
@@ -127,6 +136,8 @@ class RopeCache(Problem):
             return torch.empty(shape, dtype=torch_dtype(dtype), device=device)
 
         queries = new(self.dtype, self.tokens, self.heads, self.head_dim)
+        if not self.cache:
+            return {"q": queries, "k": new(self.dtype, self.tokens, self.kv_heads, self.head_dim)}
         if self.latent:
             cache = {"cache": new(self.cache_dtype, self.tokens, self.latent + self.head_dim)}
             return {"q_rope": queries, **cache} if self.rotary else cache
@@ -147,6 +158,8 @@ class RopeCache(Problem):
                 wide[name] = self._turn(wide[name], cos, sin)
             if self.latent:
                 wide["k_rope"] = self._turn(wide["k_rope"][:, None], cos, sin)[:, 0]
+        if not self.cache:
+            return {name: value.float() for name, value in wide.items()}
         if self.latent:
             cached = {"cache": (torch.cat([wide["latent"], wide["k_rope"]], dim=-1), inputs.get("kv_scale"))}
         else:
@@ -173,8 +186,8 @@ class RopeCache(Problem):
         return torch.cat([turned, rest], dim=-1)
 
     def _cached_elements(self) -> int:
-        """Elements written to the cache."""
-        per_token = self.latent + self.head_dim if self.latent else self.kv_heads * (self.head_dim + self.dim_v)
+        """Elements written beside the queries: to the cache, or without one the keys."""
+        per_token = self.latent + self.head_dim if self.latent else self.kv_heads * (self.head_dim + self.dim_v * self.cache)
         return self.tokens * per_token
 
     def flops(self) -> float:
@@ -185,7 +198,7 @@ class RopeCache(Problem):
         size, cached = SIZE_BYTES[self.dtype], self._cached_elements()
         queries = 2 * size * self.tokens * self.heads * self.head_dim * self.rotary
         tables = self.tokens * (4 + self.turned * 4) * self.rotary
-        return float(queries + (size + SIZE_BYTES[self.cache_dtype]) * cached + tables + 4 * self.tokens)
+        return float(queries + (size + SIZE_BYTES[self.cache_dtype]) * cached + tables + 4 * self.tokens * self.cache)
 
     def tolerance(self) -> float:
         # One rounding of the output (0.3 u on average, 1 u for few elements); a head that is only copied is exact.
@@ -201,7 +214,7 @@ class RopeCache(Problem):
         width = f"latent {self.latent}+{self.head_dim}" if self.latent else f"h{self.heads}/{self.kv_heads} d{self.head_dim}"
         if self.dim_v != self.head_dim and not self.latent:
             width += f"/{self.dim_v}"
-        parts = ["rope+cache" if self.rotary else "cache write", f"{self.tokens}", f"h{self.heads}" if self.latent else "", width]
+        parts = ["rope" + "+cache" * self.cache if self.rotary else "cache write", f"{self.tokens}", f"h{self.heads}" if self.latent else "", width]
         if self.rotary and self.turned != self.head_dim:
             parts.append(f"turned {self.turned}")
         parts += ["interleaved" * self.interleaved, SHORT[self.kv_dtype] + " cache" if self.kv_dtype else ""]
@@ -224,6 +237,7 @@ class RopeCache(Problem):
             cls(7, 3, 3, 40, rotary=False, page_size=1, dtype="float16"),
             cls(9, 5, 1, 64, latent=160, interleaved=True, dtype="float16"),
             cls(5, 4, 2, 128, kv_dtype=fp8, dtype="float16"),
+            cls(5, 3, 2, 64, cache=False, interleaved=True, dtype="float16"),
             cls(5, 3, 1, 32, latent=96, kv_dtype=fp8, dtype="float16"),
             cls(5, 3, 1, 32, latent=96, rotary=False, dtype="float16"),
             cls(11, 8, 2, 64),

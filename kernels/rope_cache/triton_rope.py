@@ -80,9 +80,12 @@ def _rope_cache(
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, K_AT: tl.constexpr, K_ROW: tl.constexpr,
     V_ROW: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ROTARY: tl.constexpr, FP8: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, BLOCK_V: tl.constexpr, Q_TILES: tl.constexpr, KV_TILES: tl.constexpr,
-    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
+    Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, CACHE: tl.constexpr,
 ):  # fmt: skip
-    """Keys go to columns K_AT.. of cache rows of K_ROW, values to the front of cache rows of V_ROW (with a latent the two are one row)."""
+    """Keys go to columns K_AT.. of cache rows of K_ROW, values to the front of cache rows of V_ROW (with a latent the two are one row).
+
+    Without a cache the keys of a token go to the row of that token.
+    """
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     if ROTARY:
@@ -97,7 +100,7 @@ def _rope_cache(
         if BLOCK_REST:
             _copy(q, q_out, 2 * HALF, DIM - 2 * HALF, q_head, DIM, k_scale, query, Q_HEADS, BLOCK_REST, False)
     else:
-        slot = tl.load(slots + token).to(tl.int64)
+        slot = tl.load(slots + token).to(tl.int64) if CACHE else token
         head = (part - Q_TILES) % KV_TILES * KV_BLOCK + tl.arange(0, KV_BLOCK)[:, None]
         if part < Q_TILES + KV_TILES:
             k += token * k_token
@@ -116,7 +119,7 @@ def _kv_heads(problem: RopeCache) -> int:
 
 def _values(problem: RopeCache) -> int:
     """Columns of a row that is only copied: a value's or the latent's."""
-    return problem.latent or problem.dim_v
+    return problem.latent or problem.dim_v * problem.cache
 
 
 def fits(problem: RopeCache, config: HeadsConfig, chip: Chip) -> str | None:
@@ -159,24 +162,28 @@ def triton_rope(problem: RopeCache, config: HeadsConfig, chip: Chip) -> Launch:
     rest = p.head_dim - 2 * half
     q_tiles, kv_tiles = cdiv(p.heads, c.q_heads) if p.rotary else 0, cdiv(kv_heads, c.kv_heads)
     k_row = p.latent + p.head_dim
-    grid = (p.tokens, q_tiles + 2 * kv_tiles)
+    grid = (p.tokens, q_tiles + (1 + p.cache) * kv_tiles)
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         if p.latent:
             k, v, caches = inputs["k_rope"][:, None], inputs["latent"][:, None], [outputs["cache"]] * 2
             scales = [inputs.get("kv_scale", k)] * 2
+        elif not p.cache:
+            k = v = inputs["k"]
+            caches, scales = [outputs["k"]] * 2, [k] * 2
         else:
             k, v, caches = inputs["k"], inputs["v"], [outputs["k_cache"], outputs["v_cache"]]
             scales = [inputs.get("k_scale", k), inputs.get("v_scale", k)]
         q, q_out = (side.get("q_rope" if p.latent else "q", k) for side in (inputs, outputs))
         cos = inputs.get("cos", k)
         _rope_cache[grid](
-            q, k, v, q_out, *caches, *scales, inputs.get("positions", k), cos, inputs.get("sin", k), inputs["slot_mapping"],
+            q, k, v, q_out, *caches, *scales, inputs.get("positions", k), cos, inputs.get("sin", k), inputs.get("slot_mapping", k),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], cos.stride(0),
             Q_HEADS=p.heads, KV_HEADS=kv_heads, DIM=p.head_dim, DIM_V=values, K_AT=p.latent, K_ROW=k_row,
             V_ROW=k_row if p.latent else p.dim_v, HALF=half, INTERLEAVED=p.interleaved, ROTARY=p.rotary, FP8=bool(p.kv_dtype),
             BLOCK_HALF=next_power_of_2(half), BLOCK_REST=next_power_of_2(rest) if rest else 0, BLOCK_V=next_power_of_2(values),
-            Q_TILES=q_tiles, KV_TILES=kv_tiles, Q_BLOCK=c.q_heads, KV_BLOCK=c.kv_heads, num_warps=c.num_warps,
+            Q_TILES=q_tiles, KV_TILES=kv_tiles, Q_BLOCK=c.q_heads, KV_BLOCK=c.kv_heads, CACHE=p.cache,
+            num_warps=c.num_warps,
         )  # fmt: skip
 
     return launch

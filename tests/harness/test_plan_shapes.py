@@ -17,6 +17,7 @@ from klab.kernels.gated_delta_rule.problem import GatedDeltaRule
 from klab.kernels.latent_attention.problem import LatentAttention
 from klab.kernels.matmul.problem import Matmul
 from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.rope_cache.problem import RopeCache
 from klab.kernels.topk_routing.problem import TopkRouting
 
 H200 = find_chip("h200")
@@ -182,8 +183,11 @@ def test_diffusion_and_whisper():
     assert flux["qkv_mlp_proj"].problem == Matmul(4608, 3 * 3072 + 12288, 3072)
     assert flux["attention"].problem == PrefillAttention((4608,), 24, 24, 128, causal=False)
     assert flux["attention"].count == 19 + 38
+    assert flux["rope"].problem == RopeCache(4608, 24, 24, 128, cache=False, interleaved=True)
     wan = planned("wan2.1-t2v-14b").step("denoise", 1)
     (cross,) = [row for row in wan if row.role == "cross_attention"]
+    (rope,) = [row for row in wan if row.operator == "rope_cache"]
+    assert rope.problem == RopeCache(32_760, 40, 40, 128, cache=False)
     assert cross.flops == 4 * 32_760 * 512 * 40 * 128 and cross.problem.kv_lens == (512,)
     whisper = planned("whisper-large-v3", batches=(8,))
     prefill, decode = by_role(whisper, "prefill"), by_role(whisper, "decode", 8)

@@ -1,14 +1,19 @@
 """The contract itself: keys, JSON, discovery, and what a broken kernel file does to the others."""
 
+import ast
 import dataclasses
+import functools
+import importlib.util
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from klab.kernels.contract import Config, NoConfig, digest, sources_of
+from klab.kernels.contract import _NOT_CODE, Config, NoConfig, digest, source_digest, sources_of
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
@@ -182,3 +187,63 @@ def test_a_kernels_identity_covers_the_helpers_it_imports():
         assert kernel.path.name in names and "contract.py" not in names
         if kernel.backend == "cuda":
             assert {"cuda_module.py", "device.cuh"} <= names
+
+
+@functools.cache
+def used_by(path):
+    """The files of klab.kernels that Python, or the preprocessor, finds for what one file imports or includes."""
+    names, text = set(), path.read_text()
+    for node in ast.walk(ast.parse(text)) if path.suffix == ".py" else []:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            names.add(node.module)
+            module = importlib.util.find_spec(node.module) if node.module.startswith("klab.kernels") else None
+            if module and module.submodule_search_locations:  # a package: what is taken from it may be a module
+                names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    specs = [importlib.util.find_spec(name) for name in sorted(names) if name.startswith("klab.kernels.")]
+    files = [Path(spec.origin) for spec in specs if spec and spec.origin and not spec.submodule_search_locations]
+    headers = [Path(klab_kernels()) / name for name in re.findall(r'#include "(\w+\.cuh)"', text)]
+    assert all(header.is_file() for header in headers)
+    return [file.resolve() for file in files + headers if file.stem not in _NOT_CODE]
+
+
+@functools.cache
+def klab_kernels():
+    return importlib.util.find_spec("klab.kernels.contract").origin.rpartition("/")[0]
+
+
+def test_a_kernels_identity_covers_all_that_it_imports_and_includes():
+    shared = 0
+    for kernel in discover().kernels.values():
+        files, todo = {kernel.path.resolve()}, [kernel.path.resolve()]
+        while todo:
+            new = [file for file in used_by(todo.pop()) if file not in files]
+            files.update(new)
+            todo += new
+        missing = files - {file.resolve() for file in sources_of(kernel.path)}
+        assert not missing, f"{kernel.id} lacks {sorted(file.name for file in missing)}"
+        shared += any(file.name.startswith("_") for file in files)
+    assert shared
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from klab.kernels.norm import _eager",
+        "from klab.kernels.norm import _eager as other",
+        "from klab.kernels.norm._eager import norm",
+        "import klab.kernels.norm._eager",
+        "def build():\n    from klab.kernels.norm import (\n        _eager,\n    )",
+    ],
+)
+def test_every_form_of_import_is_followed(line, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f'"""Not klab.kernels.wgmma, which is only named."""\n{line}\nHEADER = "fp8.cuh"\n')
+    names = [file.name for file in sources_of(path)]
+    assert names[0] == "mine.py" and {"_eager.py", "row_quantize.py", "fp8.cuh", "device.cuh"} <= set(names)
+    assert "wgmma.py" not in names and "problem.py" not in names
+    alone = tmp_path / "alone.py"
+    alone.write_text("x = 1\n")
+    assert [file.name for file in sources_of(alone)] == ["alone.py"] and source_digest(alone) != source_digest(path)

@@ -46,6 +46,7 @@ PROBLEMS = [
     RopeCache(33, 4, 2, 64, kv_dtype=FP8),
     RopeCache(33, 4, 2, 64, latent=128, kv_dtype=FP8),
 ]
+UNCACHED = RopeCache(9, 4, 2, 64, cache=False, interleaved=True)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.label())
@@ -54,6 +55,22 @@ def test_a_right_rotation_passes_and_a_wrong_one_does_not(problem):
     assert found.passed and found.error < 0.7 * found.tolerance
     for fault in [*FAULTS, *([scale] if problem.kv_dtype else [])]:
         assert not check(problem, lambda i, o, fault=fault: rope_cache(problem, fault(i), o), seed=1).passed, fault.__name__
+
+
+def test_without_a_cache_only_queries_and_keys_are_turned():
+    assert set(UNCACHED.inputs(seed=1)) == {"q", "k", "positions", "cos", "sin"} and set(UNCACHED.outputs()) == {"q", "k"}
+    assert check(UNCACHED, lambda i, o: rope_cache(UNCACHED, i, o), seed=1).passed
+    for fault in (positions, sine):
+        assert not check(UNCACHED, lambda i, o, fault=fault: rope_cache(UNCACHED, fault(i), o), seed=1).passed, fault.__name__
+
+    def keys_stay(inputs, outputs):
+        rope_cache(UNCACHED, inputs, outputs)
+        outputs["k"].copy_(inputs["k"])
+
+    assert not check(UNCACHED, keys_stay, seed=1).passed
+    # q and k read and written in 2 bytes, a position and 32 cosines and sines a token.
+    assert UNCACHED.bytes_moved() == 9 * (6 * 64 * 2 * 2 + 4 + 2 * 32 * 4)
+    assert UNCACHED.label().startswith("rope 9 ") and UNCACHED.flops() == 9 * 6 * 64 * 3
 
 
 def test_one_pairing_is_not_the_other():
@@ -85,12 +102,14 @@ def test_the_default_fits_wherever_models_go(name):
             RopeCache(tokens, 16, 16, 256, dtype="float32"),
             RopeCache(tokens, 12, 12, 80, rotary_dim=32),
             RopeCache(tokens, 1, 1, 128, kv_dtype=FP8, rotary=False),
+            RopeCache(2 * tokens, 40, 40, 128, cache=False),
         ):
             assert KERNELS[name].unfit(problem, chip) is None, problem.label()
     assert len(list(KERNELS[name].space(RopeCache(8192, 32, 8, 128), HOPPER))) >= 8
 
 
 def test_refuses_what_has_no_meaning():
-    for wrong in ({"rotary_dim": 3}, {"rotary_dim": 10}, {"kv_dtype": "int8"}, {"tokens": 0}):
+    uncached = [{"cache": False, **other} for other in ({"rotary": False}, {"latent": 8}, {"kv_dtype": FP8}, {"head_dim_v": 4})]
+    for wrong in ({"rotary_dim": 3}, {"rotary_dim": 10}, {"kv_dtype": "int8"}, {"tokens": 0}, *uncached):
         with pytest.raises(UsageError):
             RopeCache(**{"tokens": 2, "heads": 2, "kv_heads": 1, "head_dim": 8, **wrong})
