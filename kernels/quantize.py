@@ -122,20 +122,18 @@ def encode_fp4(x: torch.Tensor) -> torch.Tensor:
     import torch
 
     size = x.float().abs().clamp_max(FP4_MAX)
-    grid = torch.tensor(FP4_VALUES, device=x.device)
-    middles = (grid[1:] + grid[:-1]) / 2
-    # Right of a tie's middle lies the code above: odd codes take the tie from above only, so that the even one wins.
-    above, below = torch.bucketize(size, middles, right=True), torch.bucketize(size, middles, right=False)
-    code = torch.where(above % 2 == 0, above, below)
+    # Steps of 0.5, 1 and 2 below 2, 4 and 6. A code and its count of steps are odd together, so that `round`'s ties to even are ours.
+    code = torch.where(size < 2, (size * 2).round(), torch.where(size < 4, size.round() + 2, (size / 2).round() + 4))
     return (code + 8 * (x < 0)).to(torch.uint8)
 
 
 def fp4_values(codes: torch.Tensor) -> torch.Tensor:
-    """float32 values of e2m1 codes."""
+    """float32 values of e2m1 codes; no table, which would have to be copied to the device (and may not be while a graph is captured)."""
     import torch
 
-    signed = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=codes.device)
-    return signed[codes.long()]
+    # Sign, exponent and mantissa where float16 has its own, whose exponents are biased by 15 instead of 1.
+    wide = codes.to(torch.int16)
+    return ((wide << 12 & -0x8000) | (wide & 7) << 9).view(torch.float16).float() * 2.0**14
 
 
 def quantize_mx(x: torch.Tensor, element: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,7 +145,8 @@ def quantize_mx(x: torch.Tensor, element: str) -> tuple[torch.Tensor, torch.Tens
 
     blocks = x.float().reshape(*x.shape[:-1], -1, MX_BLOCK)
     amax = blocks.abs().amax(dim=-1).clamp_min(2.0**-120)
-    exponent = (torch.floor(torch.log2(amax)) - EMAX[element]).clamp(-127, 127)
+    # From the bits: log2 of the largest float32 below a power of two rounds up to that power's. frexp's mantissa is in [0.5, 1).
+    exponent = (torch.frexp(amax).exponent - 1 - EMAX[element]).clamp(-127, 127).float()
     scaled = (blocks / torch.exp2(exponent)[..., None]).flatten(-2)
     biased = (exponent + 127).to(torch.uint8)
     if element == "e4m3":

@@ -1,4 +1,4 @@
-"""vLLM's gated activations. Written for vllm 0.19 to 0.33 (operators of torch.ops._C, which `vllm._custom_ops` registers)."""
+"""vLLM's gated activations. Written for vllm 0.19 (operators of torch.ops._C, which `vllm._custom_ops` registers)."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def default(problem: FusedMoe, chip: Chip) -> FusedConfig:
     if problem.dtype == "float32" and not problem.format:
         return FusedConfig(min(bm, 32), 32, 32, 32, 32, 1, 4, 2, False)
     if problem.format:
-        config = FusedConfig(min(bm, 64), 128, 128, 128, 128, 16, 8 if bm >= 64 else 4, 4)
+        # 4 warps of 16 rows hold 16x256 sums twice, and fragments of 128x256 weights: 168 registers and a spill, 98 with 8.
+        config = FusedConfig(min(bm, 64), 128, 128, 128, 128, 16, 8, 4)
     elif bm == 128:
         # Triton learns alignment only of sizes that 16 divides: 128 columns of 360 are stored one by one, and spill 528 bytes.
         config = FusedConfig(block_n=128 if problem.intermediate % 16 == 0 else 64)

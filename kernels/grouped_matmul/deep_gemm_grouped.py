@@ -1,6 +1,6 @@
 """DeepGEMM's grouped matmul with contiguous groups.
 
-Written for DeepGEMM 2.1 to 2.8 (m_grouped_fp8_gemm_nt_contiguous, m_grouped_bf16_gemm_nt_contiguous). Its groups begin at multiples of 128
+Written for DeepGEMM 2.8.0 (m_grouped_fp8_gemm_nt_contiguous, m_grouped_bf16_gemm_nt_contiguous). Its groups begin at multiples of 128
 rows, which engines arrange when they permute tokens to experts. Rows that lie dense, as here, are moved there and back: both moves are
 timed, and read and write as much again as x and out.
 """

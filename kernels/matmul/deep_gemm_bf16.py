@@ -1,4 +1,4 @@
-"""DeepGEMM's bf16 matmul. Written for DeepGEMM 2.1 to 2.8 (deep_gemm.bf16_gemm_nt)."""
+"""DeepGEMM's bf16 matmul. Written for DeepGEMM 2.8.0 (deep_gemm.bf16_gemm_nt)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """klab's own tiled matmul in TileLang, a contestant in another toolkit: what a short kernel of that language reaches.
 
-Written for tilelang 0.1.15. TileLang chooses the layouts, the copies (TMA on Hopper) and the matrix instructions.
+Written for tilelang 0.1.15. TileLang chooses the layouts, the copies (TMA on Hopper) and the matrix instructions: wgmma with a
+warp that only copies on Hopper; mma.sync on Blackwell, as its tensor memory would have to be asked for.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def tilelang_tiled(problem: Matmul, config: TileLangConfig, chip: Chip) -> Launc
         x, w = inputs["x"], inputs["w"]
         rows = x.stride(0), w.stride(0)
         if rows not in compiled:
-            compiled[rows] = tilelang.compile(make(problem, config, *rows), target="cuda")
+            compiled[rows] = tilelang.compile(make(problem, config, *rows), target={"kind": "cuda", "arch": chip.arch})
         compiled[rows](x, w, outputs["out"])
 
     return launch

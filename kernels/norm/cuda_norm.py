@@ -174,9 +174,9 @@ def fits(problem: Norm, config: LanesConfig, chip: Chip) -> str | None:
         return f"a group of {GROUP} columns needs {group_lanes} lanes"
     if c.lanes * c.vectors >= 2 * chunks and c.lanes > max(1, group_lanes if problem.quantize == "fp8_group" else 1):
         return "half of the threads would have nothing to do"
-    # Values, what they are read from, and 40 for the rest. Rows of more than 2048 pieces have no other way: theirs spill 104 B a thread.
+    # Values, what they are read from, and 40 for the rest.
     registers = 16 // SIZE_BYTES[problem.dtype] * c.vectors + 4 * c.vectors + 40
-    if registers > 65536 // c.threads and (c.lanes < MAX_THREADS or c.lanes * c.vectors >= 2 * chunks):
+    if registers > 65536 // c.threads:
         return "the row would spill registers"
     if cdiv(problem.rows, c.threads // c.lanes) >= 2**31:
         return "too many rows"

@@ -1,4 +1,4 @@
-"""SGLang's RMS norms. Written for sglang-kernel 0.4.10 (sgl_kernel.elementwise)."""
+"""SGLang's RMS norms. Written for the sgl-kernel of SGLang's repository in 2026 (sgl_kernel.elementwise)."""
 
 from __future__ import annotations
 

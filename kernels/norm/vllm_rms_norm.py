@@ -1,4 +1,4 @@
-"""vLLM's RMS norms. Written for vllm 0.19 to 0.33 (vllm._custom_ops)."""
+"""vLLM's RMS norms. Written for vllm 0.19 (vllm._custom_ops)."""
 
 from __future__ import annotations
 

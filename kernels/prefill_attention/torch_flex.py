@@ -61,20 +61,19 @@ def torch_flex(problem: PrefillAttention, config: Config, chip: Chip) -> Launch:
         return p.softcap * torch.tanh(score / p.softcap)
 
     def attend(inputs: Tensors, outputs: Tensors) -> None:
-        mask: Any = inputs["mask"]
-        q, k, v = (inputs[name].transpose(0, 1)[None] for name in ("q", "k", "v"))
-        out, aux = flex_attention(
-            q,
-            k,
-            v,
-            score_mod=capped if p.softcap else None,
-            block_mask=mask,
-            scale=p.scale,
-            enable_gqa=p.heads != p.kv_heads,
-            return_aux=AuxRequest(lse=True),
-        )
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        score_mod = capped if p.softcap else None
+        options: dict[str, Any] = {
+            "score_mod": score_mod,
+            "block_mask": inputs["mask"],
+            "scale": p.scale,
+            "enable_gqa": p.heads != p.kv_heads,
+        }
         if p.sinks:
-            out = out * torch.sigmoid(aux.lse - inputs["sinks"][:, None])[..., None]
+            found, aux = flex_attention(q, k, v, **options, return_aux=AuxRequest(lse=True))
+            out = found * torch.sigmoid(aux.lse - inputs["sinks"][:, None])[..., None]
+        else:
+            out = flex_attention(q, k, v, **options)
         outputs["out"].copy_(out[0].transpose(0, 1))
 
     masks = PerDevice(lambda device: mask_of(p, device))
@@ -82,6 +81,7 @@ def torch_flex(problem: PrefillAttention, config: Config, chip: Chip) -> Launch:
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
         if inputs["q"].device.type != "meta":
-            fast({**inputs, "mask": masks.on(inputs["q"].device)}, outputs)
+            heads_first = {name: inputs[name].transpose(0, 1)[None] for name in ("q", "k", "v")}
+            fast({**inputs, **heads_first, "mask": masks.on(inputs["q"].device)}, outputs)
 
     return launch

@@ -128,7 +128,8 @@ KLAB_DEVICE void turn_element(const Rows& rows, int head, int column, int half, 
     }
 }
 
-KLAB_KERNEL(rope_and_cache, THREADS)(
+// One block at least: left to itself ptxas spills a register so that 1024 threads fit on an SM.
+KLAB_KERNEL_MIN_BLOCKS(rope_and_cache, THREADS, 1)(
     const ELEMENT* __restrict__ q, const ELEMENT* __restrict__ k, const ELEMENT* __restrict__ v, ELEMENT* __restrict__ q_out, void* k_cache,
     void* v_cache, const void* k_scale, const void* v_scale, const void* positions, const void* cos_table, const void* sin_table,
     const void* slots, int tokens, int heads, int kv_heads, int dim, int dim_v, int half, int k_at, int k_row, int v_row,
@@ -197,7 +198,10 @@ def fits(problem: RopeCache, config: HeadsConfig, chip: Chip) -> str | None:
         return "more heads than there are"
     if c.threads * (32 + 12 * c.heads) > 65536:
         return "the heads would spill registers"
-    if problem.tokens * (problem.heads + (1 + problem.cache) * problem.kv_heads) * max(problem.head_dim, problem.latent, problem.dim_v) >= 2**31:
+    if (
+        problem.tokens * (problem.heads + (1 + problem.cache) * problem.kv_heads) * max(problem.head_dim, problem.latent, problem.dim_v)
+        >= 2**31
+    ):
         return "more elements than 32 bits count"
     return None
 
@@ -253,9 +257,9 @@ def cuda_rope(problem: RopeCache, config: HeadsConfig, chip: Chip) -> Launch:
             (cdiv(p.tokens * items(chunk if fast else 1), c.threads), 1, 1),
             c.threads,
             [
-                q, k, v, q_out, *caches, *scales, inputs.get("positions", k), *tables, inputs.get("slot_mapping", k), p.tokens, p.heads, kv_heads,
-                p.head_dim, values, half, p.latent, k_row, k_row if p.latent else p.dim_v, options + 8 * fast, q.stride(1), k.stride(1),
-                v.stride(1), tables[0].stride(0), Int64(q.stride(0)), Int64(k.stride(0)), Int64(v.stride(0)),
+                q, k, v, q_out, *caches, *scales, inputs.get("positions", k), *tables, inputs.get("slot_mapping", k), p.tokens, p.heads,
+                kv_heads, p.head_dim, values, half, p.latent, k_row, k_row if p.latent else p.dim_v, options + 8 * fast, q.stride(1),
+                k.stride(1), v.stride(1), tables[0].stride(0), Int64(q.stride(0)), Int64(k.stride(0)), Int64(v.stride(0)),
             ],
         )  # fmt: skip
 

@@ -214,7 +214,12 @@ class RopeCache(Problem):
         width = f"latent {self.latent}+{self.head_dim}" if self.latent else f"h{self.heads}/{self.kv_heads} d{self.head_dim}"
         if self.dim_v != self.head_dim and not self.latent:
             width += f"/{self.dim_v}"
-        parts = ["rope" + "+cache" * self.cache if self.rotary else "cache write", f"{self.tokens}", f"h{self.heads}" if self.latent else "", width]
+        parts = [
+            "rope" + "+cache" * self.cache if self.rotary else "cache write",
+            f"{self.tokens}",
+            f"h{self.heads}" if self.latent else "",
+            width,
+        ]
         if self.rotary and self.turned != self.head_dim:
             parts.append(f"turned {self.turned}")
         parts += ["interleaved" * self.interleaved, SHORT[self.kv_dtype] + " cache" if self.kv_dtype else ""]

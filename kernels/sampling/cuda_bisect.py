@@ -55,6 +55,8 @@ def fits(problem: Sampling, config: ChunkConfig, chip: Chip) -> str | None:
         return "all are powers of two"
     if not (64 <= c.threads <= 1024 and c.vectors <= 8 and 64 <= c.choose_threads <= 1024):
         return "64 to 1024 threads, up to 8 vectors"
+    if c.threads * c.vectors > 2048:
+        return "the chunk would spill registers"  # 32 B a thread with 512 x 8 on sm_90
     if c.vectors > 1 and _chunk(problem, c) >= 2 * problem.vocab:
         return "a chunk is larger than the vocabulary"
     if cdiv(problem.vocab, _chunk(problem, c)) > MAX_CHUNKS or problem.rows > MAX_ROWS:

@@ -49,13 +49,14 @@ def fits(problem: Sampling, config: ChunkConfig, chip: Chip) -> str | None:
     if problem.filtered and not next_power_of_2(chunks) <= c.candidates <= next_power_of_2(chunks) * c.chunk:
         return "candidates are at least one of each chunk and at most all"
     # Kept beside a candidate: its key, its weight and its place.
-    return refusal(c.chunk, c.num_warps, 4) or (
+    # Finding candidates takes 7 registers for each logit of a thread with 8 warps, 4 with 32.
+    return refusal(c.chunk, c.num_warps, 16 if problem.filtered else 4) or (
         refusal(max(c.candidates, 32 * c.choose_warps), c.choose_warps, 12) if problem.filtered else None
     )
 
 
 def default(problem: Sampling, chip: Chip) -> ChunkConfig:
-    """Chunks of 4096, smaller where there are too few to fill the chip twice; 8 candidates a thread (16 spill 16 B on sm_90)."""
+    """Chunks of 4096, smaller where there are too few to fill the chip twice; 4 candidates a thread (8 spill 8 B on sm_90)."""
     chunk = max(GROUP, min(4096, next_power_of_2(problem.vocab)))
     while chunk > 1024 and problem.rows * cdiv(problem.vocab, chunk) < 2 * chip.sm_count:
         chunk //= 2
@@ -65,7 +66,7 @@ def default(problem: Sampling, chip: Chip) -> ChunkConfig:
         return ChunkConfig(chunk, max(1, chunk // 512))
     columns = next_power_of_2(cdiv(problem.vocab, chunk))
     candidates = min(max(2048, columns), columns * chunk)
-    return ChunkConfig(chunk, max(1, chunk // 512), candidates, max(1, min(8, candidates // 256)))
+    return ChunkConfig(chunk, max(1, chunk // 512), candidates, max(1, min(16, candidates // 128)))
 
 
 def space(problem: Sampling, chip: Chip) -> Iterator[ChunkConfig]:

@@ -283,7 +283,8 @@ def default(problem: ScaledMatmul, chip: Chip) -> MmaConfig:
         while config.stages > 2 and config.smem_bytes(p.dtype) > chip.smem_per_block_bytes:
             config = replace(config, stages=config.stages - 1)
         return config
-    block_m, warps_m = (16, 1) if p.m <= 16 else (32, 1) if p.m <= 32 else (64, 2)
+    # 32 rows for each of four warps keep to 96 registers with block scales, and spill; 16 for each of two by two take 84.
+    block_m, warps_m = (16, 1) if p.m <= 16 else (32, 2 if p.format == "fp8_block" else 1) if p.m <= 32 else (64, 2)
     tiles, steps, splits = cdiv(p.m, block_m) * cdiv(p.n, 64), cdiv(p.k, 128), 1
     # Two blocks an SM; fewer than 4 steps per split would not pay for the second pass.
     while tiles * splits < 2 * chip.sm_count and 8 * splits <= steps and splits < 16:

@@ -103,8 +103,8 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
 
     // This thread's rows: this one and the one 8 below.
     const int row0 = m0 + thread_idx() / 32 * 16 + lane / 4;
-    float total[TILES_N][4];
 #if BLOCK_SCALES
+    float total[TILES_N][4];
     // Two sets of sums: while the tensor cores fill one, the other is scaled and added up in float.
     Sum sums[2][TILES_N][4] = {};
     float scale[2][2];
@@ -150,29 +150,33 @@ KLAB_KERNEL(scaled_wgmma, THREADS)(const void* __restrict__ x, const void* __res
     }
     wgmma_wait<0>();
     settled(sum);
-    float of_x[2];
-    KLAB_UNROLL
-    for (int h = 0; h < 2; ++h) of_x[h] = scale_of(x_scale, (row0 + 8 * h) * x_scale_stride, row0 + 8 * h < m);
-    KLAB_UNROLL
-    for (int j = 0; j < TILES_N; ++j)
-        KLAB_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int column = n0 + j * 8 + lane % 4 * 2 + i % 2;
-            total[j][i] = static_cast<float>(sum[j][i]) * of_x[i / 2] * scale_of(w_scale, column * w_scale_stride, column < n);
-        }
 #endif
 
     // Through shared memory, so that 16 bytes of a row leave at once.
     constexpr int ROW_BYTES = BLOCK_N * sizeof(OUT), PER_CHUNK = 16 / sizeof(OUT);
     cp_async_wait<0>();
     sync_threads();
+#if !BLOCK_SCALES
+    // Behind the tile: as registers the scales of 64 columns a thread are read ahead of their use, beside 128 sums, and spill.
+    float* of_columns = reinterpret_cast<float*>(shared + BLOCK_M * ROW_BYTES);
+    for (int i = thread_idx(); i < BLOCK_N; i += THREADS) of_columns[i] = scale_of(w_scale, (n0 + i) * w_scale_stride, n0 + i < n);
+    float of_x[2];
+    KLAB_UNROLL
+    for (int h = 0; h < 2; ++h) of_x[h] = scale_of(x_scale, (row0 + 8 * h) * x_scale_stride, row0 + 8 * h < m);
+    sync_threads();
+#endif
     KLAB_UNROLL
     for (int j = 0; j < TILES_N; ++j)
         KLAB_UNROLL
         for (int i = 0; i < 4; ++i) {
             const int column = j * 8 + lane % 4 * 2 + i % 2;
             char* chunk = shared + swizzle<ROW_BYTES>(row0 - m0 + i / 2 * 8, column / PER_CHUNK);
-            reinterpret_cast<OUT*>(chunk)[column % PER_CHUNK] = from_float<OUT>(total[j][i]);
+#if BLOCK_SCALES
+            const float value = total[j][i];
+#else
+            const float value = static_cast<float>(sum[j][i]) * of_x[i / 2] * of_columns[column];
+#endif
+            reinterpret_cast<OUT*>(chunk)[column % PER_CHUNK] = from_float<OUT>(value);
         }
     sync_threads();
     if (SPLIT) to += block_idx_y() * (m * to_stride);
@@ -212,10 +216,10 @@ class WgmmaConfig(Config):
         return self.groups * 128
 
     def smem_bytes(self, dtype: str) -> int:
-        """The ring, or the tile of the output that passes through the same memory; and what aligning it to 1024 bytes may take."""
+        """The ring, or the tile of the output and the scales of its columns in the same memory; and 1024 bytes to align it."""
         out_bytes = 4 if self.split_k > 1 else SIZE_BYTES[dtype]
         rows = self.groups * 64
-        return max(self.stages * (rows + self.block_n) * 128, rows * self.block_n * out_bytes) + 1024
+        return max(self.stages * (rows + self.block_n) * 128, (rows * out_bytes + 4) * self.block_n) + 1024
 
     def registers(self, problem: ScaledMatmul) -> int:
         """Per thread, estimated: one set of sums, three with block scales, and 55 more (NVRTC 13.0 allots 128 to 255)."""

@@ -1,6 +1,6 @@
 """DeepGEMM's block-scaled fp8 matmul, the one that DeepSeek's own serving uses.
 
-Written for DeepGEMM 2.1 to 2.8 (deep_gemm.fp8_gemm_nt). On sm_90 scales stay float32; on sm_100 it rounds them up to powers of two, another
+Written for DeepGEMM 2.8.0 (deep_gemm.fp8_gemm_nt). On sm_90 scales stay float32; on sm_100 it rounds them up to powers of two, another
 format than this problem's, and is refused.
 """
 

@@ -1,4 +1,7 @@
-"""SGLang's CUTLASS kernels for fp8 and int8. Written for sglang-kernel 0.4.10 (sgl_kernel.gemm). They allocate their output."""
+"""SGLang's CUTLASS kernels for fp8 and int8, which allocate their output.
+
+Written for the sgl-kernel of SGLang's repository in 2026 (sgl_kernel.gemm).
+"""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def fits(problem: ScaledMatmul, config: Config, chip: Chip) -> str | None:
     if p.format == "fp8_block":
         if chip.target != 90:
             return "torch has 1x128 by 128x128 scales on sm_90 alone"
-        if p.k % (4 * BLOCK) or p.m % 4:
-            return "cuBLASLt needs whole rows of scales in multiples of 16 bytes: k in 512s and m in 4s"
+        if p.k % (4 * BLOCK):
+            return "cuBLASLt needs whole rows of w's scales in multiples of 16 bytes: k in 512s"
     if p.format in MICRO:
         if chip.target < 100:
             return f"{p.format} needs Blackwell's tensor cores"
@@ -62,13 +62,22 @@ def _build(problem: ScaledMatmul, fast_accum: bool) -> Launch:
         multiply(inputs, inputs["x_scale"], inputs["w_scale"].t(), outputs["out"])
 
     if problem.format == "fp8_block":
-        columns = _Kept(lambda like: torch.empty((cdiv(problem.k, BLOCK), problem.m), dtype=torch.float32, device=like.device))
+        # cuBLASLt reads the scales of x column by column, in whole chunks of 16 bytes: rows in 4s.
+        m, rows = problem.m, cdiv(problem.m, 4) * 4
+        columns = _Kept(lambda like: torch.zeros((cdiv(problem.k, BLOCK), rows), dtype=torch.float32, device=like.device))
+        padded = _Kept(lambda like: torch.zeros((rows, problem.k), dtype=torch.float8_e4m3fn, device=like.device))
+        results = _Kept(lambda like: torch.empty((rows, problem.n), dtype=dtype, device=like.device))
 
         def launch_block(inputs: Tensors, outputs: Tensors) -> None:
-            # cuBLASLt reads the scales of x column by column.
-            x_scale = columns.on(inputs["x_scale"]).t()
-            x_scale.copy_(inputs["x_scale"])
-            multiply(inputs, x_scale, inputs["w_scale"].t(), outputs["out"])
+            x_scale, out = columns.on(inputs["x_scale"]).t(), outputs["out"]
+            x_scale[:m].copy_(inputs["x_scale"])
+            if rows == m:
+                multiply(inputs, x_scale, inputs["w_scale"].t(), out)
+                return
+            x, whole = padded.on(out), results.on(out)
+            x[:m].copy_(inputs["x"])
+            multiply(inputs | {"x": x}, x_scale, inputs["w_scale"].t(), whole)
+            out.copy_(whole[:m])
 
         return launch_block
     return _micro(problem) if problem.format in MICRO else launch
@@ -119,7 +128,7 @@ class _Kept:
 
 @kernel(ScaledMatmul, backend="torch", fits=fits, kinds=("cuda", "cpu"), library=True)
 def torch_scaled_mm(problem: ScaledMatmul, config: Config, chip: Chip) -> Launch:
-    """torch._scaled_mm: cuBLASLt with promoted sums; copies block scales into its own layout at each launch."""
+    """torch._scaled_mm: cuBLASLt with promoted sums; copies block scales into its layout at each launch, and pads x to fours of rows."""
     return _build(problem, fast_accum=False)
 
 

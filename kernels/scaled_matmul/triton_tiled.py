@@ -189,7 +189,8 @@ def default(problem: ScaledMatmul, chip: Chip) -> TiledConfig:
         bm = 64  # three CTAs share an SM: while one promotes its sums, another has the tensor cores
     if problem.format != "fp8_block" and bm == 128 and _tiles.tiles(problem, 128, 256) >= 2 * chip.sm_count:
         bn = min(padded_n, 256)
-    warps = 8 if bm == 128 else 4
+    # With block scales ptxas holds four warps of 32x64 to 96 registers, of 64x128 to 168, and spills for sm_100; eight take 72 and 107.
+    warps = 8 if bm == 128 or (problem.format == "fp8_block" and chip.target >= 100 and bm >= 32) else 4
     while (bm // 16) * (bn // 8) < warps:
         warps //= 2
     steps, splits = cdiv(problem.k, bk), 1

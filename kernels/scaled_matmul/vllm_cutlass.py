@@ -1,6 +1,6 @@
 """vLLM's CUTLASS kernels for fp8 and int8.
 
-Written for vllm 0.19 to 0.33: the operator torch.ops._C.cutlass_scaled_mm, which `vllm._custom_ops` registers and whose schema takes an
+Written for vllm 0.19: the operator torch.ops._C.cutlass_scaled_mm, which `vllm._custom_ops` registers and whose schema takes an
 output.
 """
 

@@ -1,6 +1,7 @@
 """Narrow formats against their definitions, computed here by search over all values."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -20,6 +21,14 @@ def test_fp4_is_the_nearest_of_all_values():
     grid = torch.tensor([*q.FP4_VALUES, *(-v for v in q.FP4_VALUES)])
     nearest = (x[:, None].clamp(-6, 6) - grid).abs().amin(dim=1)
     torch.testing.assert_close((x.clamp(-6, 6) - got).abs(), nearest)
+
+
+def test_fp4_codes_have_the_specifications_values_and_signs(monkeypatch):
+    codes = torch.arange(16, dtype=torch.uint8)
+    monkeypatch.delattr(torch, "tensor")  # a table from the host may not be copied while a CUDA graph is captured
+    values = q.fp4_values(codes)
+    assert values.dtype == torch.float32 and values.tolist() == [*q.FP4_VALUES, *(-v for v in q.FP4_VALUES)]
+    assert bool(values[8].signbit()) and q.fp4_values(torch.empty(3, dtype=torch.uint8, device="meta")).shape == (3,)
 
 
 def test_packing_puts_the_even_index_low():
@@ -60,12 +69,22 @@ def test_mx_scales_are_the_specifications(element):
     codes, biased = q.quantize_mx(x, element)
     for row, block in itertools.product(range(4), range(3)):
         amax = x[row, block * 32 : block * 32 + 32].abs().max().item()
-        shared = int(torch.tensor(amax).log2().floor()) - {"e4m3": 8, "e2m1": 2}[element]
+        shared = math.floor(math.log2(amax)) - {"e4m3": 8, "e2m1": 2}[element]
         assert biased[row, block].item() - 127 == shared
     values = codes.float() if element == "e4m3" else q.fp4_values(q.unpack4(codes))
     back = values * q.mx_scales(biased).repeat_interleave(32, dim=-1)
     # Numbers between the largest element and the next power of two saturate.
     assert torch.linalg.vector_norm(back - x) / torch.linalg.vector_norm(x) < {"e4m3": 0.04, "e2m1": 0.2}[element]
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e2m1"])
+def test_mx_scales_change_at_powers_of_two_and_not_before(element):
+    powers = torch.tensor([2.0**e for e in range(-100, 120)])
+    for amax, below in ((powers, 0), (powers.nextafter(torch.tensor(0.0)), 1), (powers.nextafter(torch.tensor(torch.inf)), 0)):
+        x = torch.zeros((len(powers), q.MX_BLOCK))
+        x[:, 5] = -amax
+        biased = q.quantize_mx(x, element)[1][:, 0]
+        assert biased.tolist() == [max(0, e - below - q.EMAX[element] + 127) for e in range(-100, 120)]
 
 
 def test_nvfp4_loses_less_than_mxfp4():

@@ -19,7 +19,7 @@ from klab.kernels.scaled_matmul import _packed_scales
 from klab.kernels.scaled_matmul.problem import FORMATS, MICRO, ScaledMatmul
 
 KERNELS = {k.name: k for k in discover().of("scaled_matmul")}
-TUNED = sorted(name for name, k in KERNELS.items() if not k.library and k.name != "torch_dequantized")
+TUNED = sorted(name for name, k in KERNELS.items() if k.backend != "torch" and not k.library)
 NEED_TRITON = pytest.mark.skipif("triton_tiled" not in KERNELS, reason="triton is not installed")
 NEED_GXX = pytest.mark.skipif(bool(Emulator.missing()), reason=Emulator.missing() or "g++ is here")
 SHAPES = [(1, 17, 96), (1, 7168, 16384), (33, 512, 576), (64, 24576, 1536), (4096, 7168, 16384)]
@@ -211,7 +211,7 @@ def compiled(name, problem, chip, **change):
 UNITS = [
     ("triton_tiled", "fp8_row", HOPPER, "wgmma"), ("triton_persistent", "int8_row", HOPPER, "wgmma"),
     ("triton_persistent", "fp8_row", BLACKWELL, "tcgen05"), ("triton_microscaled", "nvfp4", BLACKWELL, "tcgen05"),
-    ("triton_microscaled", "mxfp4", BLACKWELL, "tcgen05"), ("cuda_mma", "int8_row", BLACKWELL, "mma.sync"),
+    ("triton_microscaled", "mxfp4", BLACKWELL, "tcgen05"), ("triton_tiled", "fp8_block", BLACKWELL, "tcgen05"), ("cuda_mma", "int8_row", BLACKWELL, "mma.sync"),
 ]  # fmt: skip
 
 
@@ -221,11 +221,18 @@ def test_defaults_use_the_chips_matrix_unit_without_spilling(name, format, chip,
     artifacts, resources = compiled(name, problem_of(format), chip)
     main = resources[-1]
     assert main.matrix_unit == unit
-    assert all(r.stack_bytes <= 16 for r in resources), [(r.name, r.stack_bytes) for r in resources]
+    assert not any(r.spill_instructions for r in resources), [(r.name, r.spill_instructions) for r in resources]
     if name == "triton_microscaled":
         # The packed scales go to tensor memory as they are, and the product is of the format's own kind.
         kind = {"mxfp8": "mxf8f6f4", "mxfp4": "mxf4", "nvfp4": "mxf4nvf4"}[format]
         assert f"kind::{kind}.block_scale" in artifacts[-1].ptx and "tcgen05.cp" in artifacts[-1].ptx
+
+
+@NEED_TRITON
+@pytest.mark.parametrize(("name", "chip"), [("triton_tiled", BLACKWELL), ("cuda_mma", HOPPER)], ids=lambda v: getattr(v, "name", v))
+def test_defaults_for_32_rows_do_not_spill(name, chip):
+    _, resources = compiled(name, problem_of("fp8_block", 32), chip)
+    assert not any(r.spill_instructions for r in resources), [(r.name, r.spill_instructions) for r in resources]
 
 
 @NEED_TRITON
@@ -249,7 +256,7 @@ def test_warpgroup_products_run_behind_each_other(format, tmp_path):
     if "cuda_wgmma" not in KERNELS:
         pytest.skip("cupy is not installed")
     (artifact, *_), (found, *_) = compiled("cuda_wgmma", problem_of(format), HOPPER)
-    assert found.matrix_unit == "wgmma" and found.stack_bytes <= 16
+    assert found.matrix_unit == "wgmma" and found.spill_instructions == 0
     listing = tmp_path / "kernel.cubin"
     listing.write_bytes(artifact.cubin + b"\0")
     sass = subprocess.run([tool("nvdisasm"), "-c", str(listing)], capture_output=True, text=True, check=True).stdout
@@ -326,13 +333,15 @@ def test_packed_scales_follow_the_documented_order():
     assert packed.count_nonzero() == scale.count_nonzero()
 
 
-def test_block_scales_reach_cublas_in_its_layout(monkeypatch):
-    problem = problem_of("fp8_block", 8, 272, 1024)
+@pytest.mark.parametrize("m", [8, 5])
+def test_block_scales_reach_cublas_in_its_layout(monkeypatch, m):
+    problem = problem_of("fp8_block", m, 272, 1024)
 
     def stand_in(x, w, x_scale, w_scale, *, out_dtype, use_fast_accum, out):
         assert x.stride(1) == 1 and w.stride(0) == 1 and not use_fast_accum
         assert x_scale.shape == (8, 8) and x_scale.stride() == (1, 8)
         assert w_scale.shape == (8, 3) and w_scale.t().is_contiguous()
+        assert x.shape[0] == out.shape[0] == 8 and not x[m:].float().any()
         values = problem.values({"x": x, "x_scale": x_scale, "w": w.t(), "w_scale": w_scale.t()}, "x")
         weights = problem.values({"w": w.t(), "w_scale": w_scale.t()}, "w")
         return out.copy_(values @ weights.T)
@@ -341,6 +350,36 @@ def test_block_scales_reach_cublas_in_its_layout(monkeypatch):
     kernel = KERNELS["torch_scaled_mm"]
     assert kernel.unfit(problem, HOPPER) is None
     assert check(problem, kernel.build(problem, kernel.default(problem, HOPPER), HOPPER), seed=5).passed
+
+
+def test_few_rows_reach_the_integer_product_among_zeros(monkeypatch):
+    problem = problem_of("int8_row", 3, 48, 80)
+    kernel, multiply = KERNELS["torch_int_mm"], torch._int_mm
+    assert kernel.unfit(problem, HOPPER) is None
+
+    def stand_in(x, w, *, out):
+        assert x.shape == (32, 80) and not x[3:].any()
+        return multiply(x, w, out=out)
+
+    monkeypatch.setattr(torch, "_int_mm", stand_in)
+    assert check(problem, kernel.build(problem, kernel.default(problem, HOPPER), HOPPER), seed=5).passed
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bfloat16_holds_microscaled_values_exactly(format, monkeypatch):
+    problem, multiplied = problem_of(format, 5, 272, 160), {}
+    inputs, outputs = problem.inputs(seed=6, row_padding=8), problem.outputs()
+
+    def stand_in(x, w, *, out):
+        multiplied.update(x=x, w=w.t())
+
+    monkeypatch.setattr(torch, "mm", stand_in)
+    kernel = KERNELS["torch_dequantized_bf16"]
+    kernel.build(problem, kernel.default(problem, CPU), CPU)(inputs, outputs)
+    for name in ("x", "w"):
+        want = problem.values(inputs, name)
+        assert torch.equal(multiplied[name], want.bfloat16())
+        assert torch.equal(multiplied[name].float(), want) == (format in ("mxfp8", "mxfp4"))
 
 
 @pytest.mark.parametrize("format", MICRO)
