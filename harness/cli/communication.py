@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from klab.harness.cli._console import emit, out, table, talk
 from klab.kernels.errors import CannotMeasure, UsageError
 
 if TYPE_CHECKING:
+    from klab.harness.fleet.devices import Device
     from klab.harness.plan.communication import Collective, Table
     from klab.kernels.contract import Chip
 
@@ -52,7 +54,8 @@ def command(app: typer.Typer) -> None:
         if backend not in ("auto", "none", "nccl", "gloo"):
             raise UsageError(f"--backend is auto, none, nccl or gloo, not {backend}")
         found_chip = find_chip(chip)
-        ranks = gpus or (tp if tp > 1 else _gpus_here())
+        here = _gpus_here(found_chip)
+        ranks = gpus or (tp if tp > 1 else len(here))
         if ranks < 2:
             raise UsageError("a collective takes two or more GPUs: say --gpus N (the model then gives times without any)")
         counts: dict[Collective, str] = {}
@@ -61,8 +64,10 @@ def command(app: typer.Typer) -> None:
         wanted = list(counts) or sweep(ranks)
         if not counts and model is not None:
             raise UsageError(f"{model} with --tp {ranks} sends nothing between GPUs")
-        how = backend if backend != "auto" else ("nccl" if _gpus_here() >= ranks else "none")
+        how = backend if backend != "auto" else ("nccl" if len(here) >= ranks else "none")
         measured = read_table(known) if known else _measured(wanted, how, found_chip, ranks)
+        if measured is not None:
+            measured.require(found_chip)
         if out_file is not None:
             if measured is None:
                 raise CannotMeasure(f"nothing was measured, so {out_file} was not written: {ranks} GPUs (or --backend gloo) are needed")
@@ -71,10 +76,14 @@ def command(app: typer.Typer) -> None:
         _show(wanted, counts, measured, found_chip, as_json=as_json)
 
 
-def _gpus_here() -> int:
-    import torch
+def _gpus_here(chip: Chip) -> list[Device]:
+    """The GPUs of this machine that are this chip."""
+    from klab.harness.fleet.devices import devices
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        return [device for device in devices(chip) if device.kind == "cuda"]
+    except CannotMeasure:
+        return []
 
 
 def _of_model(name: str, chip: Chip, given: dict[str, object]) -> dict[Collective, str]:
@@ -94,6 +103,7 @@ def _of_model(name: str, chip: Chip, given: dict[str, object]) -> dict[Collectiv
 
 
 def _measured(wanted: list[Collective], backend: str, chip: Chip, ranks: int) -> Table | None:
+    from klab.harness.fleet.devices import devices
     from klab.harness.measure import environment
     from klab.harness.measure.communication import measure
     from klab.harness.measure.lock import exclusive
@@ -101,13 +111,18 @@ def _measured(wanted: list[Collective], backend: str, chip: Chip, ranks: int) ->
 
     if backend == "none":
         return None
-    if backend == "nccl" and _gpus_here() < ranks:
-        raise CannotMeasure(f"{ranks} GPUs are needed and {_gpus_here()} are here: --backend none gives the model's times")
+    if backend == "nccl" and chip.kind != "cuda":
+        raise UsageError(f"nccl measures GPUs, and {chip.name} is none: say --backend gloo")
     if backend == "gloo" and chip.kind != "cpu":
         raise UsageError("gloo measures CPU processes, which says nothing of a GPU's links: say --chip cpu")
+    chosen = devices(chip)[:ranks]  # CannotMeasure, saying what is here, when no device is this chip
+    if backend == "nccl" and len(chosen) < ranks:
+        raise CannotMeasure(f"{ranks} {chip.title} are needed and {len(chosen)} are here: --backend none gives the model's times")
     talk.print(f"measuring {len(wanted)} collectives over {ranks} ranks with {backend}", markup=False)
-    with exclusive("cpu" if backend == "gloo" else "all-gpus"):
-        points = measure(wanted, backend=backend)
+    with ExitStack() as locks:
+        for device in chosen:
+            locks.enter_context(exclusive(device.id))
+        points = measure(wanted, backend=backend, devices=[device.index for device in chosen] if backend == "nccl" else ())
     return Table(chip.name, backend, tuple(points), environment.software() | environment.host())
 
 

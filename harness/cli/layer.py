@@ -68,9 +68,12 @@ def command(app: typer.Typer) -> None:
             raise UsageError(f"--pick is chosen, library or own, not {pick}")
         if laps < 5:
             raise UsageError("--laps is at least 5: an interval needs that many")
-        scenario = scenario_for(
-            found_model, found_chip, **_options.scenario_of(isl, osl, str(batch) if batch else None, tp, dtype, further)
-        )
+        given = _options.scenario_of(isl, osl, str(batch) if batch else None, tp, dtype, further)
+        if given.get("quantization"):
+            raise UsageError("a whole layer is composed of unquantised problems: leave out --with quantization")
+        if phase == "prefill" and batch:
+            given["prefill_batch"] = batch
+        scenario = scenario_for(found_model, found_chip, **given)
         step = step_of(found_model, found_chip, scenario, phase)
         groups = groups_of(found_model)
         if not 0 <= group < len(groups):
@@ -134,18 +137,17 @@ def _timer(chip: Chip) -> tuple[Any, str]:
 
     from klab.harness.measure.power import NullMeter
     from klab.harness.measure.timer import CpuTimer
-    from klab.kernels.errors import CannotMeasure
 
     torch.set_grad_enabled(False)
     if chip.kind == "cpu":
         return CpuTimer(chip, NullMeter("no power sensor on this CPU")), "cpu"
-    if not torch.cuda.is_available():
-        raise CannotMeasure(f"there is no {chip.name} here: a layer is measured on the device itself (klab plan shows it without one)")
+    from klab.harness.fleet.devices import devices
     from klab.harness.measure.cuda_timer import CudaTimer
     from klab.harness.measure.nvml import open_meter
 
-    properties = torch.cuda.get_device_properties(0)
-    return CudaTimer(chip, open_meter(properties)), f"GPU-{properties.uuid}"
+    device = devices(chip)[0]  # CannotMeasure where none of them is this chip
+    torch.cuda.set_device(device.index)
+    return CudaTimer(chip, open_meter(torch.cuda.get_device_properties(device.index))), device.id
 
 
 def _emit(found: LayerTime, title: str, chip: Chip) -> None:

@@ -22,6 +22,7 @@ FINITE_POISON = (8192.0, 32768.0)
 # One element may be off by this many tolerances (relative to itself plus its row's rms). A wrong element in 16 million does not
 # move the Frobenius norm, but it does move this.
 ELEMENT_FACTOR = 16.0
+FEW_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def _wild_elements(difference: torch.Tensor, want: torch.Tensor, factor: float, 
     if not difference.numel():
         return 0
     rms = want.square().mean(dim=-1, keepdim=True).sqrt()
+    if want.shape[-1] < FEW_COLUMNS:  # a row of one cancelling sum has no size of its own
+        rms = rms.clamp_min(float(want.square().mean().sqrt()))
     # Nothing to look at one by one where the largest difference is small for the smallest row.
     if float(difference.max()) <= factor * float(rms.min()):
         return 0

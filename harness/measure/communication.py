@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,21 +27,24 @@ if TYPE_CHECKING:
 ROUNDS = 15
 ROUND_S = 0.002
 START_LIMIT_S = 120.0
+ORPHAN_CHECK_S = 0.5
 
 
-def measure(collectives: Sequence[Collective], *, backend: str, limit_s: float = 120.0) -> list[Point]:
+def measure(collectives: Sequence[Collective], *, backend: str, limit_s: float = 120.0, devices: Sequence[int] = ()) -> list[Point]:
     """Check and time each collective; all are over the same number of ranks. CannotMeasure with the first error of a rank, or when they
-    take longer than `limit_s` beyond their start.
+    take longer than `limit_s` beyond their start. With NCCL `devices` are the ranks' GPUs by CUDA's number (default: the first ones).
     """
     (gpus,) = {one.gpus for one in collectives}
     with tempfile.TemporaryDirectory(prefix="klab-ranks-") as folder:
-        job = {"collectives": [vars(one) for one in collectives], "backend": backend, "folder": folder, "gpus": gpus}
-        ranks = [_start(job, rank) for rank in range(gpus)]
+        job = {"collectives": [vars(one) for one in collectives], "backend": backend, "folder": folder, "gpus": gpus,
+               "devices": list(devices or range(gpus)), "parent": os.getpid()}  # fmt: skip
+        ranks: list[subprocess.Popen[bytes]] = []
         try:
+            for rank in range(gpus):
+                ranks.append(_start(job, rank))
             _wait(ranks, START_LIMIT_S + limit_s)
         finally:
-            for rank in ranks:
-                rank.kill()
+            _end(ranks)
         written = Path(folder, "points.json")
         if any(rank.returncode for rank in ranks) or not written.exists():
             texts = (Path(folder, f"{rank}.log").read_text(errors="replace") for rank in range(gpus))
@@ -67,6 +72,26 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], limit_s: float) -> None:
         time.sleep(0.05)
 
 
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill and reap all of them: their devices are free when this returns."""
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(timeout=10)  # a process stuck in the driver cannot be reaped
+
+
+def _end_with(parent: int) -> None:
+    """End this rank when its parent has, however that went: it would wait for the other ranks and keep its device."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(ORPHAN_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Rank:
     """One process of the group."""
 
@@ -75,9 +100,9 @@ class Rank:
         import torch.distributed as dist
 
         self.rank, self.gpus, self.dist = job["rank"], job["gpus"], dist
-        self.device = f"cuda:{self.rank}" if job["backend"] == "nccl" else "cpu"
+        self.device = f"cuda:{job['devices'][self.rank]}" if job["backend"] == "nccl" else "cpu"
         if self.device != "cpu":
-            torch.cuda.set_device(self.rank)
+            torch.cuda.set_device(self.device)
         store = f"file://{job['folder']}/store"
         dist.init_process_group(job["backend"], init_method=store, rank=self.rank, world_size=self.gpus)
 
@@ -156,6 +181,7 @@ class Rank:
 def main(text: str) -> None:
     """One rank."""
     job = json.loads(text)
+    _end_with(job["parent"])
     rank = Rank(job)
     points = [rank.time(Collective(**one)) for one in job["collectives"]]
     if rank.rank == 0:

@@ -120,10 +120,11 @@ def _require_views(role: str, fed: Mapping[str, torch.Tensor], flow: Mapping[str
 
 
 def layer_check(parts: Parts, found: LayerSet, *, reference_device: str = "cpu") -> Check:
-    """Run once into poisoned tensors and compare with the parts' references, composed in their own precision.
+    """Run once into poisoned tensors; judge every part on what it read, and the whole against the parts' references, composed.
 
-    A part that chooses (an expert, a token) is judged on what it read, and its choice is what the reference goes on with: another one that
-    rounding allows would lead elsewhere.
+    The first finds a wrong launch however little it adds to the output (attention over 8k keys is a hundredth of the residual); the second
+    finds what the parts' own references cannot: a stale tensor, a launch out of order. The choice of an expert is what the composed
+    reference goes on with: another one that rounding allows would lead elsewhere.
     """
     for part in parts:
         if isinstance(part, Part):
@@ -137,12 +138,12 @@ def layer_check(parts: Parts, found: LayerSet, *, reference_device: str = "cpu")
             flow[part.role] = dict(part.make(flow, {n: t.float() if t.is_floating_point() else t for n, t in own.items()}))
             continue
         problem, own = part.problem, _moved(found.own[part.role], reference_device)
-        if any(not tensor.is_floating_point() for tensor in found.flow[part.role].values()):
-            seen = own | {name: tensor.to(reference_device) for name, tensor in part.feed(found.flow).items()}
-            outputs = _moved(found.flow[part.role], reference_device)
-            judged = compare(problem, outputs, problem.reference(seen))
-            if not judged.passed:
-                return Check(judged.error, judged.tolerance, f"{part.role}: {judged.reason}")
+        seen = own | {name: tensor.to(reference_device) for name, tensor in part.feed(found.flow).items()}
+        outputs = _moved(found.flow[part.role], reference_device)
+        judged = compare(problem, outputs, problem.reference(seen))
+        if not judged.passed:
+            return Check(judged.error, judged.tolerance, f"{part.role}: {judged.reason}")
+        if any(not tensor.is_floating_point() for tensor in outputs.values()):
             flow[part.role] = outputs
             continue
         squares += problem.tolerance() ** 2

@@ -127,7 +127,17 @@ def latent_rows(a: LatentAttention, hidden: int, step: Step) -> list[Draft]:
     before, after = _split(replace(step, source=step.context).matrices(matrices))
     drafts = [step.normed("norm", step.tokens, hidden, residual=True), *before]
     drafts += [step.normed("latent_norm", step.tokens, rank, kind="rms") for rank in (a.q_lora_rank, a.kv_lora_rank) if rank]
-    cache = RopeCache(step.tokens, heads, 1, a.rope_dim, latent=a.kv_lora_rank, interleaved=True, page_size=LATENT_PAGE, dtype=step.dtype)
+    cache = RopeCache(
+        step.tokens,
+        heads,
+        1,
+        a.rope_dim,
+        latent=a.kv_lora_rank,
+        interleaved=True,
+        page_size=LATENT_PAGE,
+        kv_dtype="" if a.index_topk else step.kv_dtype,
+        dtype=step.dtype,
+    )
     drafts.append(drafted("rope_and_cache", cache))
     if a.index_topk:
         drafts += _indexer(a, step)
@@ -175,8 +185,8 @@ def _indexer(a: LatentAttention, step: Step) -> list[Draft]:
     scores = IndexScores(step.batch, step.new, step.context, a.index_heads, a.index_dim, step.dtype, format="fp8", page_size=LATENT_PAGE)
     drafts = [drafted("index_scores", scores)]
     if step.context > a.index_topk:
-        # Of one sequence from its first token on, the rows are a triangle.
-        triangle = not step.decodes and step.batch == 1 and step.prefix == 0
+        # Of one sequence, each row sees one key more than the row before.
+        triangle = not step.decodes and step.batch == 1
         drafts.append(drafted("index_topk", TopkSelect(step.tokens, step.context, a.index_topk, causal=triangle)))
     return drafts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from klab.harness.plan.rows import Plan
-from klab.kernels.contract import Json
+from klab.kernels.contract import Chip, Json
 from klab.kernels.errors import UsageError
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -21,7 +21,11 @@ START_US, BULK_START_US, HOP_US = 6.6, 8.4, 0.6
 LINK_SHARE, SWITCH_SHARE, LOW_LATENCY_SHARE = 370 / 450, 480 / 450, 0.5
 # In-switch reduction joins in where the group is a whole board.
 SWITCH_GPUS = 4
+# GPUs of one NVLink board; the constants know no network between boards.
+BOARD_GPUS = 8
 SCHEMA = 1
+# The kind of chip that each backend measures.
+BACKENDS = {"nccl": "cuda", "gloo": "cpu"}
 # From one token of a small model to a long prefill.
 SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 21, 1 << 24, 1 << 27)
 
@@ -54,7 +58,10 @@ class Expected:
 
 
 def modelled(one: Collective, link_gb_per_s: float) -> Expected:
-    """The best of low-latency, bulk and in-switch algorithms by NCCL's own constants; `link_gb_per_s` is one way."""
+    """The best of low-latency, bulk and in-switch algorithms by NCCL's own constants; `link_gb_per_s` is one way.
+
+    More GPUs than a board has are modelled as if all were on one, and `how` says so.
+    """
     link = link_gb_per_s * 1e3  # bytes per microsecond
     hops = (2 if one.kind == "all_reduce" else 1) * (one.gpus - 1)
     choices = {
@@ -65,7 +72,8 @@ def modelled(one: Collective, link_gb_per_s: float) -> Expected:
     if one.kind == "all_reduce" and one.gpus >= SWITCH_GPUS:
         choices["in the switch"] = BULK_START_US + 2 * HOP_US + one.wire_bytes / (link * SWITCH_SHARE)
     how = min(choices, key=choices.__getitem__)
-    return Expected(choices[how], "modelled", how)
+    beyond = "" if one.gpus <= BOARD_GPUS else ", modelled as if all were on one board"
+    return Expected(choices[how], "modelled", how + beyond)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,17 @@ class Point:
     ci_high_us: float
     rounds: int
 
+    def __post_init__(self) -> None:
+        """ValueError for what no measurement gives."""
+        whole = (self.gpus, self.message_bytes, self.rounds)
+        times = (self.ci_low_us, self.median_us, self.ci_high_us)
+        if self.kind not in KINDS or any(type(n) is not int or n < 1 for n in whole) or self.gpus < 2:
+            raise ValueError(f"not a collective: {self}")
+        if any(type(us) not in (int, float) or not (math.isfinite(us) and us > 0) for us in times):
+            raise ValueError(f"not times: {self}")
+        if sorted(times) != list(times):
+            raise ValueError(f"not an interval around its median: {self}")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -89,6 +108,23 @@ class Table:
     backend: str
     points: tuple[Point, ...]
     environment: Mapping[str, Json]
+
+    def __post_init__(self) -> None:
+        """ValueError for what no measurement gives."""
+        if self.backend not in BACKENDS or not isinstance(self.chip, str) or not isinstance(self.environment, Mapping):
+            raise ValueError(f"not a table: {self.backend!r} on {self.chip!r}")
+        keys = [(p.kind, p.gpus, p.message_bytes) for p in self.points]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"{max(keys, key=keys.count)} is there twice")
+
+    def require(self, chip: Chip) -> None:
+        """UsageError when this was measured on anything but that chip."""
+        if self.chip != chip.name:
+            raise UsageError(
+                f"the table was measured on {self.chip}, which says nothing of {chip.name}: measure there, or say -c {self.chip}"
+            )
+        if BACKENDS[self.backend] != chip.kind:
+            raise UsageError(f"the table was measured with {self.backend}, which says nothing of the links of {chip.name}")
 
     def expected(self, one: Collective, link_gb_per_s: float | None) -> Expected:
         """Interpolated (log-log) between measured sizes of the same kind and group, else modelled. UsageError where neither can be."""
@@ -121,7 +157,10 @@ def read_table(path: Path) -> Table:
         return Table(data["chip"], data["backend"], tuple(Point(**point) for point in data["points"]), data["environment"])
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError as error:
+        why = str(error).splitlines()[0][:200]
+        raise UsageError(f"{path} is not a file that klab communication wrote ({why})") from None
+    except (KeyError, TypeError, OverflowError, RecursionError):
         raise UsageError(f"{path} is not a file that klab communication wrote") from None
 
 

@@ -53,7 +53,16 @@ Parts = Sequence[Part | Glue]
 
 
 def layer_of(group: LayerGroup, hidden: int, step: Step) -> list[Part | Glue]:
-    """The launches of one layer of this group, in order. UsageError for a mixer that is none of grouped and latent attention."""
+    """The launches of one layer of this group, in order. UsageError for a mixer that is none of grouped and latent attention, and for parts
+    of a scenario that are not composed.
+    """
+    asked = [name for name in ("kv_dtype", "shared_prefix") if getattr(step, name)]
+    if step.tp > 1:
+        asked.append("tp (a part of a layer needs the all-reduces of the other GPUs)")
+    if step.prefix and not step.decodes:
+        asked.append("prefix_len in prefill")
+    if asked:
+        raise UsageError(f"a whole layer is not composed with {', '.join(asked)}: leave it out")
     (mixer,) = group.mixers if len(group.mixers) == 1 else (None,)
     if isinstance(mixer, Attention) and mixer.causal and not mixer.cross and not mixer.chunk:
         parts = _grouped(mixer, hidden, step)
@@ -113,9 +122,7 @@ def _grouped(a: Attention, hidden: int, step: Step) -> list[Part | Glue]:
             return lambda flow: flow["qk_norm"]["out"].view(step.tokens, heads + kv_heads, d)[:, first:last]
 
         sources |= {"q": normed(0, heads), "k": normed(heads, heads + kv_heads)}
-    rope = RopeCache(
-        step.tokens, heads, kv_heads, d, rotary_dim=a.rotary_dim, page_size=max(1, step.tokens), rotary=a.rotary, dtype=step.dtype
-    )
+    rope = RopeCache(step.tokens, heads, kv_heads, d, rotary_dim=a.rotary_dim, page_size=step.page_size, rotary=a.rotary, dtype=step.dtype)
     if not a.rotary:
         raise UsageError("a whole layer without rotary positions is not composed yet")
     parts.append(Part("rope_and_cache", rope, lambda flow: {name: source(flow) for name, source in sources.items()}))
@@ -186,7 +193,7 @@ def _latent(a: LatentAttention, hidden: int, step: Step) -> list[Part | Glue]:
     def q_of(flow: Flow) -> torch.Tensor:
         return flow["q_proj"]["out"].view(step.tokens, heads, nope + rope_dim)
 
-    rope = RopeCache(step.tokens, heads, 1, rope_dim, latent=latent, interleaved=True, page_size=max(1, step.tokens), dtype=step.dtype)
+    rope = RopeCache(step.tokens, heads, 1, rope_dim, latent=latent, interleaved=True, page_size=LATENT_PAGE, dtype=step.dtype)
     parts.append(
         Part(
             "rope_and_cache",
@@ -251,6 +258,8 @@ def _feed_forward(mlp: Mlp | Experts | None, hidden: int, step: Step) -> list[Pa
             lambda flow: {"x": flow["post_norm"]["out"], "topk_ids": flow["routing"]["ids"], "topk_weights": flow["routing"]["weights"]},
         )
     )
+    if mlp.shared_gate:
+        raise UsageError("a whole layer with a gate on its shared expert is not composed yet")
     if mlp.shared_intermediate:
         shared = [m.role for m in mlp_matrices(mlp, hidden, step.tp) if m.role.startswith("shared_") and m.role != "shared_gate"]
         parts += _chain(planned, "post_norm", (shared[0], "activation", shared[1]))

@@ -12,6 +12,7 @@ from klab.harness.catalog.architecture import (
     LinearAttention,
     Mixer,
     Model,
+    Note,
     ParallelBlock,
     Stack,
     UnknownMixer,
@@ -61,10 +62,18 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
         scenario=scenario,
         dtype=dtype,
         rows=tuple(rows),
-        notes=(*model.notes, *notes, *memory_notes(model, chip, scenario, dtype)),
+        notes=(*model.notes, *notes, *_cache_notes(model, scenario), *memory_notes(model, chip, scenario, dtype)),
         weight_bytes=weight_bytes(model, dtype, scenario.tp, scenario.quantization),
         kv_bytes_per_token=kv_bytes_per_token(model, scenario.kv_dtype or dtype),
     )
+
+
+def _cache_notes(model: Model, scenario: Scenario) -> list[Note]:
+    """What a narrower cache does not reach."""
+    mixers = [mixer for group in model.stack.groups for mixer in group.mixers]
+    if scenario.kv_dtype and any(isinstance(mixer, LatentAttention) and mixer.index_topk for mixer in mixers):
+        return [Note("kv_dtype", "sparse latent attention is planned on a cache of 16 bits, whatever kv_dtype says", 1.0, "warning")]
+    return []
 
 
 def step_of(model: Model, chip: Chip, scenario: Scenario, phase: str) -> Step:

@@ -1,4 +1,6 @@
-"""The gated delta rule in torch operations, float32: what a model runs where no fused kernel is installed.
+"""The gated delta rule in torch operations, float32, as klab wrote it: what a model runs where no fused kernel is installed.
+
+No library: the operations are torch's, but torch has no function for the rule, so that these are no yardstick from outside.
 
 Both forms work on all sequences at once, padded to the longest. A padding token has g = 0 and beta = 0, so that it changes no state.
 """
@@ -69,9 +71,9 @@ def fits_recurrent(problem: GatedDeltaRule, config: Config, chip: Chip) -> str |
     return f"one step per token: {longest} of {MAX_RECURRENT_TOKENS} allowed" if longest > MAX_RECURRENT_TOKENS else None
 
 
-@kernel(GatedDeltaRule, backend="torch", fits=fits_recurrent, kinds=("cuda", "cpu"), library=True)
+@kernel(GatedDeltaRule, backend="torch", fits=fits_recurrent, kinds=("cuda", "cpu"))
 def torch_recurrent(problem: GatedDeltaRule, config: Config, chip: Chip) -> Launch:
-    """Torch operations token by token (the definition, in float32): for decoding; slow for anything longer."""
+    """klab's own, in torch operations token by token (the definition, in float32): for decoding; slow for anything longer."""
     padding = _Padding(problem, max(problem.seq_lens))
 
     def launch(inputs: Tensors, outputs: Tensors) -> None:
@@ -106,7 +108,7 @@ def fits_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> st
     if config.chunk < 2 or config.chunk >= 2 * max(16, longest):
         return "a chunk has 2 tokens or more, and at most about as many as the longest sequence"
     padded = problem.batch * cdiv(longest, config.chunk) * config.chunk * problem.value_heads
-    needed = 4 * padded * (8 * (problem.key_dim + problem.value_dim) + 4 * config.chunk)
+    needed = 4 * padded * (8 * (problem.key_dim + problem.value_dim) + 6 * config.chunk)
     return f"the padded copies take {needed / 1e9:.0f} GB" if needed > chip.memory_bytes // 2 else None
 
 
@@ -122,10 +124,10 @@ def space_chunked(problem: GatedDeltaRule, chip: Chip) -> Iterator[ChunkConfig]:
 
 @kernel(
     GatedDeltaRule, backend="torch", config=ChunkConfig, fits=fits_chunked, default=default_chunked, space=space_chunked,
-    kinds=("cuda", "cpu"), library=True,
+    kinds=("cuda", "cpu"),
 )  # fmt: skip
 def torch_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> Launch:
-    """Torch matrix products in float32 on all chunks at once (WY form), then one step per chunk for the state."""
+    """klab's own, in torch: float32 matrix products on all chunks at once (WY form), then one step per chunk for the state."""
     p, size = problem, config.chunk
     count = cdiv(max(p.seq_lens), size)
     padding = _Padding(p, count * size)
@@ -139,10 +141,13 @@ def torch_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> L
         q, k = (in_chunks(padding.keys(inputs[name], scale)) for name, scale in (("q", p.scale), ("k", 1.0)))
         v = in_chunks(padding.pad(inputs["v"]))
         g, beta = (in_chunks(x) for x in padding.gates(inputs))
-        total = g.cumsum(-1)  # log decay from the chunk's beginning to each token, its own included
+        # Log decay from the chunk's beginning to each token, its own included. In float64: one g of -100 would cost all later differences
+        # their last bits.
+        exact = g.double().cumsum(-1)
+        total, left = exact.float(), (exact[..., -1:] - exact).float()
         earlier = torch.ones((size, size), dtype=torch.bool, device=g.device).tril_()
         # Differences first: exp(-total) alone would overflow. Where j is later than i they are positive, and hidden.
-        between = (total[..., :, None] - total[..., None, :]).masked_fill(~earlier, float("-inf")).exp()
+        between = (exact[..., :, None] - exact[..., None, :]).float().masked_fill_(~earlier, float("-inf")).exp_()
         # (I + A) correction = beta (v - exp(total) k S) for the state S at the chunk's beginning, A strictly lower triangular.
         a = (k @ k.mT) * between * beta[..., None]
         right = torch.cat([v * beta[..., None], k * (beta * total.exp())[..., None]], -1)
@@ -150,7 +155,7 @@ def torch_chunked(problem: GatedDeltaRule, config: ChunkConfig, chip: Chip) -> L
         values, keys = solved.split([p.value_dim, p.key_dim], -1)
         weights = (q @ k.mT) * between
         q_decayed = q * total.exp()[..., None]
-        k_decayed = k * (total[..., -1:] - total).exp()[..., None]
+        k_decayed = k * left.exp()[..., None]
         chunk_decay = total[..., -1].exp()
 
         state, out = inputs["initial_state"].float(), torch.empty_like(v)

@@ -59,6 +59,8 @@ def fits(problem: GatedDeltaRule, config: ChunkedConfig, chip: Chip) -> str | No
     p, c = problem, config
     if p.is_decode:
         return "one token is no chunk"
+    if p.is_short and p.dtype != "float32":
+        return "16-bit products are not precise enough for so few tokens: step by step costs no more"
     dims, blocks = (p.key_dim, p.value_dim), (c.chunk, c.block_v, c.scan_warps, c.prepare_warps, c.output_warps)
     if any(value < 1 or value & (value - 1) for value in (*dims, *blocks)):
         return "head dimensions, chunks, blocks and warps must be powers of two"

@@ -55,8 +55,15 @@ def fits(problem: LatentAttention, config: FlashInferMlaConfig, chip: Chip) -> s
 
 
 @kernel(
-    LatentAttention, backend="torch", config=FlashInferMlaConfig, default=default, space=space, fits=fits, library=True, requires=FLASHINFER,
-)  # fmt: skip
+    LatentAttention,
+    backend="torch",
+    config=FlashInferMlaConfig,
+    default=default,
+    space=space,
+    fits=fits,
+    library=True,
+    requires=FLASHINFER,
+)
 def flashinfer_mla(problem: LatentAttention, config: FlashInferMlaConfig, chip: Chip) -> Launch:
     """FlashInfer's absorbed MLA (fa2, fa3), planned once; the list of pages is gathered from the block table at each launch."""
     from flashinfer.mla import BatchMLAPagedAttentionWrapper

@@ -1,4 +1,4 @@
-"""quack's RMS and layer norms, in CuTe DSL. Written for quack-kernels 0.6.5 (quack.rmsnorm._rmsnorm_fwd, which writes into given outputs)."""
+"""quack's RMS and layer norms, in CuTe DSL. For quack-kernels 0.6.5 (quack.rmsnorm._rmsnorm_fwd, which writes into given outputs)."""
 
 from __future__ import annotations
 

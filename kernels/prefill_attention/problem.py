@@ -306,7 +306,9 @@ class PrefillAttention(Problem):
 
     def bytes_moved(self) -> float:
         dim = self.head_dim + self.dim_v
-        kv_tokens = sum(min(kv, self.window + q - 1) if self.window else kv for q, kv in zip(self.q_lens, self.kv_lens, strict=True))
+        # Nobody reads the keys of a sequence that has no query in this step.
+        lens = [(q, kv) for q, kv in zip(self.q_lens, self.kv_lens, strict=True) if q]
+        kv_tokens = sum(min(kv, self.window + q - 1) if self.window else kv for q, kv in lens)
         queries = SIZE_BYTES[self.dtype] * sum(self.q_lens) * self.heads * dim
         keys = SIZE_BYTES[self.kv_dtype or self.dtype] * kv_tokens * self.kv_heads * dim
         small = 4 * (self.pages + self.heads * self.sinks + 2 * self.kv_heads * bool(self.kv_dtype))

@@ -23,6 +23,8 @@ class SparseLatentAttention(Problem):
     The last tokens / sequences tokens of each of `sequences` sequences, every one with kv_len cached rows, are the queries (a decode step:
     sequences = tokens; a prefill: sequences = 1). A slot is page * page_size + row. A list holds `topk` distinct slots in any order; -1
     stands for none, where a token sees fewer, and a token whose list is empty has an output of zero. Page 0 belongs to nobody.
+    The cache has the queries' dtype: unlike latent_attention, this operator has no kv_dtype, so that a plan's `kv_dtype` fp8 does not
+    reach it and its problems measure a 16-bit cache.
 
     inputs: q [tokens, heads, kv_lora_rank + rope_dim]; kv_cache [1 + sequences * ceil(kv_len / page_size), page_size, kv_lora_rank +
             rope_dim], both `dtype`; indices [tokens, topk] int32.

@@ -1,17 +1,26 @@
 """Collectives: the model behaves, tables interpolate and say what they are, and ranks on this CPU are really measured."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from klab.harness.catalog import find_chip, find_model
+from klab.harness.cli.main import build_app
+from klab.harness.fleet import devices as fleet_devices
 from klab.harness.measure import communication as ranks
+from klab.harness.measure import lock
 from klab.harness.plan import plan, scenario_for
 from klab.harness.plan.communication import (
+    BOARD_GPUS,
     KINDS,
     Collective,
     Point,
@@ -26,6 +35,10 @@ from klab.harness.plan.communication import (
 from klab.kernels.errors import CannotMeasure, UsageError
 
 H200 = find_chip("h200")
+
+
+def invoke(*words):
+    return CliRunner().invoke(build_app(), ["communication", *words])
 
 
 @given(kind=st.sampled_from(KINDS), gpus=st.integers(2, 16), size=st.integers(1, 1 << 30))
@@ -76,6 +89,116 @@ def test_a_table_survives_its_file_and_a_foreign_one_is_named(tmp_path):
         read_table(path)
 
 
+@pytest.mark.parametrize("change", [
+    {"median_us": float("nan")}, {"median_us": float("inf")}, {"median_us": 0}, {"median_us": -1.0}, {"median_us": "10"},
+    {"ci_low_us": 10.5}, {"ci_high_us": True}, {"message_bytes": 1000.5}, {"message_bytes": 0}, {"gpus": 1}, {"gpus": True},
+    {"rounds": 1.5}, {"kind": "broadcast"}, {"message_bytes": 100_000}, {"median_us": 10**400}, {"more": 1},
+])  # fmt: skip
+def test_a_table_with_an_impossible_or_a_doubled_point_is_refused(tmp_path, change):
+    data = json.loads(json.dumps(table().to_json()))
+    data["points"][0] |= change
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match="klab communication wrote") as found:
+        read_table(path)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(("chip", "backend", "says"), [("h100", "nccl", "measured on h100"), ("h200", "gloo", "with gloo")])
+def test_a_table_of_another_chip_is_never_called_measured(tmp_path, chip, backend, says):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(table().to_json() | {"chip": chip, "backend": backend}))
+    found = invoke("-c", "h200", "--gpus", "2", "--table", str(path))
+    assert isinstance(found.exception, UsageError) and says in str(found.exception)
+    path.write_text(json.dumps(table().to_json() | {"chip": "h200", "backend": "nccl"}))
+    assert invoke("-c", "h200", "--gpus", "2", "--table", str(path), "--json").exit_code == 0
+
+
+def test_beyond_a_board_the_model_says_what_it_assumes():
+    assert "one board" not in modelled(Collective("all_reduce", BOARD_GPUS, 4096), 450.0).how
+    assert "as if all were on one board" in modelled(Collective("all_reduce", 2 * BOARD_GPUS, 4096), 450.0).how
+
+
+def gpus_here(monkeypatch, *names):
+    found = [SimpleNamespace(name=name, multi_processor_count=132, major=9, minor=0) for name in names]
+    devices = [(fleet_devices.Device(f"GPU-{i}", p.name, "cuda", i), p) for i, p in enumerate(found)]
+    monkeypatch.setattr(fleet_devices, "_cuda", lambda: devices)
+
+
+def test_nccl_measures_only_the_asked_chip(monkeypatch):
+    asked = ("-c", "h200", "--gpus", "2", "--backend")
+    gpus_here(monkeypatch, "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3")
+    found = invoke(*asked, "nccl")
+    assert isinstance(found.exception, CannotMeasure) and "not in this machine" in str(found.exception)
+    # By itself klab then models, and says so.
+    rows = [json.loads(line) for line in invoke(*asked, "auto", "--json").stdout.splitlines()]
+    assert {row["origin"] for row in rows} == {"modelled"}
+    gpus_here(monkeypatch, "NVIDIA H200", "NVIDIA H100 80GB HBM3")
+    found = invoke(*asked, "nccl")
+    assert isinstance(found.exception, CannotMeasure) and "1 are here" in str(found.exception)
+
+
+def test_nccl_holds_the_lock_of_each_gpu_it_uses(monkeypatch, tmp_path):
+    monkeypatch.setenv("KLAB_LOCK_DIR", str(tmp_path))
+    gpus_here(monkeypatch, "NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H200", "NVIDIA H200")
+    held = []
+
+    def measure(wanted, *, backend, devices):
+        assert (backend, devices) == ("nccl", [1, 2])
+        for i in range(4):
+            try:
+                with lock.exclusive(f"GPU-{i}"):
+                    pass
+            except CannotMeasure:
+                held.append(i)
+        return [Point(one.kind, one.gpus, one.message_bytes, 10.0, 9.0, 11.0, 15) for one in wanted]
+
+    monkeypatch.setattr(ranks, "measure", measure)
+    asked = ("-c", "h200", "--gpus", "2", "--json")
+    found = invoke(*asked)
+    assert found.exit_code == 0 and held == [1, 2]
+    with lock.exclusive("GPU-2"):
+        found = invoke(*asked)
+    assert isinstance(found.exception, CannotMeasure) and "GPU-2 is being measured" in str(found.exception)
+
+
+def alive(pid):
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_a_parent_that_is_killed(tmp_path, how):
+    # The only rank that is started waits for the second, which never comes.
+    job = {"collectives": [], "backend": "gloo", "folder": str(tmp_path), "gpus": 2, "devices": [0, 1]}
+    code = f"import os, time; from klab.harness.measure import communication as c; j = {job!r} | {{'parent': os.getpid()}}\n" \
+        "print(c._start(j, 0).pid, flush=True); time.sleep(60)"  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        os.kill(parent.pid, how)
+    finally:
+        parent.kill()
+        parent.communicate()
+    deadline = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_ranks_are_reaped(monkeypatch):
+    started = []
+    start = ranks._start
+    monkeypatch.setattr(ranks, "_start", lambda job, rank: started.append(start(job, rank)) or started[-1])
+    monkeypatch.setattr(ranks, "START_LIMIT_S", 0.0)
+    with pytest.raises(CannotMeasure, match="did not end"):
+        ranks.measure([Collective("all_reduce", 2, 64)], backend="gloo", limit_s=0.1)
+    assert [rank.returncode for rank in started] == [-signal.SIGKILL] * 2
+
+
 def test_the_messages_are_the_plans():
     model = find_model("deepseek-v3")
     made = plan(model, H200, scenario_for(model, H200, tp=8, batches=(4,), expert_parallel=True))
@@ -111,13 +234,10 @@ def test_impossible_requests():
     (("-c", "cpu", "--gpus", "2"), "no link_gb_per_s"),
     (("-c", "h200", "--gpus", "8", "--backend", "gloo"), "--chip cpu"),
     (("-c", "h200", "--gpus", "8", "--backend", "mpi"), "--backend"),
+    (("-c", "cpu", "--gpus", "2", "--backend", "nccl"), "--backend gloo"),
 ])  # fmt: skip
 def test_the_verb_refuses_in_one_line(words, says):
-    from typer.testing import CliRunner
-
-    from klab.harness.cli.main import build_app
-
-    found = CliRunner().invoke(build_app(), ["communication", *words])
+    found = invoke(*words)
     assert isinstance(found.exception, UsageError | CannotMeasure) and says in str(found.exception)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import whole_layer
 
 from klab.harness.catalog.huggingface import parse_config
 from klab.harness.measure.layer import CheckFailed, Chosen, LayerSet, layer_check, measure_layer
@@ -64,6 +65,38 @@ def test_the_layer_is_right(config, step):
     found = checked(parts, picked(parts))
     assert found.passed, found.reason
     assert found.error < 1e-4
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_the_composition_is_the_definition(config, step):
+    """The run and its check share their wiring; this layer is written apart from it."""
+    parts = composed(config, step)
+    problems = {part.role: part.problem for part in parts if isinstance(part, Part)}
+    launches = {role: one.kernel.build(problems[role], one.config, CPU) for role, one in picked(parts).items()}
+    one = LayerSet(parts, launches, seed=5, device="cpu")
+    before = {role: {name: tensor.clone() for name, tensor in tensors.items()} for role, tensors in one.own.items()}
+    one.run()
+    mixer = groups_of(parse_config(config, where="x", name="x"))[0].mixers[0]
+    out, residual = whole_layer.layer(before, mixer, step, one.flow.get("routing"))
+    for got, want in ((one.flow[parts[-1].role]["out"], out), (one.flow["post_norm"]["residual"], residual)):
+        assert (got.double() - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("role", ["rope_and_cache", "attention", "post_norm", "o_proj"])
+@pytest.mark.parametrize("config", [LLAMA, DEEPSEEK], ids=["dense", "latent"])
+def test_a_lost_part_is_found_in_sixteen_bits_behind_a_long_context(config, role):
+    """Attention over thousands of keys adds a hundredth of the residual's size: less than the whole's tolerance."""
+    parts = composed(config, Step("decode", 1, 1, 8191, "bfloat16"))
+    assert checked(parts, picked(parts)).passed
+    found = checked(parts, wrong(picked(parts), role, lambda outputs: [tensor.zero_() for tensor in outputs.values()]))
+    assert not found.passed and found.reason.startswith(role)
+
+
+def test_a_lost_router_is_found():
+    parts = composed(QWEN_MOE, Step("decode", 3, 1, 40, "bfloat16"))
+    found = checked(parts, wrong(picked(parts), "router", lambda outputs: outputs["out"].zero_()))
+    assert not found.passed and found.reason.startswith("router")
 
 
 def test_sixteen_bits_stay_within_the_tolerance():
@@ -127,6 +160,12 @@ def test_whole_and_parts_are_timed_in_the_same_laps():
     with pytest.raises(CheckFailed):
         spoiled = wrong(picked(parts), "o_proj", lambda outputs: outputs["out"].zero_())
         measure_layer(parts, spoiled, CPU, CpuTimer(CPU, NullMeter("none")), policy, laps=5)
+
+
+@pytest.mark.parametrize("asked", [{"tp": 2}, {"kv_dtype": "float8_e4m3fn"}, {"shared_prefix": 16}], ids=lambda v: next(iter(v)))
+def test_what_is_not_composed_is_refused(asked):
+    with pytest.raises(UsageError, match=f"not composed with {next(iter(asked))}"):
+        composed(LLAMA, dataclasses.replace(STEPS["decode"], **asked))
 
 
 def test_layers_that_cannot_be_composed_say_so():

@@ -84,6 +84,10 @@ def correct(problem, *, fault=""):
         ids, weights = inputs["topk_ids"], inputs["topk_weights"].clone()
         if fault == "weights of the neighbour":
             weights = weights.roll(1, dims=1)
+        if fault == "weights forgotten":
+            weights = torch.ones_like(weights)
+        if fault == "weights renormalised":
+            weights = weights / weights.sum(dim=1, keepdim=True)
 
         def rounded(rows):
             return dequantize(*quantize_fp8(rows, (1, 128)), (1, 128)) if p.format else rows
@@ -123,8 +127,10 @@ FAULTS = [
     (FusedMoe(30, 72, 56, 4, 2, "float16"), PLAIN),
     (FusedMoe(30, 96, 64, 6, 2, "bfloat16", local_experts=4), [*PLAIN, "another shard's expert"]),
     (FusedMoe(30, 96, 64, 6, 2, "bfloat16", swiglu_limit=0.5), [*PLAIN, "no clamp"]),
-    (FusedMoe(20, 200, 160, 4, 2, "float16", "fp8_block"), [*PLAIN, "scale of the next block", "x not quantised", "active not quantised"]),
+    (FusedMoe(20, 200, 160, 4, 2, "float32", "fp8_block"), [*PLAIN, "scale of the next block", "x not quantised", "active not quantised"]),
+    (FusedMoe(20, 200, 160, 4, 2, "float16", "fp8_block"), [*PLAIN, "scale of the next block", "x not quantised"]),
     (FusedMoe(20, 200, 160, 4, 2, "bfloat16", "fp8_block"), ["weights of the neighbour", "scale of the next block", "x not quantised"]),
+    *((problem, ["weights forgotten", "weights renormalised"]) for problem in FusedMoe.examples()),
 ]
 
 
@@ -156,8 +162,8 @@ def sorted_by_definition(ids, local, block_m):
     return slots, experts
 
 
-# The last is sorted by two programs.
-SORTS = [(1, 8, 2, 8, 16), (5, 6, 3, 4, 16), (140, 40, 8, 30, 16)]
+# By one program, as in the examples, and by two.
+SORTS = [(5, 6, 3, 4, 16), (140, 40, 8, 30, 16)]
 
 
 def sorts_rightly(found, ids, local, block_m):
@@ -172,13 +178,14 @@ def test_cuda_sorts_choices():
     pytest.importorskip("cupy")
     from klab.kernels.fused_moe._cuda_align import Align
 
-    for i, (tokens, experts, top_k, local, block_m) in enumerate(SORTS):
-        ids = draw_experts(tokens, experts, top_k, 0.7, seed=3, device="cpu")
-        align = Align(ids.numel(), top_k, local, block_m, HOPPER)
-        found = align.workspace(torch.device("cpu"))
-        with backend(Emulator(order=i)):
-            align.launch(ids, found)
-        sorts_rightly(found, ids, local, block_m)
+    # The examples run the sort by one block.
+    tokens, experts, top_k, local, block_m = SORTS[-1]
+    ids = draw_experts(tokens, experts, top_k, 0.7, seed=3, device="cpu")
+    align = Align(ids.numel(), top_k, local, block_m, HOPPER)
+    found = align.workspace(torch.device("cpu"))
+    with backend(Emulator(order=1)):
+        align.launch(ids, found)
+    sorts_rightly(found, ids, local, block_m)
 
 
 SORT_IN_TRITON = """
@@ -251,6 +258,43 @@ def test_the_engines_defaults_compete():
     assert sglang_default(FusedMoe(512, 4096, 1792, 128, 2)) == EngineConfig(64, 64, 32, 8, 4, 3)
     assert vllm_default(FusedMoe(64, 7168, 2048, 256, 8, format="fp8_block")) == EngineConfig(16, 128, 128, 32, 4, 3)
     assert "SPLIT_K" in (kernel.fits(SERVED[0], EngineConfig(SPLIT_K=2), HOPPER) or "it fits")
+
+
+# Entries of vLLM's files E=128,N=384,device_name=NVIDIA_(B200|H200)[,dtype=fp8_w8a8,block_shape=[128,128]].json.
+TABLES = [
+    (BLACKWELL, "", 1, (16, 32, 64, 1, 4, 4)),
+    (BLACKWELL, "", 2048, (128, 256, 64, 16, 8, 4)),
+    (BLACKWELL, "", 8192, (256, 256, 64, 1, 8, 3)),
+    (BLACKWELL, "fp8_block", 64, (16, 128, 256, 1, 4, 5)),
+    (BLACKWELL, "fp8_block", 4096, (64, 128, 256, 32, 4, 4)),
+    (HOPPER, "", 8, (16, 64, 128, 16, 4, 2)),
+    (HOPPER, "", 4096, (128, 256, 64, 1, 8, 4)),
+    (HOPPER, "fp8_block", 2048, (64, 128, 128, 16, 4, 4)),
+]
+
+
+@NEED_TRITON
+@pytest.mark.parametrize(("chip", "format", "tokens", "entry"), TABLES, ids=str)
+def test_entries_of_the_engines_tables_fit(chip, format, tokens, entry):
+    from klab.kernels.fused_moe._engine_config import EngineConfig
+
+    kernel = KERNELS["fused_moe/triton_engine"]
+    assert kernel.fits(FusedMoe(tokens, 4096, 384, 128, 8, format=format), EngineConfig(*entry), chip) is None
+
+
+@NEED_TRITON
+def test_sums_beyond_registers_need_tensor_memory():
+    from klab.kernels.fused_moe._engine_config import EngineConfig
+
+    kernel, largest = KERNELS["fused_moe/triton_engine"], EngineConfig(256, 256, 64, 1, 8, 3)
+    layer = FusedMoe(8192, 4096, 384, 128, 8)
+    for problem, config, chip in (
+        (layer, largest, HOPPER),
+        (layer, EngineConfig(256, 256, 64, 1, 4, 3), BLACKWELL),
+        (dataclasses.replace(layer, format="fp8_block"), EngineConfig(128, 256, 64, 1, 8, 3), BLACKWELL),
+        (dataclasses.replace(layer, intermediate=376), largest, BLACKWELL),
+    ):
+        assert "spill" in kernel.fits(problem, config, chip)
 
 
 @pytest.mark.parametrize(

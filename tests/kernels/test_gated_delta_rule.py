@@ -7,7 +7,7 @@ import pytest
 import torch
 from contest import BLACKWELL, CPU, HOPPER
 
-from klab.harness.measure.check import check
+from klab.harness.measure.check import check, compare
 from klab.kernels.contract import Chip
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
@@ -119,6 +119,8 @@ def recurrence(problem, *, fault=""):
                 state = state + k[t][:, :, None] * correction[:, None, :]
                 if fault == "state of the token before" and t == end - 1:
                     outputs["final_state"][i] = before
+                if fault == "state in bf16":
+                    state = state.bfloat16().float()
                 outputs["out"][t] = torch.einsum("hkv,hk->hv", before if fault == "out before correction" else state, q[t])
             if fault != "state of the token before" or end == first:
                 outputs["final_state"][i] = state
@@ -149,6 +151,13 @@ def test_the_smallest_faults_of_a_decode_step_are_found():
     assert check(problem, recurrence(problem), seed=1).passed
     for fault in ("no norm", "scale", "no initial state", "reads before decay", "state of the token before", "out before correction"):
         assert not check(problem, recurrence(problem, fault=fault), seed=2).passed, fault
+
+
+def test_a_state_in_bf16_between_few_tokens_is_found():
+    for dtype in ("bfloat16", "float32"):
+        problem = GatedDeltaRule((4,) * 16, 1, 2, 128, 32, dtype=dtype)
+        assert check(problem, recurrence(problem), seed=1).passed
+        assert not check(problem, recurrence(problem, fault="state in bf16"), seed=1).passed
 
 
 def small_chip(smem_bytes: int) -> Chip:
@@ -187,3 +196,16 @@ def test_strong_and_no_decay_stay_finite(kernel):
     for decay in (0.0, 60.0):
         problem = GatedDeltaRule((80, 5), 1, 2, 32, 32, dtype="float32", decay=decay)
         assert check(problem, kernel.build(problem, kernel.default(problem, CPU), CPU), seed=5).passed
+
+
+def test_single_strong_decays_cost_the_others_nothing():
+    """In fp32: g = -100 on every eighth token, weak ones between."""
+    problem = GatedDeltaRule((150,), 1, 2, 64, 32, dtype="float32")
+    inputs = problem.inputs(seed=3)
+    inputs["g"][::8] = -100.0
+    expected = problem.reference(inputs)
+    for kernel in ON_CPU:
+        outputs = problem.outputs()
+        kernel.build(problem, kernel.default(problem, CPU), CPU)(inputs, outputs)
+        found = compare(problem, outputs, expected)
+        assert found.passed, f"{kernel.name}: {found.reason}"

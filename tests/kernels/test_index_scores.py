@@ -122,3 +122,22 @@ def test_spaces(kernel, chip):
         space = list(kernel.space(problem, chip))
         assert space[0] == kernel.default(problem, chip)
         assert len(space) == len(set(space)) > 5
+
+
+@pytest.mark.parametrize("kernel", ON_CPU, ids=lambda k: k.name)
+def test_float16_next_to_fp8_does_not_overflow(kernel):
+    """Products of e4m3 values reach 448^2 head_dim, far above 65504."""
+    for shape in ((1, 3, 40, 8, 128), (1, 2, 40, 32, 128)):
+        for page_size in (0, 16):
+            problem = IndexScores(*shape, "float16", "fp8", page_size=page_size)
+            found = check(problem, kernel.build(problem, kernel.default(problem, CPU), CPU), seed=5)
+            assert found.passed, f"{problem.label()}: {found.reason}"
+
+
+def test_few_heads_pass_on_every_seed():
+    """What a 16-bit library rounds averages over heads; where they are few, the tolerance is wider."""
+    kernel = KERNELS["torch_matmul"]
+    for heads in (1, 2, 4, 8):
+        problem = IndexScores(1, 8, 100, heads, 64)
+        launch = kernel.build(problem, kernel.default(problem, CPU), CPU)
+        assert all(check(problem, launch, seed=seed).passed for seed in range(40)), heads

@@ -209,30 +209,24 @@ def compiled(name, problem, chip, **change):
 
 # What test_compiled.py, which takes the first two problems that fit, does not reach.
 UNITS = [
-    ("triton_tiled", "fp8_row", HOPPER, "wgmma"), ("triton_persistent", "int8_row", HOPPER, "wgmma"),
-    ("triton_persistent", "fp8_row", BLACKWELL, "tcgen05"), ("triton_microscaled", "nvfp4", BLACKWELL, "tcgen05"),
-    ("triton_microscaled", "mxfp4", BLACKWELL, "tcgen05"), ("triton_tiled", "fp8_block", BLACKWELL, "tcgen05"), ("cuda_mma", "int8_row", BLACKWELL, "mma.sync"),
+    ("triton_tiled", "fp8_row", 4096, HOPPER, "wgmma"), ("triton_persistent", "int8_row", 4096, HOPPER, "wgmma"),
+    ("triton_persistent", "fp8_row", 4096, BLACKWELL, "tcgen05"), ("triton_microscaled", "nvfp4", 4096, BLACKWELL, "tcgen05"),
+    ("triton_microscaled", "mxfp4", 4096, BLACKWELL, "tcgen05"), ("triton_tiled", "fp8_block", 4096, BLACKWELL, "tcgen05"),
+    ("triton_tiled", "fp8_block", 32, BLACKWELL, "mma.sync"), ("cuda_mma", "fp8_block", 32, HOPPER, "mma.sync"),
+    ("cuda_mma", "int8_row", 4096, BLACKWELL, "mma.sync"),
 ]  # fmt: skip
 
 
 @NEED_TRITON
-@pytest.mark.parametrize(("name", "format", "chip", "unit"), UNITS, ids=lambda v: getattr(v, "name", v))
-def test_defaults_use_the_chips_matrix_unit_without_spilling(name, format, chip, unit):
-    artifacts, resources = compiled(name, problem_of(format), chip)
-    main = resources[-1]
-    assert main.matrix_unit == unit
+@pytest.mark.parametrize(("name", "format", "m", "chip", "unit"), UNITS, ids=lambda v: getattr(v, "name", v))
+def test_defaults_use_the_chips_matrix_unit_without_spilling(name, format, m, chip, unit):
+    artifacts, resources = compiled(name, problem_of(format, m), chip)
+    assert unit in {r.matrix_unit for r in resources}
     assert not any(r.spill_instructions for r in resources), [(r.name, r.spill_instructions) for r in resources]
     if name == "triton_microscaled":
         # The packed scales go to tensor memory as they are, and the product is of the format's own kind.
-        kind = {"mxfp8": "mxf8f6f4", "mxfp4": "mxf4", "nvfp4": "mxf4nvf4"}[format]
+        kind = {"mxfp4": "mxf4", "nvfp4": "mxf4nvf4"}[format]
         assert f"kind::{kind}.block_scale" in artifacts[-1].ptx and "tcgen05.cp" in artifacts[-1].ptx
-
-
-@NEED_TRITON
-@pytest.mark.parametrize(("name", "chip"), [("triton_tiled", BLACKWELL), ("cuda_mma", HOPPER)], ids=lambda v: getattr(v, "name", v))
-def test_defaults_for_32_rows_do_not_spill(name, chip):
-    _, resources = compiled(name, problem_of("fp8_block", 32), chip)
-    assert not any(r.spill_instructions for r in resources), [(r.name, r.spill_instructions) for r in resources]
 
 
 @NEED_TRITON
@@ -355,27 +349,26 @@ def test_block_scales_reach_cublas_in_its_layout(monkeypatch, m):
 def test_few_rows_reach_the_integer_product_among_zeros(monkeypatch):
     problem = problem_of("int8_row", 3, 48, 80)
     kernel, multiply = KERNELS["torch_int_mm"], torch._int_mm
-    assert kernel.unfit(problem, HOPPER) is None
 
     def stand_in(x, w, *, out):
         assert x.shape == (32, 80) and not x[3:].any()
         return multiply(x, w, out=out)
 
     monkeypatch.setattr(torch, "_int_mm", stand_in)
+    assert kernel.unfit(problem, HOPPER) is None
     assert check(problem, kernel.build(problem, kernel.default(problem, HOPPER), HOPPER), seed=5).passed
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_bfloat16_holds_microscaled_values_exactly(format, monkeypatch):
-    problem, multiplied = problem_of(format, 5, 272, 160), {}
-    inputs, outputs = problem.inputs(seed=6, row_padding=8), problem.outputs()
+    problem, kernel, multiplied = problem_of(format, 5, 272, 160), KERNELS["torch_dequantized_bf16"], {}
+    inputs = problem.inputs(seed=6, row_padding=8)
 
     def stand_in(x, w, *, out):
         multiplied.update(x=x, w=w.t())
 
     monkeypatch.setattr(torch, "mm", stand_in)
-    kernel = KERNELS["torch_dequantized_bf16"]
-    kernel.build(problem, kernel.default(problem, CPU), CPU)(inputs, outputs)
+    kernel.build(problem, kernel.default(problem, CPU), CPU)(inputs, problem.outputs())
     for name in ("x", "w"):
         want = problem.values(inputs, name)
         assert torch.equal(multiplied[name], want.bfloat16())
@@ -404,5 +397,4 @@ def test_micro_scales_reach_cublas_packed(monkeypatch, format):
     monkeypatch.setattr(torch, "_scaled_mm_v2", stand_in)
     kernel = KERNELS["torch_scaled_mm"]
     assert kernel.unfit(problem, BLACKWELL) is None
-    found = check(problem, kernel.build(problem, kernel.default(problem, BLACKWELL), BLACKWELL), seed=5)
-    assert found.passed, found.reason
+    assert check(problem, kernel.build(problem, kernel.default(problem, BLACKWELL), BLACKWELL), seed=5).passed
