@@ -88,6 +88,8 @@ def command(app: typer.Typer) -> None:
                 found = measure_layer(parts, chosen, found_chip, timer, policy, laps=laps, tell=lambda line: talk.print(line, markup=False))
             except CheckFailed as error:
                 raise CannotMeasure(f"nothing was timed: {error}") from None
+            except (RuntimeError, MemoryError) as error:  # torch's allocators, for the most part
+                raise CannotMeasure(f"the layer cannot be measured here: {(str(error).splitlines() or ['out of memory'])[0]}") from None
         tokens = f"{phase} {step.batch}x{step.new} behind {step.prefix} tokens"
         title = f"{found_model.name}, {groups[group].count} such layers, {tokens}, {step.dtype}"
         if as_json:
@@ -152,8 +154,8 @@ def _timer(chip: Chip) -> tuple[Any, str]:
 
 def _emit(found: LayerTime, title: str, chip: Chip) -> None:
     for part in found.parts:
-        emit({"type": "part", **vars(part) | {"time": None}, **_time(part.time)})
-    whole = vars(found) | {"parts": len(found.parts), "whole": None}
+        emit({"type": "part", **{k: v for k, v in vars(part).items() if k != "time"}, **_time(part.time)})
+    whole = {k: v for k, v in vars(found).items() if k != "whole"} | {"parts": len(found.parts)}
     emit({"type": "layer", "title": title, "chip": chip.name, **whole, **_time(found.whole)})
 
 
@@ -177,7 +179,7 @@ def _show(found: LayerTime, title: str, step: Step) -> None:
         f"{'CUDA graph' if found.launch_mode == 'graph' else found.launch_mode}, {found.whole.median:.5g} us "
         f"({found.whole.low:.5g}..{found.whole.high:.5g})\n"
         f"whole / sum = {ratio[0]:.3f} ({ratio[1]:.3f}..{ratio[2]:.3f}), without the copies {bare[0]:.3f} ({bare[1]:.3f}..{bare[2]:.3f}); "
-        f"{found.laps} laps, {found.sets} copies of the layer, cache {found.l2_state}\n"
+        f"the median of the ratios lap by lap; {found.laps} laps, {found.sets} copies of the layer, cache {found.l2_state}\n"
         f"output off by {found.error:.2e} from the composed references (tolerance {found.tolerance:.2e})",
         markup=False,
         soft_wrap=True,

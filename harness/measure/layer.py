@@ -191,16 +191,15 @@ def measure_layer(
     whole = timer.batch(launch, rotation, policy)
     batches: dict[str, Batch] = {}
     for part in parts:
-        tell(f"warming up {part.role}")
         if isinstance(part, Part):
             batches[part.role] = _alone(part.problem, launches[part.role], timer, policy, seed)
         else:
             among, glue_launch = _walk(sets, partial(_step, part.role), cold)
             batches[part.role] = timer.batch(glue_launch, among, policy)
+    tell(f"timing the whole and its {len(batches)} parts, {laps} laps")
     samples: dict[str, list[float]] = {role: [] for role in batches}
     wholes: list[float] = []
     for lap in range(laps):
-        tell(f"lap {lap + 1} of {laps}")
         order: Iterable[str] = batches if lap % 2 else reversed(batches)
         wholes.append(whole.round().us)
         for role in order:

@@ -120,9 +120,7 @@ class Table:
     def require(self, chip: Chip) -> None:
         """UsageError when this was measured on anything but that chip."""
         if self.chip != chip.name:
-            raise UsageError(
-                f"the table was measured on {self.chip}, which says nothing of {chip.name}: measure there, or say -c {self.chip}"
-            )
+            raise UsageError(f"the table was measured on {self.chip}, which says nothing of {chip.name}: say -c {self.chip}")
         if BACKENDS[self.backend] != chip.kind:
             raise UsageError(f"the table was measured with {self.backend}, which says nothing of the links of {chip.name}")
 

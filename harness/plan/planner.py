@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 from klab.harness.catalog.architecture import (
@@ -22,7 +23,7 @@ from klab.harness.plan.blocks import joint_rows, parallel_rows
 from klab.harness.plan.feed_forward import feed_forward_rows
 from klab.harness.plan.memory import kv_bytes_per_token, memory_notes, weight_bytes
 from klab.harness.plan.precision import planned_dtype
-from klab.harness.plan.quantization import check_format, quantised
+from klab.harness.plan.quantization import check_format, left_wide, quantised
 from klab.harness.plan.roofline import Roofline
 from klab.harness.plan.rows import Plan, Row
 from klab.harness.plan.scenario import Scenario, scenario_for
@@ -56,6 +57,9 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
     for step, layers in _steps(model, scenario, dtype):
         narrow = [(count, [quantised(draft, scenario.quantization) for draft in drafts]) for count, drafts in layers]
         rows += _merged(step, narrow, roofline)
+        notes += [
+            note for note in left_wide(itertools.chain(*(drafts for _, drafts in narrow)), scenario.quantization) if note not in notes
+        ]
     return Plan(
         model=model,
         chip=chip,

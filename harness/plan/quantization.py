@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
+from klab.harness.catalog.architecture import Note
 from klab.harness.plan.step import Draft, drafted
 from klab.kernels.contract import Problem
 from klab.kernels.discover import approximations_of
@@ -11,6 +13,8 @@ from klab.kernels.errors import UsageError
 from klab.kernels.fused_moe.problem import FusedMoe
 from klab.kernels.matmul.problem import Matmul
 
+# Operators whose weights a checkpoint quantises.
+WEIGHTED = frozenset({"matmul", "fused_moe"})
 # What checkpoints leave wide: the head, and the small matrices that decide where a token goes.
 WIDE_ROLES = frozenset({"lm_head", "router", "shared_gate", "index_weights_proj"})
 
@@ -36,6 +40,20 @@ def quantised(draft: Draft, name: str) -> Draft:
         if format_of(problem) == name:
             return drafted(draft.role, problem)
     return draft
+
+
+def left_wide(drafts: Iterable[Draft], name: str) -> list[Note]:
+    """A warning where weights stay wide although a format was asked for, because their operator has no such format."""
+    stay = sorted(
+        {d.operator for d in drafts if name and d.operator in WEIGHTED and d.role not in WIDE_ROLES and format_of_draft(d) != name}
+    )
+    words = f"{', '.join(stay)} has no {name}: its weights are planned wide (formats: {', '.join(formats())})"
+    return [Note("quantization", words, 1.0, "warning")] if stay else []
+
+
+def format_of_draft(draft: Draft) -> str:
+    """The format of a draft's problem, or an empty string."""
+    return format_of(draft.problem) if draft.problem else ""
 
 
 def format_of(problem: Problem) -> str:

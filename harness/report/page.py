@@ -28,7 +28,7 @@ def figures(subject: Subject) -> list[Figure]:
             found.append(sweep.draw(panels, along, f"{_slug(subject)}-{along.identity}", hues))
     formats = cost_and_error.data(rows)
     if formats:
-        found.append(cost_and_error.draw(formats, f"{_slug(subject)}-error", hues))
+        found.append(cost_and_error.draw(formats, f"{_slug(subject)}-error"))
     parts = where_time_goes.data(subject.profile)
     if parts:
         found.append(where_time_goes.draw(parts, subject.profile, f"{_slug(subject)}-time"))

@@ -110,7 +110,7 @@ def rows_per_expert(problem: FusedMoe) -> float:
 def fits(problem: FusedMoe, config: TileConfig, chip: Chip) -> str | None:
     """16-bit operands; see expert_tiles."""
     if problem.format:
-        return "is for 16-bit weights"
+        return "is for 16-bit weights; fp8 blocks are multiplied by the Triton kernels"
     if problem.local > 1024:
         return "sorting keeps the counts of at most 1024 experts in shared memory"
     if problem.gated and config.block_n % (32 * config.warps_n):
@@ -145,7 +145,7 @@ def _in_chunks(tensor: torch.Tensor) -> bool:
 
 @kernel(FusedMoe, backend="cuda", config=TileConfig, fits=fits, default=default, space=space)
 def cuda_moe(problem: FusedMoe, config: TileConfig, chip: Chip) -> Launch:
-    """CUDA C++: sort, gate and up with the activation fused, down with the router's weights, sum; mma.sync with a cp.async ring."""
+    """CUDA C++, 16 bits (fp8 blocks: Triton): sort, gate and up with the activation, down with router weights, sum; mma.sync, cp.async."""
     p, c, choices = problem, config, problem.tokens * problem.top_k
     align = Align(choices, p.top_k, p.local, c.block_m, chip)
     blocks = most_blocks(choices, p.local, c.block_m)

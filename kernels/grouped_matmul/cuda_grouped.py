@@ -80,7 +80,7 @@ def rows_per_expert(problem: GroupedMatmul) -> float:
 def fits(problem: GroupedMatmul, config: TileConfig, chip: Chip) -> str | None:
     """16-bit operands; see expert_tiles."""
     if problem.format:
-        return "is for 16-bit operands"
+        return "is for 16-bit operands; fp8 blocks are multiplied by triton_grouped"
     if problem.experts > 1024:
         return "a lane keeps the offsets of at most 32 experts"
     return tile_fits(config, problem.dtype, chip)
@@ -103,7 +103,7 @@ def _in_chunks(tensor: torch.Tensor) -> bool:
 
 @kernel(GroupedMatmul, backend="cuda", config=TileConfig, fits=fits, default=default, space=space)
 def cuda_grouped(problem: GroupedMatmul, config: TileConfig, chip: Chip) -> Launch:
-    """CUDA C++, one launch: mma.sync m16n8k16 with a cp.async ring; the experts' tiles found by a scan in each warp."""
+    """CUDA C++, 16 bits (fp8 blocks: Triton), one launch: mma.sync with a cp.async ring; the experts' tiles found by a scan per warp."""
     p, c = problem, config
     defines: dict[str, str | int] = {
         "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "STAGES": c.stages, "WARPS_M": c.warps_m, "WARPS_N": c.warps_n,

@@ -2,7 +2,8 @@
 
 Scores of every head are written to memory in the problem's dtype and read again; fp8 operands become 16-bit copies first, and paged keys
 contiguous ones. Products of e4m3 values (up to 448) overflow float16: the queries' copies are scaled down by a power of two there, which
-loses nothing, and the weights and keys' scales up by as much. torch._scaled_mm would multiply fp8 as it is, but only with row counts that are multiples of 16.
+loses nothing, and the weights and keys' scales up by as much. torch._scaled_mm would multiply fp8 as it is, but only with row counts that
+are multiples of 16.
 """
 
 from __future__ import annotations

@@ -143,6 +143,18 @@ class WeightOnlyMatmul(Problem):
         ]  # fmt: skip
         return [cls(m, n, k, dtype, form, group) for m, n, k, form, group, dtypes in shapes for dtype in dtypes]
 
+    @property
+    def quantization(self) -> str:
+        """The format's name in a plan, where int4 and fp8 alone would not say that the activations stay wide."""
+        return {"int4": "w4a16", "fp8": "w8a16"}[self.format]
+
+    @classmethod
+    def approximations(cls, wide: Problem) -> list[Problem]:
+        if not isinstance(wide, Matmul) or wide.layout != "nt" or wide.dtype == "float32":
+            return []
+        int4 = [cls(wide.m, wide.n, wide.k, wide.dtype)] if wide.k % 2 == 0 else []
+        return [*int4, cls(wide.m, wide.n, wide.k, wide.dtype, "fp8", 0)]
+
     @classmethod
     def at_scale(cls) -> list[Problem]:
         """Llama 3.1 8B's gate and up for decode batches."""

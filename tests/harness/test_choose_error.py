@@ -84,6 +84,6 @@ def test_the_figure_has_the_front():
     (panel,) = cost_and_error.data([*ROWS, narrow(FP8, 90.0, 0.031, "torch_scaled")])
     assert panel.name == WIDE.label() and len(panel.formats) == 4
     assert [one.median_us < 101 and one.error for one in panel.front] == [0.0, 0.03, 0.12]
-    figure = cost_and_error.draw([panel], "x", {})
+    figure = cost_and_error.draw([panel], "x")
     assert len(figure.traces) == 5 and not figure.empty
-    assert cost_and_error.draw([], "x", {}).empty
+    assert cost_and_error.draw([], "x").empty

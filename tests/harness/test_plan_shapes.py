@@ -9,6 +9,7 @@ from klab.harness.catalog.huggingface import parse_config
 from klab.harness.plan import plan, scenario_for
 from klab.harness.plan.attention import _chunks
 from klab.harness.plan.memory import cache_bytes, kv_bytes_per_token
+from klab.harness.plan.quantization import format_of, formats
 from klab.kernels.batched_matmul.problem import BatchedMatmul
 from klab.kernels.causal_conv1d.problem import CausalConv1d
 from klab.kernels.errors import UsageError
@@ -320,6 +321,21 @@ def test_a_format_replaces_the_layers_weights_and_leaves_the_head():
     assert made.weight_bytes < 0.6 * planned("qwen3-30b-a3b").weight_bytes
     with pytest.raises(UsageError, match="not 'fp5'"):
         planned("llama-3.1-8b", quantization="fp5")
+
+
+def test_every_format_has_a_plan():
+    assert set(formats()) == {"fp8_tensor", "fp8_row", "fp8_block", "int8_row", "mxfp8", "mxfp4", "nvfp4", "w4a16", "w8a16"}
+    for name in formats():
+        made = planned("llama-3.1-8b", batches=(4,), quantization=name)
+        assert format_of(by_role(made, "decode", 4)["qkv_proj"].problem) == name
+        assert not [note for note in made.notes if note.field == "quantization"]
+
+
+def test_a_format_that_experts_do_not_have_is_told():
+    made = planned("gpt-oss-20b", batches=(4,), quantization="mxfp4")
+    (note,) = [note for note in made.notes if note.field == "quantization"]
+    assert "fused_moe" in note.message and note.level == "warning"
+    assert not [note for note in planned("qwen3-30b-a3b", quantization="fp8_block").notes if note.field == "quantization"]
 
 
 def test_occurrences():

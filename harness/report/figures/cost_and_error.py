@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klab.harness.report.figures.style import INK, Figure, axis, layout, mark, plain
+from klab.harness.report.figures.style import INK, Figure, axis, colours, layout, mark, plain
 from klab.harness.report.units import interval, time
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Result
@@ -60,7 +60,7 @@ def data(rows: Sequence[Result]) -> list[Panel]:
     return sorted(panels, key=lambda panel: (-len(panel.formats), panel.name))
 
 
-def draw(panels: Sequence[Panel], identity: str, colours: dict[str, str]) -> Figure:
+def draw(panels: Sequence[Panel], identity: str) -> Figure:
     """Error to the right, time upwards: what lies below and to the left is better. A line joins what nothing beats in both."""
     caption = (
         "Error is the distance of the output from the unquantised problem's, relative to its size, on activations with outlier channels; "
@@ -71,13 +71,19 @@ def draw(panels: Sequence[Panel], identity: str, colours: dict[str, str]) -> Fig
         return Figure(identity, TITLE, caption, empty="No narrower format was measured: klab run --max-error 0.05 does that.")
     traces: list[dict[str, Any]] = []
     owner: list[int] = []
+    # A colour for each format and a mark for each backend: what one looks for here is the format.
+    hues = colours({_name(one) for panel in panels for one in panel.formats})
     for n, panel in enumerate(panels):
         front = panel.front
         traces.append(_line(front, visible=n == 0))
-        traces += [_mark(one, colours, visible=n == 0) for one in sorted(panel.formats, key=lambda f: (f.kernel, f.problem))]
+        traces += [_mark(one, hues, visible=n == 0) for one in sorted(panel.formats, key=lambda f: (_name(f), f.kernel))]
         owner += [n] * (1 + len(panel.formats))
-    ticks = {"exponentformat": "none", "rangemode": "tozero"}
-    shape = layout(xaxis=axis("error against the unquantised output, %", **ticks), yaxis=axis("microseconds", **ticks))
+    # A little to the left of 0, so that the marks of the problem itself are whole.
+    widest = max(100 * one.error for panel in panels for one in panel.formats)
+    shape = layout(
+        xaxis=axis("error against the unquantised output, %", exponentformat="none", range=[-0.04 * widest, 1.08 * widest]),
+        yaxis=axis("microseconds", type="log", exponentformat="none", tickformat="~s", dtick="D2"),
+    )
     if len(panels) > 1:
         buttons = [
             {"label": plain(panel.name), "method": "restyle", "args": ["visible", [o == n for o in owner]]}
@@ -112,12 +118,17 @@ def _line(front: Sequence[Format], *, visible: bool) -> dict[str, Any]:
     }
 
 
-def _mark(one: Format, colours: dict[str, str], *, visible: bool) -> dict[str, Any]:
+def _name(one: Format) -> str:
+    """The format as the problem's label has it, or "unquantised"."""
+    return one.problem.split(" ", 2)[-1].removesuffix(" bf16").removesuffix(" fp16") if one.error else "unquantised"
+
+
+def _mark(one: Format, hues: dict[str, str], *, visible: bool) -> dict[str, Any]:
     words = f"{time(one.median_us)} ({interval(one.low_us, one.high_us)})<br>{plain(one.problem)}<br>{plain(one.config)}"
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": plain(f"{one.kernel}: {one.problem.rsplit(' ', 2)[-2]}" if one.error else one.kernel),
+        "name": plain(f"{_name(one)}: {one.kernel.partition('/')[2]}"),
         "visible": visible,
         "x": [100 * one.error],
         "y": [one.median_us],
@@ -131,5 +142,5 @@ def _mark(one: Format, colours: dict[str, str], *, visible: bool) -> dict[str, A
         },
         "text": [words],
         "hovertemplate": "<b>%{fullData.name}</b><br>error %{x:.2f}%<br>%{text}<extra></extra>",
-        "marker": {"color": colours.get(one.kernel, INK), "symbol": mark(one.backend), "size": 9},
+        "marker": {"color": hues.get(_name(one), INK), "symbol": mark(one.backend), "size": 9},
     }
