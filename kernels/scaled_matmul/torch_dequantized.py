@@ -32,7 +32,7 @@ def fits_bf16(problem: ScaledMatmul, config: Config, chip: Chip) -> str | None:
     return None if problem.dtype == "bfloat16" else "torch.mm makes bfloat16 of bfloat16: any other output would be rounded twice"
 
 
-@kernel(ScaledMatmul, backend="torch", fits=fits_bf16, kinds=("cuda", "cpu"))
+@kernel(ScaledMatmul, backend="torch", fits=fits_bf16, kinds=("cuda", "cpu"), library=True)
 def torch_dequantized_bf16(problem: ScaledMatmul, config: Config, chip: Chip) -> Launch:
     """Emulated: dequantises x and w to bfloat16 in memory at each launch (mx exactly, the others rounded to 8 bits), then torch.mm."""
     kept: dict[torch.device, dict[str, torch.Tensor]] = {}

@@ -134,10 +134,10 @@ def test_float16_next_to_fp8_does_not_overflow(kernel):
             assert found.passed, f"{problem.label()}: {found.reason}"
 
 
-def test_few_heads_pass_on_every_seed():
-    """What a 16-bit library rounds averages over heads; where they are few, the tolerance is wider."""
+def test_few_heads_or_outputs_pass_on_every_seed():
+    """What a 16-bit library rounds averages over heads and outputs; where they are few, the tolerance is wider."""
     kernel = KERNELS["torch_matmul"]
-    for heads in (1, 2, 4, 8):
-        problem = IndexScores(1, 8, 100, heads, 64)
+    for shape in ((1, 8, 100, 5), (1, 1, 64, 2), (1, 1, 64, 15), (1, 1, 130, 4), (1, 1, 130, 16)):
+        problem = IndexScores(*shape, 64)
         launch = kernel.build(problem, kernel.default(problem, CPU), CPU)
-        assert all(check(problem, launch, seed=seed).passed for seed in range(40)), heads
+        assert all(check(problem, launch, seed=seed).passed for seed in range(40)), problem.label()
