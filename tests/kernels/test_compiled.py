@@ -1,4 +1,4 @@
-"""Every Triton and CUDA C++ kernel compiles for sm_90 and sm_100 with no GPU: its default, and one other candidate, at serving shapes."""
+"""Every Triton and CUDA C++ kernel compiles for sm_90 and sm_100 with no GPU: its default, at serving shapes."""
 
 import pytest
 from contest import kernels
@@ -9,17 +9,15 @@ from klab.harness.store.result import Status
 from klab.harness.tune.screen import screen
 from klab.kernels.discover import discover
 
-SAMPLE = 2
 COMPILED = kernels("triton", "cuda")
 
 
 def serving_trials(chip):
-    """Per kernel the first two problems of its operator, at the size that serving has, that it takes; two configurations for the first."""
+    """Per kernel the first two problems of its operator, at the size that serving has, that it takes."""
     made = []
     for kernel in COMPILED:
         fitting = [p for p in kernel.problem_type.at_scale() if kernel.unfit(p, chip) is None]
-        for i, problem in enumerate(fitting[:2]):
-            made += trials([problem], [kernel], chip, default_policy(chip), "default" if i else f"sample:{SAMPLE}").trials
+        made += trials(fitting[:2], [kernel], chip, default_policy(chip), "default").trials
     return made
 
 
