@@ -52,7 +52,9 @@ def test_a_run_measures_stores_chooses_and_reports(first_run, place):
     assert first_run.returncode == 0, first_run.stderr
     told = lines(first_run)
     measured = [row for row in told if "status" in row]
-    assert {row["operator"] for row in measured} == {"matmul", "prefill_attention", "decode_attention"}
+    assert {row["operator"] for row in measured} == {
+        "activation", "decode_attention", "embedding", "matmul", "norm", "prefill_attention", "rope_cache", "sampling",
+    }  # fmt: skip
     fine = [row for row in measured if row["status"] == "ok"]
     assert fine and all(row["median_us"] > 0 and row["checks"] >= 2 and row["error"] <= row["tolerance"] for row in fine)
     assert any(row["library"] for row in measured) and any(not row["library"] for row in measured)
