@@ -166,8 +166,10 @@ def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:
     for kernel in kernels:
         examples = [p for p in kernel.problem_type.examples() if safe_unfit(kernel, p, chip) is None]
         in_second = [p for p in examples if p.dtype == second]
-        for turn, problem in enumerate([p for p in examples if p.dtype == "bfloat16"] + in_second[::2]):
-            count = 2 if turn % 2 else 1
+        turns = [p for p in examples if p.dtype == "bfloat16"] + in_second[::2]
+        for turn, problem in enumerate(turns):
+            others = any(one.kernel == kernel.id and one.config != kernel.default(one.problem, chip) for _, one in chosen)
+            count = 2 if turn % 2 or (turn == len(turns) - 1 and not others) else 1
             chosen += [(turn // 2, trial) for trial in trials([problem], [kernel], chip, CHECK_ONLY, f"sample:{count}").trials]
     # Two examples of every kernel first; by problem, so that the kernels on one example share its data and its reference.
     return [trial for _, trial in sorted(chosen, key=lambda item: (item[0], item[1].problem.operator, item[1].problem.key))]

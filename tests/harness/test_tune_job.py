@@ -1,6 +1,7 @@
 """A job remembers what it dropped, tries last what hung before, and a campaign's stages grow and cover every feature."""
 
 import dataclasses
+import itertools
 import json
 import time
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from fake_fleet import FakeFleet
 from klab.harness.fleet import local
 from klab.harness.plan.trials import default_policy, trials
 from klab.harness.store.result import Result, Status
+from klab.harness.tune import campaign
 from klab.harness.tune import job as jobs
 from klab.harness.tune.campaign import Campaign, correctness_trials, pack
 from klab.harness.tune.job import Job
@@ -75,7 +77,9 @@ def test_the_correctness_stage_covers_every_example_in_bf16_and_more_than_defaul
         own = [t for t in made if t.kernel == kernel.id]
         fitting = {p.key for p in kernel.problem_type.examples() if p.dtype == "bfloat16" and kernel.unfit(p, HOPPER) is None}
         assert fitting <= {t.problem.key for t in own}
-        assert any(t.config != kernel.default(t.problem, HOPPER) for t in own)
+        # Small examples leave some kernels one candidate; kernels for Blackwell's own instructions have no trial here.
+        if own and all(len(list(itertools.islice(kernel.space(t.problem, HOPPER), 2))) == 2 for t in own):
+            assert any(t.config != kernel.default(t.problem, HOPPER) for t in own), kernel.id
     assert all(t.policy.max_rounds == 0 for t in made)
 
 
@@ -99,7 +103,8 @@ def test_a_campaign_ends_in_searches_and_leaves_its_rows_alone(tmp_path, monkeyp
     monkeypatch.setattr(local, "Fleet", fleet)
     worker = SimpleNamespace(start=lambda: None, kill=lambda: None, environment=fleet.environment())
     monkeypatch.setattr(jobs, "WorkerClient", lambda *_, **__: worker)
-    job = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 9.0)
+    monkeypatch.setattr(campaign, "CHECK_LEAST_S", 3.0)
+    job = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 15.0)
     made = Campaign(job, discover(), ["qwen3-0.6b"])
     stages = {stage.name: outcome for stage, outcome in made.run()}
     assert list(stages) == ["correctness", "comparison", "tuning"]
@@ -107,7 +112,7 @@ def test_a_campaign_ends_in_searches_and_leaves_its_rows_alone(tmp_path, monkeyp
     assert stages["tuning"].results and not made.notes
     assert {p.suffix for p in (tmp_path / "rows").iterdir()} == {".jsonl"}, "no journals: a campaign leaves one file"
     tried = {t.key for t in fleet.measured}
-    later = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 6.0)
+    later = Job(CPU, tmp_path / "rows", deadline=time.monotonic() + 10.0)
     again = Campaign(later, discover(), ["qwen3-0.6b"])
     before = len(fleet.asked)
     assert [stage.name for stage, _ in again.run()] == ["correctness", "comparison", "tuning"]
