@@ -6,7 +6,7 @@ DONE   := $(VENV)/.installed
 CHIP   ?= auto
 MODEL  ?= qwen3-0.6b
 
-.PHONY: demo test lint types imports pytest gpu-test bench clean
+.PHONY: demo test test-all lint types imports pytest gpu-test bench clean
 
 demo: $(DONE)
 	$(BIN)/klab run --model $(MODEL) --chip $(CHIP)
@@ -27,6 +27,10 @@ imports: $(DONE)
 JOBS   ?= 2
 
 pytest: $(DONE)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup -m "not thorough and not gpu"
+
+# Every test: some ten minutes more on 2 cores.
+test-all: lint types imports
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup
 
 # On a machine with a GPU: every kernel against its reference on the device, in bf16 and fp16.

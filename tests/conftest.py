@@ -6,6 +6,13 @@ import os
 
 import pytest
 
+# What takes minutes and looks deeper into kernels that the generic tests (interpreter, emulator, compiler, CPU) run on every example:
+# `make test-all` runs it, `make test` does not.
+THOROUGH = {
+    "test_cuda_attention", "test_cuda_flash_hopper", "test_cuda_wgmma", "test_decode_attention", "test_fused_moe", "test_latent_attention",
+    "test_prefill_attention", "test_scaled_matmul", "test_weight_only_matmul",
+}  # fmt: skip
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -20,6 +27,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a module's fixture run in one process (pytest -n 2 --dist loadgroup), so that it is made once."""
     for item in items:
+        if item.path.stem in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
         info = getattr(item, "_fixtureinfo", None)
         shared = info is not None and any(
             definition.scope in ("module", "class") for definitions in info.name2fixturedefs.values() for definition in definitions
