@@ -10,6 +10,8 @@ from klab.harness.tune.screen import screen
 from klab.kernels.discover import discover
 
 COMPILED = kernels("triton", "cuda")
+# One process compiles; the mark is static because pytest-xdist reads it before the hook in tests/conftest.py adds others.
+pytestmark = pytest.mark.xdist_group("compiled")
 
 
 def serving_trials(chip):
