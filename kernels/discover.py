@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from klab.kernels.contract import Kernel, Problem
@@ -69,7 +70,7 @@ def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
     A file that fails to import becomes an Unavailable and stops nothing; those of the `extra` folders may also end or hang the process
     that imports them (see user_files), or take a name that is taken. UsageError if an extra folder does not exist.
     """
-    found = Catalogue(operators())
+    found = Catalogue(dict(operators()))
     for folder in _folders():
         for path in _kernel_files(folder):
             _add(found, path, f"klab.kernels.{folder.name}.{path.stem}")
@@ -87,8 +88,9 @@ def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
     return found
 
 
+@cache
 def operators() -> dict[str, type[Problem]]:
-    """Every operator's Problem by the operator's name: the problem files alone, which need no toolkit and import in milliseconds."""
+    """Every operator's Problem by its name, from the problem files alone (no toolkit, milliseconds). One shared dict: not to be changed."""
     found: dict[str, type[Problem]] = {}
     for folder in _folders():
         module = importlib.import_module(f"klab.kernels.{folder.name}.problem")

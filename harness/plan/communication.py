@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,11 +200,6 @@ def total_us(step: Mapping[Collective, int], table: Table | None, link_gb_per_s:
         us += count * found.us
         measured += count * found.us if found.origin == "measured" else 0.0
     return us, measured / us if us else 0.0
-
-
-def sizes_of(steps: Iterable[Mapping[Collective, int]]) -> list[Collective]:
-    """Every collective of these steps once, by kind and size."""
-    return sorted({one for step in steps for one in step}, key=lambda one: (one.kind, one.gpus, one.message_bytes))
 
 
 def sweep(gpus: int, sizes: Sequence[int] = SIZES) -> list[Collective]:

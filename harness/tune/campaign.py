@@ -167,10 +167,12 @@ def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:
         examples = [p for p in kernel.problem_type.examples() if safe_unfit(kernel, p, chip) is None]
         in_second = [p for p in examples if p.dtype == second]
         turns = [p for p in examples if p.dtype == "bfloat16"] + in_second[::2]
+        beside_default = False
         for turn, problem in enumerate(turns):
-            others = any(one.kernel == kernel.id and one.config != kernel.default(one.problem, chip) for _, one in chosen)
-            count = 2 if turn % 2 or (turn == len(turns) - 1 and not others) else 1
-            chosen += [(turn // 2, trial) for trial in trials([problem], [kernel], chip, CHECK_ONLY, f"sample:{count}").trials]
+            count = 2 if turn % 2 or (turn == len(turns) - 1 and not beside_default) else 1
+            made = trials([problem], [kernel], chip, CHECK_ONLY, f"sample:{count}").trials
+            beside_default = beside_default or len(made) > 1
+            chosen += [(turn // 2, trial) for trial in made]
     # Two examples of every kernel first; by problem, so that the kernels on one example share its data and its reference.
     return [trial for _, trial in sorted(chosen, key=lambda item: (item[0], item[1].problem.operator, item[1].problem.key))]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from klab.kernels.contract import _NOT_CODE, Config, NoConfig, digest, source_digest, sources_of
+from klab.kernels.contract import Config, NoConfig, digest
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
+from klab.kernels.sources import _NOT_CODE, source_digest, sources_of
 from klab.kernels.user_files import KNOWN, rejected
 
 EXAMPLES = [p for cls in discover().operators.values() for p in cls.examples()]
