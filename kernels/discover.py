@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -64,15 +64,16 @@ class Catalogue:
         return chosen
 
 
-def discover(extra: Iterable[Path | str] = ()) -> Catalogue:
-    """Import every operator folder beside this file, then every kernel file in the `extra` folders (searched recursively).
+def discover(extra: Iterable[Path | str] = (), only: Collection[str] | None = None) -> Catalogue:
+    """Import every operator folder beside this file (or those of the operators in `only`), then every kernel file in the `extra` folders
+    (searched recursively).
 
     A file that fails to import becomes an Unavailable and stops nothing; those of the `extra` folders may also end or hang the process
     that imports them (see user_files), or take a name that is taken. UsageError if an extra folder does not exist.
     """
     found = Catalogue(dict(operators()))
     for folder in _folders():
-        for path in _kernel_files(folder):
+        for path in _kernel_files(folder) if only is None or folder.name in only else ():
             _add(found, path, f"klab.kernels.{folder.name}.{path.stem}")
     extra_files: dict[Path, None] = {}
     for extra_folder in map(Path, extra):

@@ -12,7 +12,7 @@ from klab.harness.choose.settle import Defaults
 from klab.harness.plan.rows import Plan
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY, Objective
-from klab.kernels.contract import Chip, canonical_json
+from klab.kernels.contract import Chip, Json, canonical_json
 from klab.kernels.discover import Catalogue
 
 
@@ -50,7 +50,20 @@ def decide(
         finals=finals,
         max_error=max_error,
     )
+    if limits:
+        found = dataclasses.replace(found, limits=limits_of(limits))
     return for_plan(found, plan) if plan else found
+
+
+def limits_of(chip: Chip) -> dict[str, Json]:
+    """The fields of a chip that a kernel may ask for: all but where they come from. What was probed on a CPU differs by some percent from
+    hour to hour: its first digit is kept, so that the same choice gives the same text.
+    """
+    found = {f.name: value for f in dataclasses.fields(chip) if f.name != "provenance" and (value := getattr(chip, f.name)) != f.default}
+    if chip.kind == "cpu":
+        found["memory_gb_per_s"] = float(f"{chip.memory_gb_per_s:.1g}")
+        found["peak_tflops"] = {dtype: float(f"{peak:.1g}") for dtype, peak in chip.peak_tflops.items()}
+    return found
 
 
 def wanted_of(plan: Plan) -> list[Wanted]:

@@ -142,7 +142,9 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """What to run where. `notes` tell what a reader must know (rows set aside, mixed epochs, stale code)."""
+    """What to run where. `notes` tell what a reader must know (rows set aside, mixed epochs, stale code). `limits` is the chip that the
+    kernels were built for, so that `klab.kernels.apply` needs this file alone.
+    """
 
     chip: str
     objective: str
@@ -153,6 +155,7 @@ class Profile:
     choices: tuple[Choice, ...] = ()
     open: tuple[Open, ...] = ()
     notes: tuple[str, ...] = ()
+    limits: Mapping[str, Json] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def chosen(self, problem_key: str) -> tuple[str, str] | None:

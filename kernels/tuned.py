@@ -1,0 +1,224 @@
+"""`klab.kernels.apply`: the kernels that a profile chose, in somebody's own code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from klab.kernels.contract import Chip, Config, Json, Kernel, Launch, Problem, Tensors
+from klab.kernels.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA = 1
+# Sizes that change from call to call; every other field of a problem is the model's and must be as it was measured.
+LOADS = frozenset({
+    "m", "rows", "tokens", "frames", "batch", "kv_len", "q_lens", "kv_lens", "seq_lens", "prefix_lens", "kv_tokens", "sequences",
+    "shared_prefix",
+})  # fmt: skip
+# In a batched matmul the batch are the model's heads.
+NOT_LOADS = {"batched_matmul": frozenset({"batch"})}
+# Problems whose launch is kept: lengths that differ in every step would otherwise fill the memory.
+KEPT = 4096
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves a problem. `measured_at` is the label of the bucket it was chosen for; `distance` how far the problem is from that:
+    the sum of |ln(size / its size)| over the sizes that differ, 0 for the very shape.
+    """
+
+    kernel: str
+    config: Config
+    measured_at: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    problem: Problem
+    label: str
+    kernel_id: str
+    config: Mapping[str, Json]
+    source_digest: str
+    loads: Mapping[str, tuple[float, ...]]
+
+
+class Tuned:
+    """The choices of one profile on the device that torch uses. Made by `apply`.
+
+    A launch is built when its problem is first asked for and then found by a dictionary: nothing is searched or timed at run time.
+    Not safe for two threads that share a launch's stream (see Launch).
+    """
+
+    def __init__(self, profile: Mapping[str, Json], where: str, *, changed_code: bool) -> None:
+        self.chip = _chip(profile, where)
+        self.device = "cpu" if self.chip.kind == "cpu" else "cuda"
+        self._where, self._changed_code = where, changed_code
+        self._families: dict[Problem, list[_Bucket]] = {}
+        self._kernels: dict[str, dict[str, Kernel]] = {}
+        self._launches: dict[Problem, tuple[Launch, Served]] = {}
+        self.skipped: list[str] = []
+        for choice in profile["choices"]:
+            self._take(choice)
+
+    def launch(self, problem: Problem) -> Launch:
+        """`launch(inputs, outputs)` for this problem, as of the nearest bucket. UsageError when none of the profile's buckets serves it."""
+        found = self._launches.get(problem)
+        return found[0] if found is not None else self._build(problem)[0]
+
+    def served(self, problem: Problem) -> Served:
+        """Which kernel and configuration `launch` runs, and where that was measured."""
+        found = self._launches.get(problem)
+        return (found if found is not None else self._build(problem))[1]
+
+    def __call__(self, problem: Problem, inputs: Tensors, outputs: Tensors | None = None) -> dict[str, torch.Tensor]:
+        """Run it on torch's current stream; outputs are allocated unless given. `inputs` are named as `problem.inputs` names them."""
+        if outputs is None:
+            outputs = problem.outputs(device=self.device)
+        self.launch(problem)(inputs, outputs)
+        return outputs
+
+    def _take(self, choice: Mapping[str, Json]) -> None:
+        from klab.kernels.discover import operators
+
+        # A narrower format is another problem with other inputs: whoever wants it asks for that problem.
+        fields = choice.get("instead_problem") or choice["wanted"]["problem"]
+        operator = choice["kernel"].partition("/")[0]
+        label = choice.get("instead") or choice["wanted"]["label"]
+        if operator not in operators():
+            self.skipped.append(f"{label}: this klab has no operator {operator}")
+            return
+        problem = operators()[operator].from_json(fields)
+        bucket = _Bucket(problem, label, choice["kernel"], choice["config"], choice["source_digest"], _loads(problem))
+        self._families.setdefault(_family(problem), []).append(bucket)
+
+    def _build(self, problem: Problem) -> tuple[Launch, Served]:
+        buckets = self._families.get(_family(problem), [])
+        reasons: list[str] = []
+        for distance, bucket in sorted(((_distance(problem, b), b) for b in buckets), key=lambda pair: (pair[0], pair[1].label)):
+            kernel = self._kernel(bucket)
+            config = kernel.config_type.from_json(bucket.config)
+            reason = kernel.fits(problem, config, self.chip)
+            if reason is None:
+                launch = kernel.build(problem, config, self.chip)
+                if len(self._launches) >= KEPT:
+                    self._launches.clear()
+                self._launches[problem] = launch, Served(kernel.id, config, bucket.label, distance)
+                return self._launches[problem]
+            reasons.append(f"{bucket.kernel_id} of {bucket.label}: {reason}")
+        if reasons:
+            raise UsageError(f"{self._where}: no chosen kernel takes {problem.label()} ({'; '.join(reasons)})")
+        near = sorted({b.label for family in self._families.values() for b in family if b.problem.operator == problem.operator})
+        there = ", ".join(near[:5]) + (" ..." if len(near) > 5 else "") or f"nothing for {problem.operator}"
+        raise UsageError(f"{self._where} has no choice for {problem.label()} at any size; it has {there}: klab tune or klab choose adds it")
+
+    def _kernel(self, bucket: _Bucket) -> Kernel:
+        from klab.kernels.discover import discover
+
+        operator = bucket.problem.operator
+        if operator not in self._kernels:
+            self._kernels[operator] = discover(only=(operator,)).kernels
+        kernel = self._kernels[operator].get(bucket.kernel_id)
+        if kernel is None:
+            raise UsageError(
+                f"{self._where} chose {bucket.kernel_id} for {bucket.label}, which is not here or cannot be imported (klab kernels)"
+            )
+        if kernel.source_digest != bucket.source_digest and not self._changed_code:
+            raise UsageError(
+                f"{self._where}: the code of {kernel.id} has changed since it was chosen for {bucket.label}; measure and choose again, or "
+                "say apply(..., changed_code=True) to run it unmeasured"
+            )
+        return kernel
+
+
+def apply(profile: str | Path | Mapping[str, Any], *, any_device: bool = False, changed_code: bool = False) -> Tuned:
+    """The chosen kernels of a profile (a file that `klab choose` wrote, or its JSON), ready to run here.
+
+    any_device: also on a device of another name than the one it was measured on (same kind and compute capability). changed_code: also
+    kernels whose code, or the version of whose package, is another than the measured one. UsageError for anything else that does not fit:
+    not a profile, another kind of chip, no limits in it (written by an older klab: choose again).
+    """
+    where = "profile"
+    if not isinstance(profile, Mapping):
+        where = str(profile)
+        try:
+            profile = json.loads(Path(profile).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read {where}: {error.strerror}") from None
+        except ValueError:
+            raise UsageError(f"{where} is not a profile that klab wrote") from None
+    if not isinstance(profile, Mapping) or not isinstance(profile.get("choices"), list):
+        raise UsageError(f"{where} is not a profile that klab wrote")
+    if profile.get("schema") != SCHEMA:
+        raise UsageError(f"{where} has schema {profile.get('schema')}; this klab reads {SCHEMA}: choose again")
+    try:
+        tuned = Tuned(profile, where, changed_code=changed_code)
+    except (KeyError, TypeError, AttributeError):
+        raise UsageError(f"{where} is not a profile that klab wrote") from None
+    _check_device(tuned.chip, str(profile.get("device", "")), where, any_device)
+    return tuned
+
+
+def _chip(profile: Mapping[str, Json], where: str) -> Chip:
+    limits = profile.get("limits")
+    if not limits:
+        raise UsageError(f"{where} does not say for which chip its kernels were built (an older klab wrote it): choose again")
+    known = {f.name for f in dataclasses.fields(Chip)}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in limits.items() if name in known}
+    return Chip(**fields)
+
+
+def _check_device(chip: Chip, measured_on: str, where: str, any_device: bool) -> None:
+    import torch
+
+    if chip.kind == "cpu":
+        return  # built for any CPU; how fast it is elsewhere is not known, and nothing breaks
+    if not torch.cuda.is_available():
+        raise UsageError(f"{where} is for {chip.title}, and torch sees no GPU here")
+    here, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if tuple(capability) != tuple(chip.compute_capability):
+        raise UsageError(f"{where} is for compute capability {chip.compute_capability}, and {here} has {capability}")
+    if here != measured_on and not any_device:
+        raise UsageError(
+            f"{where} was measured on {measured_on or chip.title}, not on {here}: say apply(..., any_device=True) to use it here"
+        )
+
+
+def _load_fields(problem: Problem) -> list[str]:
+    skipped = NOT_LOADS.get(problem.operator, frozenset())
+    return [f.name for f in dataclasses.fields(problem) if f.name in LOADS and f.name not in skipped]  # type: ignore[arg-type]
+
+
+def _family(problem: Problem) -> Problem:
+    """The problem with its loads made equal (one sequence, one token): problems of one model's matrix or head count share it.
+
+    What is empty or zero stays so: no prefix, or keys that are not another stream's, is a different operation.
+    """
+    values = {name: getattr(problem, name) for name in _load_fields(problem)}
+    ones = {name: value and ((1,) if isinstance(value, tuple) else 1) for name, value in values.items()}
+    found = object.__new__(type(problem))  # no __post_init__: a stand-in that is compared and hashed, never run
+    for f in dataclasses.fields(problem):  # type: ignore[arg-type]
+        object.__setattr__(found, f.name, ones.get(f.name, getattr(problem, f.name)))
+    return found
+
+
+def _loads(problem: Problem) -> dict[str, tuple[float, ...]]:
+    """The sizes that vary, as numbers: of a list how many and how long on average."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name in _load_fields(problem):
+        value = getattr(problem, name)
+        found[name] = (float(len(value)), sum(value) / max(1, len(value))) if isinstance(value, tuple) else (float(value),)
+    return found
+
+
+def _distance(problem: Problem, bucket: _Bucket) -> float:
+    mine = _loads(problem)
+    pairs = ((a, b) for name, sizes in bucket.loads.items() for a, b in zip(mine[name], sizes, strict=True))
+    return sum(abs(math.log((1 + a) / (1 + b))) for a, b in pairs)

@@ -1,0 +1,127 @@
+"""`klab.kernels.apply`: what a profile chose runs in a caller's own code, at the nearest size that was measured."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from made_results import made
+
+from klab.harness.catalog import find_chip
+from klab.harness.choose.decide import decide, limits_of
+from klab.kernels import apply
+from klab.kernels.decode_attention.problem import DecodeAttention
+from klab.kernels.discover import discover
+from klab.kernels.errors import UsageError
+from klab.kernels.matmul.problem import Matmul
+from klab.kernels.prefill_attention.problem import PrefillAttention
+
+FEW, MANY = {"block_n": 32, "block_k": 16}, {"block_m": 64, "block_n": 32}
+
+
+@pytest.fixture(scope="module")
+def pack() -> dict:
+    """A profile of made-up times: the blocked kernel with other blocks at 4 and at 256 rows, torch at 4,096."""
+    chip, catalogue = find_chip("cpu"), discover(only=("matmul", "decode_attention"))
+
+    def row(problem, kernel, config, us):
+        found = catalogue.kernels[f"{problem.operator}/{kernel}"]
+        config = {**found.default(problem, chip).to_json_full(), **config}
+        return made(problem, kernel, chip="cpu", config=config, level_us=us, source_digest=found.source_digest, backend=found.backend)
+
+    def shape(m):
+        return Matmul(m, 96, 64, "float32")
+
+    decode = DecodeAttention((100,) * 4, 4, 2, 32, dtype="float32")
+    rows = [row(shape(4), "cpu_blocked", FEW, 5.0), row(shape(256), "cpu_blocked", MANY, 50.0), row(shape(4096), "torch_matmul", {}, 500.0)]
+    rows += [row(shape(4), "torch_matmul", {}, 9.0), row(decode, "cpu_split_kv", {}, 30.0)]
+    return json.loads(decide(rows, None, "cpu", catalogue=catalogue, limits=chip).to_text())
+
+
+@pytest.fixture(scope="module")
+def tuned(pack):
+    return apply(pack)
+
+
+SERVED = [(4, 4, "cpu_blocked"), (1, 4, "cpu_blocked"), (20, 4, "cpu_blocked"), (70, 256, "cpu_blocked"), (90_000, 4096, "torch_matmul")]
+
+
+@pytest.mark.parametrize(("m", "bucket", "kernel"), SERVED)
+def test_the_nearest_bucket_serves_and_is_right(tuned, m, bucket, kernel):
+    problem = Matmul(m, 96, 64, "float32")
+    served = tuned.served(problem)
+    assert (served.kernel, served.measured_at) == (f"matmul/{kernel}", Matmul(bucket, 96, 64, "float32").label())
+    assert served.distance == pytest.approx(abs(math.log((1 + m) / (1 + bucket)))) and (served.distance == 0) == (m == bucket)
+    if kernel == "cpu_blocked":
+        wanted = FEW if bucket == 4 else MANY
+        assert {name: getattr(served.config, name) for name in wanted} == wanted
+    if m < 100:
+        inputs = problem.inputs(seed=m)
+        torch.testing.assert_close(tuned(problem, inputs)["out"], problem.reference(inputs)["out"].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_lengths_are_loads_and_heads_are_not(tuned):
+    longer = DecodeAttention((300, 17, 64), 4, 2, 32, dtype="float32")
+    assert tuned.served(longer).measured_at == DecodeAttention((100,) * 4, 4, 2, 32, dtype="float32").label()
+    inputs = longer.inputs(seed=1)
+    torch.testing.assert_close(tuned(longer, inputs)["out"].double(), longer.reference(inputs)["out"].double(), rtol=1e-3, atol=1e-3)
+    for other in (dataclasses.replace(longer, heads=8), dataclasses.replace(longer, shared_prefix=16), Matmul(4, 96, 65, "float32")):
+        with pytest.raises(UsageError, match=r"has no choice for .* at any size"):
+            tuned.launch(other)
+    with pytest.raises(UsageError, match="nothing for prefill_attention"):
+        tuned.launch(PrefillAttention((64,), 4, 2, 32))
+
+
+def test_a_launch_is_built_once(tuned):
+    assert tuned.launch(Matmul(7, 96, 64, "float32")) is tuned.launch(Matmul(7, 96, 64, "float32"))
+
+
+def test_a_bucket_whose_configuration_does_not_fit_gives_way(pack):
+    """The blocks of the nearest two are longer than the matrix: the third serves."""
+    broken = json.loads(json.dumps(pack))
+    next(c for c in broken["choices"] if c["wanted"]["problem"].get("m") == 4)["config"]["block_n"] = 4096
+    assert apply(broken).served(Matmul(4, 96, 64, "float32")).measured_at == Matmul(4096, 96, 64, "float32").label()
+
+
+def test_changed_code_is_refused_until_it_is_allowed(pack):
+    stale = json.loads(json.dumps(pack))
+    for choice in stale["choices"]:
+        choice["source_digest"] = "0" * 16
+    with pytest.raises(UsageError, match="has changed since it was chosen"):
+        apply(stale).launch(Matmul(4, 96, 64, "float32"))
+    assert apply(stale, changed_code=True).served(Matmul(4, 96, 64, "float32")).distance == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 99}, "has schema 99"),
+        ({"limits": {}}, "does not say for which chip"),
+        ({"choices": 3}, "not a profile"),
+        ({"choices": [{"kernel": "matmul/torch"}]}, "not a profile"),
+        ({"limits": limits_of(find_chip("h200"))}, "torch sees no GPU here"),
+    ],
+)
+def test_what_is_not_for_here_is_refused(pack, change, words, tmp_path):
+    if torch.cuda.is_available() and "limits" in change:
+        pytest.skip("there is a GPU here")
+    file = tmp_path / "pack.json"
+    file.write_text(json.dumps(pack | change))
+    with pytest.raises(UsageError, match=words):
+        apply(file)
+
+
+def test_a_file_that_is_none(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        apply(tmp_path / "absent.json")
+    (tmp_path / "text").write_text("{")
+    with pytest.raises(UsageError, match="not a profile"):
+        apply(tmp_path / "text")
+
+
+def test_importing_klab_kernels_is_light():
+    code = "import sys, klab.kernels; print(sorted({'torch', 'triton', 'cupy', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.strip() == "[]"
