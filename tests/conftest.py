@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+
+# A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that: the tests that interrupt
+# a klab of their own would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What takes minutes and looks deeper into kernels that the generic tests (interpreter, emulator, compiler, CPU) run on every example:
 # `make test-all` runs it, `make test` does not.
