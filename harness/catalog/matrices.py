@@ -168,12 +168,14 @@ class Parameters:
     """Weights of a model (biases and norms, below 0.1%, are left out).
 
     `active` leaves out the experts a token does not visit, the way most model cards count; `per_token` are the weights that a token
-    is multiplied with on its way through the model (active, without the embedding table and without an encoder).
+    is multiplied with on its way through the model (active, without the embedding table and without an encoder); `routed` those of all
+    routed experts.
     """
 
     total: int
     active: int
     per_token: int
+    routed: int = 0
 
 
 def parameters(model: Model) -> Parameters:
@@ -190,7 +192,7 @@ def parameters(model: Model) -> Parameters:
     head = 0 if model.kind in ("encoder", "diffusion_transformer") else table
     embedding = 0 if model.tied and head else table
     active = always + encoder + visited + head + embedding
-    return Parameters(total=active + idle, active=active, per_token=always + visited + head)
+    return Parameters(total=active + idle, active=active, per_token=always + visited + head, routed=visited + idle)
 
 
 def _stack_weights(stack: Stack) -> int:

@@ -183,7 +183,7 @@ def exchanges(plan: Plan) -> dict[tuple[str, int], dict[Collective, int]]:
     if plan.scenario.tp < 2:
         return found
     for row in plan.rows:
-        if row.operator == "fused_moe" and row.problem is not None:
+        if row.operator in ("fused_moe", "weight_only_moe") and row.problem is not None:
             fields = row.problem.to_json()
             sent = int(fields["tokens"]) * int(fields["top_k"]) * int(fields["hidden"]) * _size(plan)
             step = found.setdefault((row.phase, row.batch), {})

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from klab.harness.catalog.architecture import Attention, LatentAttention, LinearAttention, Model, Note
 from klab.harness.catalog.matrices import kv_shard, parameters
+from klab.harness.plan.quantization import formats_of
 from klab.harness.plan.scenario import Scenario
 from klab.kernels.contract import Chip
 from klab.kernels.dtypes import SIZE_BYTES
 
 # Bytes of a weight with its share of the scales: one float32 per 128 x 128 elements or per row is below 0.1%, one per 128 of a row 3%.
-FORMAT_BYTES = {"mxfp8": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "w4a16": 0.5 + 4 / 128}
+FORMAT_BYTES = {"mxfp8": 1 + 1 / 32, "mxfp4": 0.5 + 1 / 32, "w4a16_mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16, "w4a16": 0.5 + 4 / 128}
 
 
 def weight_bytes(model: Model, dtype: str, tp: int = 1, quantization: str = "") -> float:
-    """Bytes of weights per GPU, as planned: with `quantization` all but the embedding and the head are in that format."""
+    """Bytes of weights per GPU, as planned: with `quantization` the layers' matrices and the routed experts are in that format where their
+    operator has it, the embedding and the head never.
+    """
     size = float(SIZE_BYTES[dtype])
-    narrow = FORMAT_BYTES.get(quantization, 1.0) if quantization else size
-    total = parameters(model).total
-    tables = min(total, model.vocab * model.stack.hidden * (1 if model.tied else 2))
-    return ((total - tables) * narrow + tables * size) / tp
+    narrow = FORMAT_BYTES.get(quantization, 1.0)
+    counted = parameters(model)
+    tables = min(counted.total, model.vocab * model.stack.hidden * (1 if model.tied else 2))
+    layers = narrow if quantization in formats_of("matmul") else size
+    experts = narrow if quantization in formats_of("fused_moe") else size
+    return ((counted.total - tables - counted.routed) * layers + counted.routed * experts + tables * size) / tp
 
 
 def kv_bytes_per_token(model: Model, dtype: str) -> float:

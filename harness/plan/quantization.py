@@ -20,10 +20,15 @@ WIDE_ROLES = frozenset({"lm_head", "router", "shared_gate", "index_weights_proj"
 
 
 @cache
+def formats_of(operator: str) -> frozenset[str]:
+    """The formats of weights that a linear layer ("matmul") or routed experts ("fused_moe") have."""
+    wide: dict[str, Problem] = {"matmul": Matmul(256, 256, 256), "fused_moe": FusedMoe(256, 256, 256, 8, 2)}
+    return frozenset(format_of(p) for p in approximations_of(wide[operator])) - {""}
+
+
 def formats() -> tuple[str, ...]:
-    """The formats that some operator has for a linear layer or for experts."""
-    layer, experts = Matmul(256, 256, 256), FusedMoe(256, 256, 256, 8, 2)
-    return tuple(sorted({format_of(p) for wide in (layer, experts) for p in approximations_of(wide)} - {""}))
+    """The formats that linear layers or experts have."""
+    return tuple(sorted(formats_of("matmul") | formats_of("fused_moe")))
 
 
 def check_format(name: str) -> None:
@@ -43,12 +48,15 @@ def quantised(draft: Draft, name: str) -> Draft:
 
 
 def left_wide(drafts: Iterable[Draft], name: str) -> list[Note]:
-    """A warning where weights stay wide although a format was asked for, because their operator has no such format."""
+    """A note where weights stay wide although a format was asked for, because their operator has no such format: a warning, unless the
+    format is one of experts alone (gpt-oss: its other layers are in 16 bits).
+    """
     stay = sorted(
         {d.operator for d in drafts if name and d.operator in WEIGHTED and d.role not in WIDE_ROLES and format_of_draft(d) != name}
     )
     words = f"{', '.join(stay)} has no {name}: its weights are planned wide (formats: {', '.join(formats())})"
-    return [Note("quantization", words, 1.0, "warning")] if stay else []
+    meant = stay == ["matmul"] and name not in formats_of("matmul")
+    return [Note("quantization", words, 1.0, "info" if meant else "warning")] if stay else []
 
 
 def format_of_draft(draft: Draft) -> str:

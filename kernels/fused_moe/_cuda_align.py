@@ -1,6 +1,6 @@
 """Sort the choices of experts on the device, in CUDA C++: a counting sort in one launch for a decode step, in two for a prefill.
 
-The result is that of _triton_align.py: `slots` lists the choices by expert, each expert's part padded to a multiple of block_m with the
+The result is that of triton_align.py: `slots` lists the choices by expert, each expert's part padded to a multiple of block_m with the
 number of choices; `block_experts` names the expert of every block; `padded` [1] is the length used. Ranks come from shuffles, not from
 atomics: the order within an expert is that of the tokens.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from klab.kernels.fused_moe._triton_steps import silu_and_mul, to_fp8
+from klab.kernels.triton_experts import silu_and_mul, to_fp8
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from klab.kernels.contract import Chip, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
 from klab.kernels.expert_routing import experts_hit, most_blocks
 from klab.kernels.fused_moe._engine_config import EngineConfig, sglang_default, vllm_default
-from klab.kernels.fused_moe._triton_align import Aligned, align, workspace
-from klab.kernels.fused_moe._triton_steps import activate, quantize_rows, sum_experts
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
+from klab.kernels.triton_align import Aligned, align, workspace
+from klab.kernels.triton_experts import activate, quantize_rows, sum_experts
 from klab.kernels.triton_support import cdiv, next_power_of_2, pipeline_smem_bytes
 
 # As in a plain matmul, 128 float32 sums per thread leave room for pointers; fp8 blocks keep a step's sums beside the scaled ones.

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
-from klab.kernels.fused_moe._triton_steps import as_fp8, silu_and_mul
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
+from klab.kernels.triton_experts import as_fp8, silu_and_mul
 from klab.kernels.triton_support import cdiv, next_power_of_2
 
 # Tokens that choose the same expert read its weights twice here (the second time from L2, if it is soon): above this many choices per

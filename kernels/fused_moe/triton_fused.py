@@ -11,10 +11,10 @@ import torch
 from klab.kernels.contract import Chip, Config, Launch, Tensors, kernel
 from klab.kernels.dtypes import SIZE_BYTES, torch_dtype
 from klab.kernels.expert_routing import experts_hit, most_blocks
-from klab.kernels.fused_moe._triton_align import Aligned, align, workspace
 from klab.kernels.fused_moe._triton_products import down_product, gate_up_product
-from klab.kernels.fused_moe._triton_steps import quantize_rows, sum_experts
 from klab.kernels.fused_moe.problem import BLOCK, FusedMoe
+from klab.kernels.triton_align import Aligned, align, workspace
+from klab.kernels.triton_experts import quantize_rows, sum_experts
 from klab.kernels.triton_support import cdiv, ensure_allocator, pipeline_smem_bytes, row_is_aligned
 
 # As in a plain matmul, 128 float32 sums per thread leave room for pointers; fp8 blocks keep a step's sums beside the scaled ones.

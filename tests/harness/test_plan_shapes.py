@@ -324,8 +324,9 @@ def test_a_format_replaces_the_layers_weights_and_leaves_the_head():
 
 
 def test_every_format_has_a_plan():
-    assert set(formats()) == {"fp8_tensor", "fp8_row", "fp8_block", "int8_row", "mxfp8", "mxfp4", "nvfp4", "w4a16", "w8a16"}
-    for name in formats():
+    of_layers = {"fp8_tensor", "fp8_row", "fp8_block", "int8_row", "mxfp8", "mxfp4", "nvfp4", "w4a16", "w8a16"}
+    assert set(formats()) == of_layers | {"w4a16_mxfp4"}
+    for name in of_layers:
         made = planned("llama-3.1-8b", batches=(4,), quantization=name)
         assert format_of(by_role(made, "decode", 4)["qkv_proj"].problem) == name
         assert not [note for note in made.notes if note.field == "quantization"]
@@ -336,6 +337,18 @@ def test_a_format_that_experts_do_not_have_is_told():
     (note,) = [note for note in made.notes if note.field == "quantization"]
     assert "fused_moe" in note.message and note.level == "warning"
     assert not [note for note in planned("qwen3-30b-a3b", quantization="fp8_block").notes if note.field == "quantization"]
+
+
+def test_a_format_of_experts_alone():
+    """gpt-oss as it is published: experts in mxfp4, all else in 16 bits. Its model card says 12.8 GiB for the 20b checkpoint."""
+    made = planned("gpt-oss-20b", batches=(4,), quantization="w4a16_mxfp4")
+    decode = by_role(made, "decode", 4)
+    assert (decode["experts"].operator, decode["qkv_proj"].operator) == ("weight_only_moe", "matmul")
+    assert [note.level for note in made.notes if note.field == "quantization"] == ["info"]
+    assert made.weight_bytes == pytest.approx(12.8 * 2**30, rel=0.02)
+    assert planned("gpt-oss-20b", quantization="mxfp4").weight_bytes > 2.5 * made.weight_bytes
+    kimi = by_role(planned("kimi-k2", tp=8, batches=(4,), quantization="w4a16"), "decode", 4)
+    assert (kimi["experts"].operator, kimi["q_b_proj"].operator) == ("weight_only_moe", "weight_only_matmul")
 
 
 def test_occurrences():

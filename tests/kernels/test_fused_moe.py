@@ -195,7 +195,7 @@ sys.path[:0] = sys.argv[1:]
 import torch
 from test_fused_moe import SORTS, sorts_rightly
 from klab.kernels.expert_routing import draw_experts
-from klab.kernels.fused_moe._triton_align import align, workspace
+from klab.kernels.triton_align import align, workspace
 for tokens, experts, top_k, local, block_m in SORTS:
     ids = draw_experts(tokens, experts, top_k, 0.7, seed=3, device="cpu")
     found = workspace(ids.numel(), local, block_m, torch.device("cpu"))
