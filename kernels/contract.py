@@ -92,8 +92,10 @@ class Record:
 class Chip:
     """The limits of one kind of chip. Bandwidths are decimal (GB/s = 1e9 B/s), peaks are dense.
 
-    `kind` is "cuda" or "cpu". For a CPU, `sm_count` counts cores, `l2_bytes` is the last-level cache and the shared-memory
-    fields are zero. `provenance` maps a field's name to where its value comes from.
+    `kind` is "cuda", "cpu" or "datasheet": no kernel runs on the last, plans and costs alone are made of its figures, and what it does not
+    state is zero. For a CPU, `sm_count` counts cores, `l2_bytes` is the last-level cache and the shared-memory fields are zero.
+    `link_gb_per_s` reaches the other chips of a board, `network_gb_per_s` other machines; both one way per chip. `phases` are those that it
+    is made for. `provenance` maps a field's name to where its value comes from.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Chip:
     smem_per_sm_bytes: int = 0
     tdp_w: float | None = None
     link_gb_per_s: float | None = None
+    network_gb_per_s: float | None = None
+    phases: tuple[str, ...] = ("prefill", "decode")
     provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property

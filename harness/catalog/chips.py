@@ -16,8 +16,11 @@ from klab.kernels.contract import Chip
 from klab.kernels.errors import CannotMeasure, UsageError
 
 _NUMBERS = ("sm_count", "max_clock_mhz", "spec_clock_mhz", "memory_bytes", "memory_gb_per_s", "l2_bytes")
-_OPTIONAL = ("smem_per_block_bytes", "smem_per_sm_bytes", "tdp_w", "link_gb_per_s")
-_FIELDS = {"name", "title", "kind", "compute_capability", "devices", "peak_tflops", "sources", *_NUMBERS, *_OPTIONAL}
+_OPTIONAL = ("smem_per_block_bytes", "smem_per_sm_bytes", "tdp_w", "link_gb_per_s", "network_gb_per_s")
+# What a chip that nobody can run on must state; the rest is about kernels.
+_DATASHEET = ("memory_bytes", "memory_gb_per_s", "tdp_w")
+_PHASES = ("prefill", "decode")
+_FIELDS = {"name", "title", "kind", "compute_capability", "devices", "peak_tflops", "phases", "sources", *_NUMBERS, *_OPTIONAL}
 _INTEGERS = ("sm_count", "memory_bytes", "l2_bytes", "smem_per_block_bytes", "smem_per_sm_bytes")
 # Peaks may be of these; the last two are not dtypes of tensors but ways to multiply.
 _PEAK_DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "int8", "tensorfloat32", "float4_e2m1")
@@ -85,14 +88,15 @@ def _cuda_device() -> str | None:
 def chip_from_toml(path: Path) -> Chip:
     """Read a chip file. UsageError names a missing, malformed or unknown field."""
     data = _read(path)
-    missing = [field for field in ("name", "kind", "peak_tflops", *_NUMBERS) if field not in data]
+    numbered = _DATASHEET if data.get("kind") == "datasheet" else _NUMBERS
+    missing = [field for field in ("name", "kind", "peak_tflops", *numbered) if field not in data]
     if missing:
         raise UsageError(f"{path}: the chip lacks {', '.join(missing)}; profiles/chips/h200.toml shows every field")
     unknown = sorted(set(data) - _FIELDS)
     if unknown:
         raise UsageError(f"{path}: unknown field {', '.join(unknown)}; a chip has {', '.join(sorted(_FIELDS))}")
-    if data["kind"] not in ("cuda", "cpu"):
-        raise UsageError(f"{path}: kind is cuda or cpu, not {data['kind']!r}")
+    if data["kind"] not in ("cuda", "cpu", "datasheet"):
+        raise UsageError(f"{path}: kind is cuda or cpu (or datasheet, for a chip that nobody can run on), not {data['kind']!r}")
     numbers: dict[str, Any] = {field: _number(path, field, data[field]) for field in (*_NUMBERS, *_OPTIONAL) if field in data}
     peaks = data["peak_tflops"]
     if not isinstance(peaks, Mapping) or not peaks:
@@ -117,8 +121,15 @@ def chip_from_toml(path: Path) -> Chip:
         peak_tflops={dtype: _number(path, f"peak_tflops.{dtype}", peak) for dtype, peak in peaks.items()},
         compute_capability=(capability[0], capability[1]),
         provenance=provenance,
-        **{field: int(value) if field in _INTEGERS else value for field, value in numbers.items()},
+        phases=_phases(path, data.get("phases", list(_PHASES))),
+        **dict.fromkeys(_NUMBERS, 0) | {field: int(value) if field in _INTEGERS else value for field, value in numbers.items()},
     )
+
+
+def _phases(path: Path, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not given or not set(map(str, given)) <= set(_PHASES):
+        raise UsageError(f"{path}: phases are those that the chip is made for, of {', '.join(_PHASES)}; not {given!r}")
+    return tuple(phase for phase in _PHASES if phase in given)
 
 
 def _number(path: Path, field: str, value: Any) -> float:

@@ -61,6 +61,8 @@ def _row(chip: Chip) -> dict[str, Any]:
         "smem_per_sm_bytes": chip.smem_per_sm_bytes,
         "tdp_w": chip.tdp_w,
         "link_gb_per_s": chip.link_gb_per_s,
+        "network_gb_per_s": chip.network_gb_per_s,
+        "phases": list(chip.phases),
         "provenance": dict(chip.provenance),
     }
 
@@ -88,7 +90,7 @@ def _cells(chip: Chip) -> tuple[object, ...]:
 def _show(chip: Chip) -> None:
     rows = []
     for field, value in _row(chip).items():
-        if field in ("name", "title", "kind", "provenance") or value in (None, 0) or value == [0, 0]:
+        if field in ("name", "title", "kind", "phases", "provenance") or value in (None, 0) or value == [0, 0]:
             continue
         if field == "peak_tflops":
             rows += [(f"{field}.{dtype}", f"{peak:.4g}", chip.provenance.get(f"{field}.{dtype}", "")) for dtype, peak in value.items()]
