@@ -141,7 +141,7 @@ def _table(rows: list[Result], limit: int) -> None:
     rows = sorted(rows, key=lambda r: (r.chip, r.operator, r.problem_label, r.median_us or float("inf")))
     shown = [
         (
-            r.operator, r.problem_label, r.kernel.partition("/")[2], config_label(r), r.chip, r.status.value,
+            r.operator, r.problem_label, r.kernel.partition("/")[2], config_label(r), r.chip, _status(r),
             number(r.median_us, 5),
             "" if r.ci_low_us is None or r.ci_high_us is None else f"{r.ci_low_us:.5g}..{r.ci_high_us:.5g}",
             number(tflops(r)), number(gb_per_s(r)), number(r.error, 2), number(r.power_w), number(r.energy_j, 3), r.recorded_at[:16],
@@ -151,6 +151,11 @@ def _table(rows: list[Result], limit: int) -> None:
     table(f"{len(rows)} results", _COLUMNS, shown, _RIGHT)
     if len(rows) > limit:
         talk.print(f"{len(rows) - limit} more: --limit {len(rows)} shows all, --json and --csv give all", soft_wrap=True)
+
+
+def _status(r: Result) -> str:
+    """The status; of a row that klab did not measure (a published one, say), also what it is."""
+    return r.status.value if r.kind in ("measured", r.status.value) else f"{r.status.value} ({r.kind})"
 
 
 def _csv(rows: Iterable[Result]) -> None:

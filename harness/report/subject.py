@@ -36,8 +36,8 @@ class Subject:
 
     @property
     def failed(self) -> list[Result]:
-        """The rows of trials that gave no time to rely on."""
-        return [row for row in self.rows if row.status not in (Status.OK, Status.SCREENED)]
+        """The rows of trials that gave no time to rely on (published rows are no trials)."""
+        return [row for row in self.rows if row.status not in (Status.OK, Status.SCREENED) and row.kind != "reference"]
 
     def best_per_kernel(self) -> list[Result]:
         """Of each kernel on each problem, the row with the lowest median (and the chosen one, where that is another of a tie)."""

@@ -39,6 +39,9 @@ MOST_SOURCES = 8
 SEEDING_SHAPES = 3
 SEEDING_CHIPS = 2
 SEEDS_PER_SOURCE = 2
+# Of what tables of serving engines recommend (`klab import`), so many become seeds, of shapes at most so many doublings away.
+MOST_RECOMMENDED = 3
+RECOMMENDED_WITHIN = 1.0
 # Beyond so many candidates the analytic model is asked for evenly spaced ones alone: it takes about 10 us each.
 MOST_MODELLED = 100_000
 
@@ -72,13 +75,16 @@ def prior_for(
 ) -> Prior:
     """The prior of a search of `space`, which `kernel_points` made for this problem and chip. `kernels` by id.
 
-    Seeds: the default of every kernel; then the best of the nearest tuned shapes of this operator on this chip, the nearest first; then
-    the best of other chips' records. Expected: the mean of logarithms of what each source of records says (transfer.py), weighted by
-    nearness and by whether it is of the kernels' present code, and of the analytic model, which enters by its ratios alone: its scale is
-    fitted to the records. Where neither says anything it is nan, and None when that is so of every candidate.
+    Seeds: the default of every kernel; then what rows of kind "reference" without a time recommend for this shape or one near it (they are
+    of a serving engine's table); then the best of the nearest tuned shapes of this operator on this chip, the nearest first; then the best
+    of other chips' records. Expected: the mean of logarithms of what each source of records says (transfer.py), weighted by nearness and
+    by whether it is of the kernels' present code, and of the analytic model, which enters by its ratios alone: its scale is fitted to the
+    records. Where neither says anything it is nan, and None when that is so of every candidate.
     """
-    sources = sources_of(results, problem, chip, kernels)
-    seeds = [*_defaults(space, problem, chip, kernels), *_winners(space, sources, chip)]
+    rows = list(results)
+    sources = sources_of(rows, problem, chip, kernels)
+    recommended = _recommended(space, rows, problem, chip, kernels)
+    seeds = [*_defaults(space, problem, chip, kernels), *recommended, *_winners(space, sources, chip)]
     total, mass = np.zeros(len(space)), np.zeros(len(space))
     for source in sources:
         expected, trust = from_one(space, source.space, source.time_us)
@@ -166,6 +172,19 @@ def _defaults(space: Space, problem: Problem, chip: Chip, kernels: Mapping[str, 
         if kernel.problem_type.operator == problem.operator and safe_unfit(kernel, problem, chip) is None:
             found.append(space.find({KERNEL: kernel.id, **kernel.default(problem, chip).to_json_full()}))
     return [candidate for candidate in found if candidate is not None]
+
+
+def _recommended(space: Space, rows: Iterable[Result], problem: Problem, chip: Chip, kernels: Mapping[str, Kernel]) -> list[int]:
+    """What others found best on this chip, nearest shapes first, as far as it is a candidate here. Nothing is believed of their times."""
+    near: list[tuple[float, int]] = []
+    for row in rows:
+        if row.kind != "reference" or row.median_us is not None or (row.operator, row.chip) != (problem.operator, chip.name):
+            continue
+        here = space.find({KERNEL: row.kernel, **row.config}) if row.kernel in kernels else None
+        apart = _distance(problem, row.problem) if here is not None else None
+        if here is not None and apart is not None and apart <= RECOMMENDED_WITHIN:
+            near.append((apart, here))
+    return list(dict.fromkeys(candidate for _, candidate in sorted(near)))[:MOST_RECOMMENDED]
 
 
 def _winners(space: Space, sources: Sequence[Source], chip: Chip) -> list[int]:
