@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
@@ -23,6 +23,8 @@ class Origin(StrEnum):
 
 # Below this share of the time (or energy) on measured kernels of this chip, a total is not called measured.
 ENOUGH = 0.9
+# An answer that may be off by more than this (between far neighbours, say) stands only where no later source is surer: a guess.
+SURE = 0.25
 
 
 @dataclass(frozen=True)
@@ -53,36 +55,42 @@ class Source(Protocol):
 
 
 class Estimator:
-    """Asks sources in order; the last resort is the model, which answers everything.
+    """Asks sources in order (an earlier one that is unsure gives way to a surer one); the last resort is the model.
 
     `hidden`: a source whose answers are not to be used for this chip is simply not given. Answers are kept: a problem is asked once.
+    `notes` say what the sources rest on. A source may have `why_not(problem)`: why it gave None, for people.
     """
 
-    def __init__(self, chip: Chip, sources: Sequence[Source] = ()) -> None:
-        self.chip = chip
+    def __init__(self, chip: Chip, sources: Sequence[Source] = (), notes: Sequence[str] = ()) -> None:
+        self.chip, self.notes = chip, list(notes)
         self.modelled = Modelled(chip)
         self.sources = tuple(sources)
-        self._launches: dict[str, Estimate] = {}
+        self._launches: dict[Problem, Estimate] = {}
         self._collectives: dict[Collective, Estimate] = {}
 
     def launch(self, problem: Problem) -> Estimate:
         """Time and energy of one launch of the best known kernel for a problem."""
-        found = self._launches.get(problem.key)
+        found = self._launches.get(problem)
         if found is None:
-            found = next((answer for source in self.sources if (answer := source.launch(problem))), None)
+            found = _first_sure(source.launch(problem) for source in self.sources)
             if found is None:
                 us, how = self.modelled.us(problem)
-                found = Estimate(us, Origin.MODELLED, how)
+                found = Estimate(us, Origin.MODELLED, how + self._why_modelled(problem))
             if found.joules is None:
                 found = replace(found, joules=found.us * self.modelled.power_w(problem) * 1e-6, energy_origin=Origin.MODELLED)
-            self._launches[problem.key] = found
+            self._launches[problem] = found
         return found
+
+    def _why_modelled(self, problem: Problem) -> str:
+        """What the sources that know this operator say of not knowing this problem."""
+        reasons = [reason for source in self.sources if (ask := getattr(source, "why_not", None)) and (reason := ask(problem))]
+        return f" ({'; '.join(reasons)})" if reasons else ""
 
     def collective(self, one: Collective) -> Estimate:
         """Time and energy of one collective."""
         found = self._collectives.get(one)
         if found is None:
-            found = next((answer for source in self.sources if (answer := source.collective(one))), None)
+            found = _first_sure(source.collective(one) for source in self.sources)
             if found is None:
                 us, how = self.modelled.collective_us(one)
                 found = Estimate(us, Origin.MODELLED, how)
@@ -90,6 +98,26 @@ class Estimator:
                 found = replace(found, joules=found.us * self.modelled.link_power_w * 1e-6, energy_origin=Origin.MODELLED)
             self._collectives[one] = found
         return found
+
+    @property
+    def answers(self) -> tuple[Mapping[Problem, Estimate], Mapping[Collective, Estimate]]:
+        """All that was asked so far."""
+        return self._launches, self._collectives
+
+    def learn(self, answers: tuple[Mapping[Problem, Estimate], Mapping[Collective, Estimate]]) -> None:
+        """Take over what an estimator of the same chip and sources was asked in another process."""
+        self._launches.update(answers[0])
+        self._collectives.update(answers[1])
+
+
+def _first_sure(answers: Iterable[Estimate | None]) -> Estimate | None:
+    """The first answer of little doubt; where none is, the one of least doubt."""
+    unsure: list[Estimate] = []
+    for answer in filter(None, answers):
+        if answer.us.doubt <= SURE:
+            return answer
+        unsure.append(answer)
+    return min(unsure, key=lambda one: one.us.doubt, default=None)
 
 
 def label_of(shares: Mapping[Origin, float]) -> Origin:

@@ -77,6 +77,20 @@ class Workload:
         a, k = self.acceptance, self.draft_tokens
         return float(k + 1) if a == 1 else (1 - a ** (k + 1)) / (1 - a)
 
+    @property
+    def decode_steps(self) -> float:
+        """Decode steps of one request: the first token comes from the prompt's step, the last step may give more than is wanted.
+
+        By renewal theory a sum of steps of X tokens overshoots its goal by (E[X^2]/E[X] - 1)/2.
+        """
+        wanted, a, k = self.osl - 1, self.acceptance, self.draft_tokens
+        if wanted <= 0:
+            return 0.0
+        # A step gives at least j tokens with probability a^(j-1), so E[X^2] is the sum of (2j - 1) of these.
+        squares = sum((2 * j - 1) * a ** (j - 1) for j in range(1, k + 2))
+        overshoot = (squares / self.tokens_per_step - 1) / 2
+        return max(1.0, (wanted + overshoot) / self.tokens_per_step)
+
 
 @dataclass(frozen=True)
 class Deployment:

@@ -48,9 +48,7 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
     isl + osl/2. UsageError when tensor parallelism does not divide the model, or the chip lacks a peak or a link.
     """
     scenario = scenario or scenario_for(model, chip)
-    if scenario.tp > 1 and chip.link_gb_per_s is None:
-        raise UsageError(f"chip {chip.name} has no link to another one (link_gb_per_s): plan it with --tp 1")
-    check_format(scenario.quantization)
+    _check(chip, scenario)
     dtype, notes = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
     roofline = Roofline(chip, dtype)
     rows: list[Row] = []
@@ -70,6 +68,26 @@ def plan(model: Model, chip: Chip, scenario: Scenario | None = None) -> Plan:
         weight_bytes=weight_bytes(model, dtype, scenario.tp, scenario.quantization),
         kv_bytes_per_token=kv_bytes_per_token(model, scenario.kv_dtype or dtype),
     )
+
+
+def step_rows(model: Model, chip: Chip, scenario: Scenario, phase: str) -> list[Row]:
+    """The rows of one phase of a plan, for who asks for hundreds of steps. UsageError as for `plan`."""
+    _check(chip, scenario)
+    dtype, _ = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
+    roofline = Roofline(chip, dtype)
+    rows: list[Row] = []
+    for step, layers in _steps(model, scenario, dtype):
+        if step.phase == phase:
+            narrow = [(count, [quantised(draft, scenario.quantization) for draft in drafts]) for count, drafts in layers]
+            rows += _merged(step, narrow, roofline)
+    return rows
+
+
+def _check(chip: Chip, scenario: Scenario) -> None:
+    """UsageError for what no plan can be made of."""
+    if scenario.tp > 1 and chip.link_gb_per_s is None:
+        raise UsageError(f"chip {chip.name} has no link to another one (link_gb_per_s): plan it with --tp 1")
+    check_format(scenario.quantization)
 
 
 def _cache_notes(model: Model, scenario: Scenario) -> list[Note]:
@@ -188,11 +206,12 @@ def _merged(step: Step, layers: list[Layers], roofline: Roofline) -> list[Row]:
     for count, drafts in layers:
         counted = set()
         for draft in drafts:
-            first, roles, launches, in_layers = found.get(draft.identity, (draft, {}, 0, 0))
+            identity = draft.identity
+            first, roles, launches, in_layers = found.get(identity, (draft, {}, 0, 0))
             roles[draft.role] = None
-            in_layers += 0 if draft.identity in counted else count
-            counted.add(draft.identity)
-            found[draft.identity] = (first, roles, launches + count, in_layers)
+            in_layers += 0 if identity in counted else count
+            counted.add(identity)
+            found[identity] = (first, roles, launches + count, in_layers)
     return [
         Row(
             step.phase,

@@ -63,7 +63,7 @@ class Scenario(Record):
 
 
 # A GPU serves long prompts and many users. A CPU gets what ends in minutes: 512 + 128 tokens, one user and eight.
-DEFAULTS = {"cuda": Scenario(), "cpu": Scenario(isl=512, osl=128, batches=(1, 8))}
+DEFAULTS = {"cuda": Scenario(), "datasheet": Scenario(), "cpu": Scenario(isl=512, osl=128, batches=(1, 8))}
 # Latent tokens of a picture that a CPU can draw while one waits: 512 x 512 in Flux.
 CPU_LATENT_TOKENS = 1024
 # Whisper's decoder starts from: start of transcript, language, task, no timestamps.
@@ -77,7 +77,7 @@ def scenario_for(model: Model, chip: Chip, **given: object) -> Scenario:
     """
     base = DEFAULTS[chip.kind]
     if model.kind == "diffusion_transformer":
-        tokens = model.default_tokens if chip.kind == "cuda" else min(model.default_tokens, CPU_LATENT_TOKENS)
+        tokens = model.default_tokens if chip.kind != "cpu" else min(model.default_tokens, CPU_LATENT_TOKENS)
         base = dataclasses.replace(base, isl=tokens, osl=0, batches=())
     elif model.kind == "encoder":
         base = dataclasses.replace(base, isl=min(base.isl, model.max_tokens or base.isl), osl=0, batches=())

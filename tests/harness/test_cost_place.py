@@ -1,0 +1,451 @@
+"""Placement: the search against trying everything, what it costs, what flips it, and the verb."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from klab.harness.catalog import find_chip, find_model
+from klab.harness.catalog.models import PROFILES
+from klab.harness.cli.main import build_app
+from klab.harness.cost.estimate import Estimator, Origin
+from klab.harness.cost.flips import by_link, by_price, by_rate, certainty
+from klab.harness.cost.place import COUNTS, Demand, _with_room, ranked
+from klab.harness.cost.placement import Question, place
+from klab.harness.cost.ranges import ZERO, Range
+from klab.harness.cost.serving import decode_pool, operating_points
+from klab.harness.cost.sides import Builder, Point, Side, climb, sides_of
+from klab.harness.cost.staffing import Pool, Terms, fleet_of, machines
+from klab.harness.cost.steps import Steps
+from klab.harness.cost.transfer import link_between, transfer
+from klab.harness.cost.workload import Deployment, Workload
+from klab.kernels.errors import KlabError, UsageError
+
+MODEL = find_model("llama-3.1-70b")
+H200 = find_chip("h200")
+CARD = str(PROFILES / "examples" / "decode-card.toml")
+
+
+def about(value, doubt=0.1):
+    return Range(value * (1 - doubt), value, value * (1 + doubt))
+
+
+def point(role, ttft_s, tpot_s, per_s, concurrency=1, load=1.0, joules=1000.0):
+    times = (about(ttft_s), about(tpot_s), about(per_s))
+    return Point(role, concurrency, *times, load / per_s, about(joules), {Origin.MODELLED: 1.0}, chunk_tokens=8192)
+
+
+def side(chip, tp, points, most=1000, prompt_s=0.2, network=50.0):
+    kind = dataclasses.replace(H200, name=chip, network_gb_per_s=network)
+    roles = {role: tuple(p for p in points if p.role == role) for role in ("prefill", "decode", "both")}
+    return Side(Deployment(MODEL, kind, tp), roles, most, about(prompt_s), about(100.0 * tp), "bfloat16")
+
+
+def made_up(seed, chips=("a", "b", "c")):
+    """Sides whose points are drawn: a prefill replica waits longer the fuller it is, a decode replica is slower the more it does."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for chip, tp in itertools.product(chips, (1, 2, 4)):
+        prompt_s, speed, chunk = rng.uniform(0.1, 0.6) / tp, rng.uniform(2, 8) * tp, rng.uniform(1.2, 2)
+        points = [
+            point("prefill", prompt_s * (1 + load / (2 * (1 - load))), 0.0, load / prompt_s, 1, load) for load in (0.2, 0.5, 0.8, 0.95)
+        ]
+        for n in (1, 8, 32, 128):
+            tpot_s = (5 + n * rng.uniform(0.1, 0.4)) / 1e3 * 8 / speed
+            points.append(point("decode", 0.0, tpot_s, n / (tpot_s * 1023), n))
+            points.append(point("both", prompt_s * (1 + n / 64), tpot_s * chunk, n / (tpot_s * chunk * 1023 + prompt_s), n))
+        found.append(side(chip, tp, points, prompt_s=prompt_s))
+    return found
+
+
+def terms_of(*prices):
+    return {chip: Terms(about(usd, 0.3), 1.0 + index) for index, (chip, usd) in enumerate(zip("abc", prices, strict=False))}
+
+
+TERMS = terms_of(3.0, 5.0, 2.0)
+ASKED = Workload(8192, 1024, slo_ttft_s=2.0, slo_tpot_s=0.02)
+
+
+def by_hand(sides, demand, terms):
+    """Every pair of points of every pair of sides, counted out in plain arithmetic: {(names, prices): least $/h}."""
+    w, found = demand.workload, {}
+
+    def take(name, parts):
+        usd, held = 0.0, {}
+        for s, rate in parts:
+            needed = demand.peak_per_s / rate
+            number = needed if demand.count == "fractions" else math.ceil(needed - 1e-9)
+            held[s.deployment.chip.name] = held.get(s.deployment.chip.name, 0.0) + number * s.deployment.tp
+        for chip, gpus in held.items():
+            if demand.count == "machines":
+                gpus = demand.machine_gpus * math.ceil(gpus / demand.machine_gpus - 1e-9)
+            usd += gpus * terms[chip].usd_per_gpu_hour.mid
+        found[name] = min(found.get(name, math.inf), usd)
+
+    for s in sides:
+        for p in s.points("both"):
+            if p.ttft_s.mid <= w.slo_ttft_s and p.tpot_s.mid <= w.slo_tpot_s:
+                take(s.name, [(s, p.requests_per_s.mid)])
+    for first, second in itertools.product(sides, sides):
+        whole = 8192 * 327_680
+        effective = 50e9 * 0.6
+        for p, d in itertools.product(first.points("prefill"), second.points("decode")):
+            move_s = max(whole / first.deployment.tp, whole / second.deployment.tp) / effective
+            exposed_s = max(move_s - first.prompt_s.mid * 79 / 80, move_s / 80) + 0.01
+            one_s = whole / second.deployment.tp / effective
+            rate_d = min(d.requests_per_s.mid, 0.8 / one_s)
+            rate_p = min(p.requests_per_s.mid, effective * first.deployment.tp / whole)
+            load = min(rate_d * one_s, 0.8)
+            wait_s = load * one_s / (2 * (1 - load))
+            if d.tpot_s.mid <= w.slo_tpot_s and p.ttft_s.mid + exposed_s + wait_s <= w.slo_ttft_s:
+                take(f"{first.name} -> {second.name}", [(first, rate_p), (second, rate_d)])
+    return found
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_what_trying_everything_finds(seed, count):
+    sides = made_up(seed)
+    demand = Demand(ASKED, 17.0, count=count)
+    found = {option.name: option.value for option in ranked(sides, demand, TERMS).options}
+    tried = by_hand(sides, demand, TERMS)
+    # A decode pool that does less waits less on its link: rarely that makes room for a cheaper prefill, which is not searched for.
+    assert set(found) <= set(tried) and len(found) >= 0.9 * len(tried)
+    assert all(found[name] >= tried[name] - 1e-9 for name in found)
+    assert sum(found[name] <= tried[name] * (1 + 1e-9) for name in found) >= 0.95 * len(found)
+    assert min(found.values()) == pytest.approx(min(tried.values()))
+
+
+def test_shares_of_prefill_and_decode_follow_their_rates():
+    """n_p/n_d = (ISL / prefill tokens per s) / (OSL / decode tokens per s), and $ per request the sum of both parts."""
+    sides = [side("a", 2, [point("prefill", 0.5, 0, 4.0)]), side("b", 4, [point("decode", 0, 0.01, 6.0)])]
+    (best,) = ranked(sides, Demand(ASKED, 24.0, count="fractions"), TERMS).options
+    assert best.ratio == pytest.approx((8192 / (4.0 * 8192)) / (1024 / (6.0 * 1024)))
+    per_request = 2 * 3.0 / 3600 / 4.0 + 4 * 5.0 / 3600 / 6.0
+    assert best.fleet.usd_per_hour.mid == pytest.approx(24.0 * 3600 * per_request)
+    assert best.usd_per_mtok.mid == pytest.approx(per_request / 9216 * 1e6)
+    assert best.fleet.usd_per_hour.low == pytest.approx(24 * (2 / 4.4 * 3.0 * 0.7 + 4 / 6.6 * 5.0 * 0.7))
+    # Boards: 1 kJ per request each, and idle power for what is not busy (nothing here).
+    assert best.fleet.board_w.mid == pytest.approx(24 * 2000.0)
+
+
+def test_what_waits_draws_power():
+    sides = [side("a", 2, [point("both", 0.1, 0.01, 10.0)])]
+    (best,) = ranked(sides, Demand(ASKED, 1.0), TERMS).options
+    # One machine of 8; 2 GPUs busy for a tenth of the time, 200 W for each pair that waits.
+    assert best.fleet.gpus["a"].mid == 8 and best.fleet.busy_share == pytest.approx(0.2 / 8)
+    assert best.fleet.board_w.mid == pytest.approx(1000.0 + 7.8 / 2 * 200.0)
+
+
+@pytest.mark.parametrize("objective", ["cost", "energy", "kw"])
+def test_scaling(objective):
+    sides = made_up(1)
+    demand = Demand(ASKED, 10.0, objective, count="fractions")
+    one, two = (ranked(sides, dataclasses.replace(demand, rate_per_s=rate), TERMS).winner for rate in (10.0, 20.0))
+    assert (two.name, two.value) == (one.name, pytest.approx(2 * one.value))
+    half = ranked(sides, dataclasses.replace(demand, workload=dataclasses.replace(ASKED, utilisation=0.5)), TERMS).winner
+    assert half.value > one.value * (1.999 if objective != "energy" else 1.0)
+    if objective == "cost":
+        dear = ranked(sides, demand, terms_of(6.0, 10.0, 4.0)).winner
+        assert (dear.name, dear.value) == (one.name, pytest.approx(2 * one.value))
+
+
+def test_more_room_never_costs_more():
+    sides = made_up(2)
+    values = []
+    for slack in (0.15, 0.4, 0.7, 1.0, 2.0):
+        w = dataclasses.replace(ASKED, slo_ttft_s=2.0 * slack, slo_tpot_s=0.02 * slack)
+        best = ranked(sides, Demand(w, 300.0), TERMS).winner
+        values.append(best.value if best else math.inf)
+    assert values == sorted(values, reverse=True) and values[0] > values[-1]
+    counted = [ranked(sides, Demand(ASKED, 30.0, count=count), TERMS).winner.value for count in COUNTS]
+    assert counted == sorted(counted)
+
+
+def test_machines_against_packing_by_hand():
+    def packed(held, size):
+        """Largest first into the fullest machine that has room: exact for sizes that divide one another."""
+        free = []
+        for tp in sorted((tp for tp, number in held for _ in range(number)), reverse=True):
+            at = next((i for i, room in sorted(enumerate(free), key=lambda one: one[1]) if room >= tp), None)
+            if at is None:
+                free.append(size)
+                at = len(free) - 1
+            free[at] -= tp
+        return len(free)
+
+    rng = np.random.default_rng(3)
+    for _ in range(200):
+        held = [(int(rng.choice([1, 2, 4, 8])), int(rng.integers(1, 9))) for _ in range(rng.integers(1, 3))]
+        assert machines(held, 8) == packed(held, 8)
+    assert machines([(3, 5)], 8) == 3 and machines([(6, 2), (4, 2)], 8) == 3
+    assert machines([(16, 2)], 8) == 4 and machines([(16, 1), (4, 1)], 8) == 3
+    assert machines([(4, 3)], 1) == 12
+
+
+def test_whole_machines_may_hold_both_pools():
+    pools = [point("prefill", 0.5, 0, 10.0), point("decode", 0, 0.01, 10.0)]
+    demand = Demand(ASKED, 10.0)
+    same = ranked([side("a", 4, pools)], demand, TERMS).winner
+    assert same.kind == "apart, one chip" and same.fleet.gpus["a"].mid == 8
+    two = ranked([side("a", 4, pools[:1]), side("b", 4, pools[1:])], demand, TERMS).winner
+    assert two.kind == "apart, two chips" and {chip: gpus.mid for chip, gpus in two.fleet.gpus.items()} == {"a": 8, "b": 8}
+
+
+def test_a_slow_network_caps_and_delays():
+    def best(gb_per_s, overlap=True):
+        sides = [side("a", 2, [point("prefill", 0.2, 0, 5.0)], prompt_s=0.2), side("b", 2, [point("decode", 0, 0.01, 5.0)])]
+        w = dataclasses.replace(ASKED, slo_ttft_s=60.0)
+        return ranked(sides, Demand(w, 50.0, count="fractions", link_gb_per_s=gb_per_s, overlap=overlap), TERMS).winner
+
+    fast, slow = best(500.0), best(5.0)
+    assert fast.pools[0].point.limit == "" and [pool.point.limit for pool in slow.pools] == ["link", "link"]
+    way = slow.transfer
+    assert slow.pools[0].needed == pytest.approx(50.0 / way.sends_per_s.mid)
+    assert slow.ttft_s.mid > fast.ttft_s.mid and slow.value > fast.value
+    assert best(50.0, overlap=False).exposed_s.mid > best(50.0).exposed_s.mid
+    assert fast.ttft_s.mid == pytest.approx(0.2 + fast.exposed_s.mid)
+
+
+def test_caches_on_their_way_take_room():
+    points = [point("decode", 0, 0.01, n * 1.0, n) for n in (1, 8, 9, 10)]
+    # 8 decoding at 8 requests/s that hold their room for 0.2 s beforehand: 9.6 of 10.
+    assert [p.concurrency for p in _with_room(points, 10, 0.2)] == [1, 8]
+    (squeezed,) = _with_room(points[:1], 1, 3.0)
+    # One at a time: 3 s on its way, 1 s decoding.
+    assert squeezed.requests_per_s.mid == pytest.approx(1 / 4) and squeezed.limit == "memory"
+
+
+def test_room_and_waiting_count_in_the_whole():
+    """A decode replica of 8 sequences takes 3 s for each and holds its room for 1 s before: 6 decode, 2 are on their way."""
+    decoding = [point("decode", 0, 3.0 / 1023, n / 3.0, n) for n in (2, 4, 6, 8)]
+    sides = [side("a", 1, [point("prefill", 1.0, 0, 1.0)], prompt_s=0.9), side("b", 1, decoding, most=8)]
+    w = dataclasses.replace(ASKED, slo_ttft_s=60.0)
+    (best,) = ranked(sides, Demand(w, 2.0, count="fractions", link_gb_per_s=2000.0), TERMS).options
+    assert best.pools[1].point.concurrency == 6
+    way, rate = best.transfer, best.pools[1].point.requests_per_s.mid
+    assert way.waiting_s(rate) > 0
+    assert best.ttft_s.mid == pytest.approx(1.0 + way.exposed_s(about(0.9), True).mid + way.waiting_s(rate))
+
+
+def test_a_chip_that_only_decodes_gets_no_prompts():
+    builder = Builder({"decode-card": Estimator(find_chip(CARD))})
+    found, reasons = sides_of(find_chip(CARD), (2, 3), Deployment(MODEL, find_chip(CARD)), ASKED, builder)
+    assert [s.name for s in found] == ["decode-card x 2"] and "tensor parallelism of 3" in reasons[0]
+    assert found[0].points("decode") and not found[0].points("prefill") and not found[0].points("both")
+
+
+def test_points_between_and_at_the_slo():
+    """Against every number of sequences planned for itself."""
+    chip, model = find_chip("h200"), find_model("qwen3-8b")
+    w = Workload(2048, 256, slo_tpot_s=0.006, chunk_tokens=512)
+    built = Builder({"h200": Estimator(chip)}).side(Deployment(model, chip, 1), w)
+    steps = Steps(built.deployment, Estimator(chip))
+    last = max(p.concurrency for p in built.points("decode") if p.tpot_s.mid <= 0.006)
+    (beyond,) = decode_pool(steps, w, [math.ceil(last * 1.03) + 1])
+    assert beyond.latency_s.mid > 0.006 and beyond.concurrency < built.most
+    for n in (3, 11, 40):
+        near = min(built.points("decode"), key=lambda p: abs(p.concurrency - n))
+        (exact,) = decode_pool(steps, w, [near.concurrency])
+        assert near.tpot_s.mid == pytest.approx(exact.latency_s.mid, rel=0.03)
+        assert near.requests_per_s.mid == pytest.approx(exact.requests_per_s.mid, rel=0.03)
+        assert near.busy_joules.mid == pytest.approx(exact.joules_per_request.mid, rel=0.05)
+        both = min(built.points("both"), key=lambda p: abs(p.concurrency - n))
+        (whole,) = operating_points(steps, w, [both.concurrency])
+        assert both.tpot_s.mid == pytest.approx(whole.tpot_s.mid, rel=0.05)
+        assert both.requests_per_s.mid == pytest.approx(whole.requests_per_s.mid, rel=0.05)
+    numbers = [p.concurrency for p in built.points("decode")]
+    assert numbers == sorted(set(numbers)) and max(b / a for a, b in itertools.pairwise(numbers) if a > 10) < 1.2
+
+
+@pytest.mark.parametrize("bend", [1.0, 3.0, 0.3])
+def test_climbing_finds_the_last_in_time(bend):
+    asked = []
+
+    def late(n):
+        return (n / 137) ** bend
+
+    found = climb(lambda n: asked.append(n) or n, late, 1000)
+    last = max(n for n in found if late(n) <= 1)
+    assert 137 * 0.97 <= last <= 137 and len(asked) == len(found) <= 18
+    assert max(climb(lambda n: n, lambda n: 0.0, 100)) == 100 and list(climb(lambda n: n, lambda n: 9.0, 100)) == [1]
+
+
+def test_when_nothing_meets_the_slos_the_nearest_is_told():
+    w = dataclasses.replace(ASKED, slo_tpot_s=0.0005)
+    found = ranked(made_up(0), Demand(w, 5.0), TERMS)
+    assert found.winner is None and found.nearest.missed > 1
+    fastest = min(p.tpot_s.mid for s in made_up(0) for role in ("decode", "both") for p in s.points(role))
+    assert found.nearest.missed == pytest.approx(fastest / 0.0005)
+
+
+# --- flips
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prices_flip_where_it_is_said(seed):
+    sides = made_up(seed)
+    demand = Demand(ASKED, 40.0)
+    ranking = ranked(sides, demand, TERMS)
+    found = by_price(ranking, TERMS)
+    assert {one.what for one in found} == {f"price of {chip}" for chip in "abc"}
+    base, flips = ranking.winner.shape, 0
+    for one in found:
+        chip = one.what[-1]
+
+        def values(usd, chip=chip):
+            """Least $/h by shape, and of all."""
+            options = ranked(sides, demand, TERMS | {chip: Terms(Range.exact(usd), 1.0)}).options
+            return {option.shape: option.value for option in reversed(options)}, options[0].value
+
+        for flip in one.flips:
+            away = 0.001 if flip.up else -0.001
+            before, least = values(flip.at * (1 - away))
+            assert before[base] == pytest.approx(least)
+            after, least = values(flip.at * (1 + away))
+            assert after[flip.winner.shape] == pytest.approx(least) and after[base] > least * (1 + 1e-9)
+            flips += 1
+        for up in {True, False} - {flip.up for flip in one.flips}:
+            there, least = values(one.high if up else one.low)
+            assert there[base] == pytest.approx(least)
+    assert flips
+
+
+def test_the_link_flips_where_it_is_said():
+    demand = Demand(ASKED, 40.0, count="fractions")
+    flips = 0
+    for seed in range(6):
+        sides = made_up(seed)
+        ranking = ranked(sides, demand, TERMS)
+        for flip in by_link(sides, ranking, TERMS).flips:
+            away = 1.03 if flip.at > 50 else 1 / 1.03
+
+            def shape(speed, sides=sides):
+                return ranked(sides, dataclasses.replace(demand, link_gb_per_s=speed), TERMS).winner.shape
+
+            assert shape(flip.at / away) == ranking.winner.shape != shape(flip.at * away)
+            assert flip.behind == pytest.approx(flip.behind_unrounded) and flip.behind > 0
+            flips += 1
+    assert flips
+
+
+def test_rounding_is_told_from_what_would_flip_anyway():
+    sides = made_up(3)
+    ranking = ranked(sides, Demand(ASKED, 3.0), TERMS)
+    found = by_rate(sides, ranking, TERMS)
+    for flip in found.flips:
+        # To a fraction the rate changes nothing, so what flips is the rounding.
+        base = ranked(sides, Demand(ASKED, 3.0, count="fractions"), TERMS)
+        shapes = {option.shape: option.value for option in reversed(base.options)}
+        expected = shapes[ranking.winner.shape] / shapes[flip.winner.shape] - 1
+        assert flip.behind > 0 and flip.behind_unrounded == pytest.approx(expected)
+
+
+def test_corners():
+    # a takes 10 GPUs (9.09 to 11.1) at 3 $ (2.1 to 3.9), b takes 6 (5.45 to 6.67) at 5.5 $ (3.85 to 7.15).
+    sides = [side("a", 1, [point("both", 0.1, 0.01, 1.0)]), side("b", 1, [point("both", 0.1, 0.01, 1 / 0.6)])]
+    terms = terms_of(3.0, 5.5)
+    ranking = ranked(sides, Demand(ASKED, 10.0, count="fractions"), terms)
+    assert ranking.winner.name == "a x 1"
+    ends = {chip: (gpus / 1.1, gpus / 0.9) for chip, gpus in (("a", 10), ("b", 6))}
+    times = [(3.0 * a, 5.5 * b) for a, b in itertools.product(ends["a"], ends["b"])]
+    prices = [(x * a, y * b) for a, b in itertools.product(ends["a"], ends["b"]) for x in (2.1, 3.9) for y in (3.85, 7.15)]
+    for found, corners in ((certainty(ranking, terms, prices=False), times), (certainty(ranking, terms, prices=True), prices)):
+        assert (found.corners, found.share) == (len(corners), pytest.approx(sum(a <= b for a, b in corners) / len(corners)))
+        assert found.rival.name == "b x 1" and found.share < 1
+    assert certainty(ranked(sides, Demand(ASKED, 10.0, "kw"), terms), terms, prices=True) is None
+
+
+# --- the answer and the verb
+
+
+def test_bad_demands_are_refused():
+    for wrong, says in (
+        ({"rate_per_s": 0.0}, "--rate"),
+        ({"rate_per_s": math.nan}, "--rate"),
+        ({"rate_per_s": 1.0, "objective": "fun"}, "--objective"),
+        ({"rate_per_s": 1.0, "machine_gpus": 0}, "--machine"),
+        ({"rate_per_s": 1.0, "link_gb_per_s": -1.0}, "--link"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            Demand(ASKED, **wrong)
+    with pytest.raises(UsageError, match="nothing to decode"):
+        Demand(Workload(100, 1), 1.0)
+    with pytest.raises(UsageError, match="no language model"):
+        Question(find_model("flux.1-dev"), [H200], Demand(ASKED, 1.0), {})
+    with pytest.raises(UsageError, match="twice"):
+        Question(MODEL, [H200, H200], Demand(ASKED, 1.0), {})
+
+
+def test_real_points_agree_with_the_search():
+    """The winner of a whole answer, put together again from its parts."""
+    small = find_model("qwen3-8b")
+    terms = {"h200": Terms(Range(2.0, 4.0, 8.0), 1.73), "decode-card": Terms(Range.exact(1.0), 1.0)}
+    chips = [H200, find_chip(CARD)]
+    w = Workload(4096, 512, slo_ttft_s=1.0, slo_tpot_s=0.012)
+    asked = Question(small, chips, Demand(w, 40.0), terms, tps=(1, 2), host_us=ZERO)
+    answer = place(asked, {chip.name: Estimator(chip) for chip in chips})
+    best = answer.ranking.winner
+    assert best.kind == "apart, two chips" and best.shape == (("prefill", "h200"), ("decode", "decode-card"))
+    assert answer.label is Origin.MODELLED and any("datasheet" in note for note in answer.notes)
+    first, second = best.pools
+    way = transfer(small, "bfloat16", 4096, first.side.deployment.tp, second.side.deployment.tp, link_between(*chips))
+    assert best.transfer == way and best.ttft_s.mid == pytest.approx(first.point.ttft_s.mid + best.exposed_s.mid)
+    rebuilt = fleet_of((Pool(first.side, first.point, 40.0), Pool(second.side, second.point, 40.0)), asked.demand, terms)
+    assert rebuilt == best.fleet and best.fleet.usd_per_hour.mid == 4.0 * best.fleet.gpus["h200"].mid + best.fleet.gpus["decode-card"].mid
+    assert all(pool.replicas * pool.point.requests_per_s.mid >= 40.0 for pool in best.pools)
+    assert [rank.winner.value for rank in answer.by_count.values()] == sorted(rank.winner.value for rank in answer.by_count.values())
+    assert answer.verdict.startswith(("Settled", "It hangs", "Leaning", "Open")) and answer.reasons
+    told = {one.role: one.side.deployment.chip.name for one in reversed(answer.roles)}
+    assert told["prefill"] == "h200" and told["decode"] == "decode-card"
+    assert {one.what for one in answer.sensitivities} >= {"price of h200", "prompt length", "rate", "TTFT allowed", "TPOT allowed"}
+
+
+def klab(*arguments):
+    return CliRunner().invoke(build_app(), ["place", "-m", "qwen3-0.6b", "--isl", "1024", "--osl", "64", "--reference", "no", *arguments])
+
+
+def test_the_verb():
+    ran = klab("--chips", f"h200,{CARD}", "-p", "decode-card=1", "--rate", "300", "--tp", "1", "--slo-tpot", "20ms", "--json")
+    assert ran.exit_code == 0, ran.output
+    lines = [json.loads(line) for line in ran.stdout.splitlines()]
+    head, options = lines[0], [line for line in lines if line["type"] == "option"]
+    assert head["type"] == "placement" and head["label"] == "modelled" and head["winner"]["value"] == options[0]["value"]
+    assert [option["value"] for option in options] == sorted(option["value"] for option in options)
+    assert {line["type"] for line in lines} == {"placement", "option", "role", "sensitivity", "note"}
+    assert all(option["label"] == "modelled" for option in options)
+
+
+def test_the_verb_for_people():
+    ran = klab("--chips", "h200", "--rate", "300", "--tp", "1", "--slo-ttft", "1s", "--slo-tpot", "1us")
+    assert ran.exit_code == 1 and "No arrangement" in ran.stdout and "times what is allowed" in ran.stdout
+    ran = klab("--chips", "h200", "--rate", "300", "--tp", "1", "--objective", "energy")
+    assert ran.exit_code == 0 and "What flips it" in ran.stdout and "Whole numbers" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--chips", "h20", "--rate", "1"), "did you mean h200"),
+        (("--chips", "h200", "--rate", "-1"), "--rate is a positive"),
+        (("--chips", "h200", "--rate", "1", "--price", "h200=-2"), "positive number"),
+        (("--chips", "h200", "--rate", "1", "--price", "b200=2"), "b200 is not among"),
+        (("--chips", "h200", "--rate", "1", "--price", "2"), "CHIP=VALUE"),
+        (("--chips", CARD, "--rate", "1"), "no on_demand price for chip decode-card"),
+        (("--chips", CARD, "--rate", "1", "--price", "decode-card=2"), "nothing here both prefills and decodes"),
+        (("--chips", "h200", "--rate", "1", "--slo-tpot", "soon"), "is not a positive time"),
+        (("--chips", "h200", "--rate", "1", "--tp", "5"), "does not divide"),
+        (("--chips", "h200", "--rate", "1", "--quantization", "fp3"), "quantization is one of"),
+        (("--chips", "h200", "--rate", "1", "--kw-per-gpu", "h200=0"), "--kw-per-gpu"),
+        (("--chips", "h200", "--rate", "1", "--contract", "stolen"), "--contract is"),
+        (("--chips", "h200", "--rate", "1", "--isl", "90000000"), "exceed"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, says):
+    ran = klab(*arguments)
+    assert isinstance(ran.exception, KlabError) and ran.exception.exit_code == 2
+    assert says in str(ran.exception) and "\n" not in str(ran.exception)
