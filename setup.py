@@ -7,5 +7,9 @@ setup(
     packages=[name for prefix, folder in rooms.items() for name in (prefix, *(f"{prefix}.{p}" for p in find_packages(folder)))]
     + ["klab.profiles"],
     package_dir=rooms | {"klab.profiles": "profiles"},
-    package_data={"klab.profiles": ["*/*.toml", "*/*.csv", "*/*.json", "tuned/*/*.json"], "klab.kernels": ["*.cuh"], "klab.harness": ["report/*"]},
+    package_data={
+        "klab.profiles": ["*/*.toml", "*/*.csv", "*/*.json", "tuned/*/*.json"],
+        "klab.kernels": ["*.cuh"],
+        "klab.harness": ["report/*"],
+    },
 )

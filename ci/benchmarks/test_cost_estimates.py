@@ -3,7 +3,7 @@
 pytest ci/benchmarks/test_cost_estimates.py --benchmark-enable --benchmark-columns=median,max,rounds -s
 
 Aims: 1e5 facts, the first answer within a second and later ones within 5 ms; rows left out of published tables predicted within 10% at the
-median. The second part needs those tables (pip install -e '.[reference]', or KLAB_REFERENCE) and prints the table of docs/interpolation.md.
+median. The rest needs those tables (pip install -e '.[reference]', or KLAB_REFERENCE) and prints what docs/interpolation.md shows.
 """
 
 from __future__ import annotations
@@ -130,3 +130,18 @@ def test_rows_left_out_of_published_tables(chip: str, operator: str) -> None:
         median, tenth = np.median(errors), np.quantile(errors, 0.9)
         print(f"\n| {chip} | {operator} | {words} | {len(rows)} | {median:.1%} | {tenth:.0%} | {inside:.0%} | {width:.0%} |", end="")
         assert len(rows) >= LEAST_TRIED and median <= 0.10 and inside >= 0.7
+
+
+@pytest.mark.skipif(available() is None, reason="no published tables: pip install -e '.[reference]'")
+@pytest.mark.parametrize("operator", list(SERVED))
+@pytest.mark.parametrize("chip", ["h200", "b200"])
+def test_the_model_at_published_rows(chip: str, operator: str) -> None:
+    facts, _ = table_of(chip, operator)
+    modelled = Modelled(find_chip(chip))
+    some = random.Random(0).sample(facts, min(10 * TRIED, len(facts)))
+    expected = [modelled.us(fact.problem)[0] for fact in some]
+    ratios = np.array([fact.us.mid / us.mid for fact, us in zip(some, expected, strict=True)])
+    inside = np.mean([us.low <= fact.us.mid <= us.high for fact, us in zip(some, expected, strict=True)])
+    tenth, median, last = np.quantile(ratios, (0.1, 0.5, 0.9))
+    print(f"\n| {chip} | {operator} | {len(some)} | {median:.2f} | {tenth:.2f}..{last:.2f} | {inside:.0%} |", end="")
+    assert 0.5 <= median <= 2.0

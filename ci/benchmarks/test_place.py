@@ -40,4 +40,4 @@ def test_four_chips_three_sizes(tables: bool, benchmark) -> None:
         return place(question, estimators, os.cpu_count() or 1)
 
     answer = benchmark.pedantic(whole, rounds=2)
-    assert answer.ranking.compared == 3 * 3 + 9 * 12 and answer.ranking.winner is not None and len(answer.sensitivities) == 8
+    assert answer.ranking.compared == 3 * 3 + 9 * 12 and answer.ranking.winner is not None and len(answer.sensitivities) == 9

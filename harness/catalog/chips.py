@@ -54,6 +54,14 @@ def find_chip(name: str) -> Chip:
     raise UsageError(f"unknown chip {name!r}; {hint} The path of a chip's TOML file works too (profiles/chips has examples)")
 
 
+def find_real_chip(name: str) -> Chip:
+    """`find_chip` for what measures and tunes: UsageError for a chip that is a datasheet alone."""
+    chip = find_chip(name)
+    if chip.kind == "datasheet":
+        raise UsageError(f"{chip.name} is known from a datasheet alone, nothing runs on it: klab plan, klab cost and klab place take it")
+    return chip
+
+
 def chip_of_device(device: str) -> Chip | None:
     """The chip of the catalog that CUDA calls `device` ("NVIDIA H200"), or None."""
     for path in sorted((PROFILES / "chips").glob("*.toml")):

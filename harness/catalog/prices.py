@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date as day
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,14 @@ from klab.kernels.errors import UsageError
 CONTRACTS = ("on_demand", "reserved", "owned")
 # Files of a folder of prices that hold other facts.
 FACILITY, OWNERSHIP = "facility.toml", "ownership.toml"
-_PRICE_FIELDS = ("chip", "contract", "usd_per_gpu_hour", "date", "source", "confidence", "note")
-_FIGURE_FIELDS = ("low", "mid", "high", "source", "confidence", "note")
+ENDS = ("low", "mid", "high")
+_PRICE_FIELDS = ("chip", "contract", "usd_per_gpu_hour", "date", "source", "confidence", "guesses", "note")
+_FIGURE_FIELDS = (*ENDS, "source", "confidence", "guesses", "note")
+# Dollars per GPU-hour outside these are a slip of the pen, and no sum of them can be trusted.
+LEAST_USD, MOST_USD = 1e-6, 1e6
+# No fact of money or power is larger: the same for a figure of any unit.
+MOST = 1e9
+_FORMS = "dollars per GPU-hour (2.5, or low,mid,high: 2,2.5,3), a contract or a file of prices"
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Price:
 
     `contract`: "on_demand" (by the hour), "reserved" (a term of years, partly prepaid), "owned" (what an owner's hour costs, in
     service or not). `confidence`: "published" (the source prints these figures), "secondary" (read about, not traced), "given" (by the
-    user). `note`: which of the three figures rest on a guess.
+    user), "computed" (by `klab price`). `guesses`: which of low, mid and high the source does not have.
     """
 
     chip: str
@@ -41,17 +47,23 @@ class Price:
     source: str
     confidence: str
     note: str = ""
+    guesses: tuple[str, ...] = ()
+
+    @property
+    def trust(self) -> str:
+        """`secondary, mid guessed`."""
+        return _trust(self)
 
     @property
     def label(self) -> str:
-        """`h200 on_demand 2.25..4.24..8.00 $/GPU-h (2026-11, secondary)`."""
+        """`h200 on_demand 2.25..4.24..8.00 $/GPU-h (2026-11, secondary, mid guessed)`."""
         span = f"{self.mid:.2f}" if self.low == self.high else f"{self.low:.2f}..{self.mid:.2f}..{self.high:.2f}"
-        return f"{self.chip} {self.contract} {span} $/GPU-h ({', '.join(filter(None, (self.date, self.confidence)))})"
+        return f"{self.chip} {self.contract} {span} $/GPU-h ({', '.join(filter(None, (self.date, self.trust)))})"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One fact with its bounds and its source; the unit is in the name it is kept under."""
+    """One fact with its bounds and its source; the unit is in the name it is kept under. `guesses`: as of a Price."""
 
     low: float
     mid: float
@@ -59,6 +71,12 @@ class Figure:
     source: str
     confidence: str = ""
     note: str = ""
+    guesses: tuple[str, ...] = ()
+
+    @property
+    def trust(self) -> str:
+        """`secondary, low and high guessed`."""
+        return _trust(self)
 
 
 @dataclass(frozen=True)
@@ -114,11 +132,9 @@ def load_prices(root: Path | None = None) -> tuple[Price, ...]:
 
 def find_price(chip: str, contract: str, root: Path | None = None) -> Price:
     """The newest price of a chip under a contract. UsageError names the prices that there are."""
-    wanted, kind = chip.strip().lower(), contract.strip().lower().replace("-", "_")
+    wanted, kind = chip.strip().lower(), _kind(contract)
     if kind not in CONTRACTS:
-        near = get_close_matches(kind, CONTRACTS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONTRACTS)}"
-        raise UsageError(f"unknown contract {contract!r}; {hint}")
+        raise UsageError(_no_contract(contract))
     prices = load_prices(root)
     found = [one for one in prices if (one.chip, one.contract) == (wanted, kind)]
     newest = [one for one in found if one.date == found[-1].date]
@@ -128,29 +144,34 @@ def find_price(chip: str, contract: str, root: Path | None = None) -> Price:
         raise UsageError(
             f"there are {len(newest)} {kind} prices of {newest[0].date} for {wanted} ({'; '.join(p.source for p in newest)}): keep one"
         )
-    own = [one.contract for one in prices if one.chip == wanted]
+    own = dict.fromkeys(one.contract for one in prices if one.chip == wanted)
     known = f"for {wanted} there is {', '.join(own)}" if own else f"there are prices for {', '.join(dict.fromkeys(p.chip for p in prices))}"
     raise UsageError(f"no {kind} price for chip {wanted}; {known}. Give dollars per GPU-hour (2.5, or low,mid,high) or a file of prices")
 
 
-def read_price(text: str, chip: str) -> Price:
-    """A price as a user gives it: a contract's name, `2.5`, `2,2.5,3` (dollars per GPU-hour: low, mid, high) or the path of a file or
-    folder of prices (`FILE:CONTRACT` to pick one; else the file's only one for this chip). UsageError for anything else.
+def read_price(text: str, chip: str, root: Path | None = None) -> Price:
+    """A price as a user gives it: the name of a contract (of the prices of `root`), `2.5`, `2,2.5,3` (dollars per GPU-hour: low, mid,
+    high) or the path of a file or folder of prices (`FILE:CONTRACT` to pick one; else the file's only one for this chip). UsageError for
+    anything else.
     """
     text = text.strip()
+    if not text:
+        raise UsageError(f"an empty price: give {_FORMS}")
+    if _kind(text) in CONTRACTS:
+        return find_price(chip, text, root)
     if re.fullmatch(r"[\s\d.,eE+-]*\d[\s\d.,eE+-]*", text):
         return _given(text, chip)
     path_text, colon, contract = text.rpartition(":")
     named = Path(path_text if colon else text).expanduser()
-    if named.suffix == ".toml" or named.is_dir() or named.is_file():
+    if named.suffix == ".toml" or _there(named):
         if colon:
             return find_price(chip, contract, named)
         own = [one for one in load_prices(named) if one.chip == chip.strip().lower()]
         if len({one.contract for one in own}) > 1:
             kinds = " or ".join(f"{text}:{one.contract}" for one in own)
             raise UsageError(f"{text} has several prices for {chip}; say {kinds}")
-        return own[-1] if own else find_price(chip, CONTRACTS[0], named)
-    return find_price(chip, text)
+        return find_price(chip, own[-1].contract if own else CONTRACTS[0], named)
+    raise UsageError(f"{_no_contract(text)}. A price is {_FORMS}")
 
 
 def to_toml(prices: Iterable[Price]) -> str:
@@ -161,6 +182,7 @@ def to_toml(prices: Iterable[Price]) -> str:
         words = {"date": one.date, "source": one.source, "confidence": one.confidence, "note": one.note}
         lines = [f"chip = {json.dumps(one.chip)}", f"contract = {json.dumps(one.contract)}", f"usd_per_gpu_hour = {figures}"]
         lines += [f"{name} = {json.dumps(text)}" for name, text in words.items() if text]
+        lines += [f"guesses = {json.dumps(one.guesses)}"] if one.guesses else []
         tables.append("\n".join(["[[price]]", *lines, ""]))
     return "\n".join(tables)
 
@@ -172,8 +194,8 @@ def _given(text: str, chip: str) -> Price:
         parts = []
     if len(parts) not in (1, 3):
         raise UsageError(f"a price is dollars per GPU-hour, one figure (2.5) or low,mid,high (2,2.5,3), not {text!r}")
-    if not all(0 < part < math.inf for part in parts):
-        raise UsageError(f"a price per GPU-hour is a positive number, not {text}")
+    if not all(LEAST_USD <= part <= MOST_USD for part in parts):
+        raise UsageError(f"a price per GPU-hour is a positive number of dollars, {LEAST_USD:g} to {MOST_USD:g}, not {text}")
     low, mid, high = parts if len(parts) == 3 else parts * 3
     if not low <= mid <= high:
         raise UsageError(f"a price is low,mid,high in this order, not {text}")
@@ -225,17 +247,67 @@ def _price(path: Path, at: int, table: Any) -> Price:
     if not isinstance(table, Mapping):
         raise UsageError(f"{where} is no table of {', '.join(_PRICE_FIELDS)}")
     _only(where, table, _PRICE_FIELDS)
-    missing = [name for name in ("chip", "contract", "usd_per_gpu_hour", "date", "source") if not table.get(name)]
+    words = _words(where, table, ("chip", "source", "confidence", "note"))
+    known = {**table, **words}
+    missing = [name for name in ("chip", "contract", "usd_per_gpu_hour", "date", "source") if not known.get(name)]
     if missing:
         raise UsageError(f"{where} lacks {', '.join(missing)}: a price without a date and a source is no fact")
     if table["contract"] not in CONTRACTS:
         raise UsageError(f"{where}: contract is {', '.join(CONTRACTS)}, not {table['contract']!r}")
     date = str(table["date"])
-    if not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])(-\d{2})?", date):
+    if not _is_date(date):
         raise UsageError(f"{where}: date is YYYY-MM or YYYY-MM-DD, not {date!r}")
     low, mid, high = _bounds(f"{where}: usd_per_gpu_hour", table["usd_per_gpu_hour"])
-    words = {name: str(table.get(name, "")) for name in ("source", "confidence", "note")}
-    return Price(str(table["chip"]).strip().lower(), table["contract"], low, mid, high, date, **words)
+    if not LEAST_USD <= low <= high <= MOST_USD:
+        raise UsageError(f"{where}: usd_per_gpu_hour is {low:g}..{high:g}; a price lies between {LEAST_USD:g} and {MOST_USD:g} dollars")
+    chip = words.pop("chip").lower()
+    return Price(chip, table["contract"], low, mid, high, date, **words, guesses=_guesses(where, table))
+
+
+def _is_date(text: str) -> bool:
+    """A month or a day that there is."""
+    try:
+        day.fromisoformat(text if len(text) > 7 else f"{text}-01")
+    except ValueError:
+        return False
+    return bool(re.fullmatch(r"\d{4}-\d{2}(-\d{2})?", text))
+
+
+def _words(where: str, table: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """The texts of a table, empty where they are not there; UsageError for what is no text."""
+    for name in names:
+        if not isinstance(table.get(name, ""), str):
+            raise UsageError(f"{where}: {name} is {table[name]!r}; it must be a text")
+    return {name: str(table.get(name, "")).strip() for name in names}
+
+
+def _guesses(where: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    given = table.get("guesses", [])
+    if not isinstance(given, list) or not all(one in ENDS for one in given):
+        raise UsageError(f"{where}: guesses lists which of {', '.join(ENDS)} the source does not have, not {given!r}")
+    return tuple(end for end in ENDS if end in given)
+
+
+def _trust(one: Price | Figure) -> str:
+    guessed = f"{' and '.join(one.guesses)} guessed" if one.guesses and one.confidence != "guess" else ""
+    return ", ".join(filter(None, (one.confidence, guessed)))
+
+
+def _kind(contract: str) -> str:
+    return contract.strip().lower().replace("-", "_")
+
+
+def _no_contract(contract: str) -> str:
+    near = get_close_matches(_kind(contract), CONTRACTS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(CONTRACTS)}"
+    return f"unknown contract {contract[:80]!r}; {hint}"
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.is_dir() or path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _at_most_1(path: Path, **figures: Figure) -> None:
@@ -256,24 +328,25 @@ def _figure(path: Path, name: str, table: Any) -> Figure:
     if not isinstance(table, Mapping):
         raise UsageError(f"{where} is missing: a table with low, mid, high and source")
     _only(where, table, _FIGURE_FIELDS)
-    if not table.get("source"):
+    words = _words(where, table, ("source", "confidence", "note"))
+    if not words["source"]:
         raise UsageError(f"{where} lacks its source")
     zero = name.endswith("_share") or name == "cost_of_capital"
-    low, mid, high = _bounds(where, {key: table[key] for key in ("low", "mid", "high") if key in table}, zero)
-    return Figure(low, mid, high, str(table["source"]), str(table.get("confidence", "")), str(table.get("note", "")))
+    low, mid, high = _bounds(where, {key: table[key] for key in ENDS if key in table}, zero)
+    return Figure(low, mid, high, **words, guesses=_guesses(where, table))
 
 
 def _bounds(where: str, given: Any, zero: bool = False) -> tuple[float, float, float]:
     """Of one number or of low, mid and high; all above 0, or 0 too where `zero` says so."""
     if not isinstance(given, Mapping):
         given = {"low": given, "mid": given, "high": given}
-    missing = [name for name in ("low", "mid", "high") if name not in given]
+    missing = [name for name in ENDS if name not in given]
     if missing or len(given) != 3:
         raise UsageError(f"{where} is one number or low, mid and high; it has {', '.join(map(str, given)) or 'nothing'}")
     for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf or not (zero or value):
-            raise UsageError(f"{where}: {name} is {value!r}; it must be a positive number{' or 0' if zero else ''}")
-    low, mid, high = (float(given[name]) for name in ("low", "mid", "high"))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST or not (zero or value):
+            raise UsageError(f"{where}: {name} is {str(value)[:40]}; it must be a positive number{' or 0' if zero else ''}, at most {MOST:g}")
+    low, mid, high = (float(given[name]) for name in ENDS)
     if not low <= mid <= high:
         raise UsageError(f"{where}: low {low:g}, mid {mid:g}, high {high:g} are not in order")
     return low, mid, high
@@ -287,7 +360,7 @@ def _only(where: Path | str, table: Mapping[str, Any], known: tuple[str, ...]) -
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
     except UnicodeDecodeError as error:

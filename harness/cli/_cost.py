@@ -118,6 +118,7 @@ def show_answer(found: Answer, model: str, chip: str) -> None:
         say(f"\nNo configuration keeps the SLOs. The nearest: {where}.", "red")
         _show_remedies(found)
     _show_figures(found)
+    _show_doubt(found)
     _show_coverage(found)
     if len(q.formats) > 1:
         _show_formats(found)
@@ -210,11 +211,11 @@ def _show_figures(found: Answer) -> None:
         ]
         if m.gross_margin:
             rows.append(_row("gross margin", m.gross_margin * 100, "%", time))
-    e = one.efficiency
+    e, boards = one.efficiency, "GPU boards" if found.question.chip.kind != "cpu" else "chip"
     rows += [
-        _row("joules per token, all (GPU boards)", e.joules_per_token, "J", energy),
-        _row("joules per output token (GPU boards)", e.joules_per_output_token, "J", energy),
-        _row("power per GPU board at work", p.power_w, "W", energy),
+        _row(f"joules per token, all ({boards})", e.joules_per_token, "J", energy),
+        _row(f"joules per output token ({boards})", e.joules_per_output_token, "J", energy),
+        _row(f"power per {boards.removesuffix('s')} at work", p.power_w, "W", energy),
         _row(f"tokens/s per MW ({e.megawatt})", e.tokens_per_s_per_mw, "", time if e.megawatt == "provisioned" else energy),
     ]
     table("What it takes", ("figure", "low", "middle", "high", "", "rests on"), rows, right=("low", "middle", "high"))
@@ -224,6 +225,17 @@ def _row(name: str, value: Range | None, unit: str, rests: str) -> tuple[object,
     if value is None or not math.isfinite(value.high) or value.high == 0:
         return (name, "", "none", "", "", "")
     return (name, g(value.low), g(value.mid), g(value.high), unit, rests)
+
+
+def _show_doubt(found: Answer) -> None:
+    """Which part of the dollars' range is the price's, which the times'."""
+    assert found.priced is not None
+    price, rate = found.question.price, found.priced.point.requests_per_s
+    if price and found.priced.money:
+        say(
+            f"the dollars' range: {price.low / price.mid:.2f} to {price.high / price.mid:.2f} of the middle from the price, "
+            f"{rate.mid / rate.high:.2f} to {rate.mid / rate.low:.2f} from the times"
+        )
 
 
 def _show_coverage(found: Answer) -> None:

@@ -39,7 +39,8 @@ def show(answer: Answer, top: int) -> None:
         )
         _print(f"\nBest: {_words(winner)}. {_label(answer)}")
         _print(answer.verdict)
-        _print("\nWhy")
+        if answer.reasons:
+            _print("\nWhy")
         for reason in answer.reasons:
             _print(f"  {reason}")
         _counts(answer)
@@ -99,7 +100,7 @@ def _words(option: Option) -> str:
     parts = []
     for pool in option.pools:
         many = f"{pool.replicas} replica{'s' if pool.replicas > 1 else ''} of {pool.side.name}"
-        does = {"both": "do all", "prefill": "prefill", "decode": "decode"}[pool.role]
+        does = {"both": "for all", "prefill": "for prefill", "decode": "for decode"}[pool.role]
         extra = f" in steps of {pool.point.chunk_tokens} tokens" if pool.role == "both" else ""
         parts.append(f"{many} {does}{extra}, {pool.point.concurrency} at a time")
     ratio = f" ({option.ratio:.2f} prefill per decode replica before rounding)" if option.ratio else ""
@@ -144,6 +145,8 @@ def _flip(one: Sensitivity) -> str:
         behind = f" by {flip.behind:.0%}" if flip.behind and flip.behind >= 0.005 else ""
         if flip.behind_unrounded is not None:
             behind += f" ({flip.behind_unrounded:.0%} without rounding)" if flip.behind_unrounded > 0 else " (by rounding alone)"
+        elif flip.behind is None and not one.what.startswith("price"):
+            behind = " (the present one misses the SLOs there)"
         who = f"{_who(flip.winner)} wins{behind}" if flip.winner else "nothing meets the SLOs"
         parts.append(f"{side} {_figure(flip.at)}: {who}")
     return f"{now}: {'; '.join(parts)}"

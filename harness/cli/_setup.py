@@ -54,14 +54,15 @@ def look_up(
 
     narrower: what approximates the plan's problems in narrower formats is measured too.
     """
-    from klab.harness.catalog import find_chip, find_model
+    from klab.harness.catalog import find_model
+    from klab.harness.catalog.chips import find_real_chip
     from klab.harness.plan import plan as make_plan
     from klab.harness.plan import scenario_for
     from klab.harness.plan.trials import trials as make_trials
     from klab.kernels.discover import approximations_of, discover
     from klab.kernels.errors import UsageError
 
-    found_model, found_chip = find_model(model), find_chip(chip)
+    found_model, found_chip = find_model(model), find_real_chip(chip)
     scenario = scenario_for(found_model, found_chip, **_options.scenario_of(isl, osl, batch, tp, dtype, further))
     plan = make_plan(found_model, found_chip, scenario)
     if phase is not None and phase not in {name for name, _ in plan.steps}:

@@ -34,7 +34,7 @@ def command(app: typer.Typer) -> None:
         as_json: _options.AsJson = False,
     ) -> None:
         """Correctness of every kernel on the chip, then the models' comparison, then tuning. Safe to stop; continues where it ended."""
-        from klab.harness.catalog import find_chip
+        from klab.harness.catalog.chips import find_real_chip
         from klab.harness.cli._progress import Bars
         from klab.harness.cli._setup import deadline_of, tell_outcome
         from klab.harness.tune.campaign import Campaign, pack
@@ -42,7 +42,7 @@ def command(app: typer.Typer) -> None:
         from klab.kernels.discover import discover
 
         deadline = deadline_of(_options.seconds(budget))
-        found_chip = find_chip(chip)
+        found_chip = find_real_chip(chip)
         catalogue = discover(kernels or [])
         with Bars(as_json=as_json) as bars:
             job = Job(found_chip, out_dir, kernel_dirs=kernels or [], deadline=deadline, listener=bars)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from klab.harness.cost.fleet_options import Supply
     from klab.harness.cost.fleet_size import FleetSize
     from klab.harness.cost.ranges import Range
+    from klab.harness.cost.serving import OperatingPoint
 
 Demand = Annotated[Path, typer.Option("--demand", "-d", help="CSV file, one row per model; see below.")]
 Chips = Annotated[
@@ -95,7 +96,7 @@ def command(app: typer.Typer) -> None:
 
         if not 0 <= months <= 120:
             raise UsageError(f"--months is 0 to 120, not {months}")
-        had = {name: int(count) for name, count in _pairs([gpus] if gpus else [], "--gpus").items()} if gpus else None
+        had = _counts(gpus) if gpus else None
         limits = Limits(headroom, machine, least_replicas, kw, had, objective)
         needs = read_demand(demand)
         names = [name.strip() for name in chips.split(",")] if chips else list(had or ("h200", "b200"))
@@ -155,6 +156,8 @@ def _texts(given: list[str] | None, option: str) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not name.strip() or not value.strip():
             raise UsageError(f"{option} {text!r}: write CHIP=VALUE, such as h200=2.5")
+        if name.strip().lower() in found:
+            raise UsageError(f"{option} gives {name.strip()} twice")
         found[name.strip().lower()] = value.strip()
     return found
 
@@ -168,6 +171,15 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, float]:
         except ValueError:
             raise UsageError(f"{option} {name}={value}: {value!r} is not a number") from None
     return found
+
+
+def _counts(text: str) -> dict[str, int]:
+    """`h200=1024,b200=512` -> whole numbers."""
+    found = _pairs([text], "--gpus")
+    for name, count in found.items():
+        if not count.is_integer():  # nor nan nor inf
+            raise UsageError(f"--gpus {name}={count:g}: not a number of whole GPUs")
+    return {name: int(count) for name, count in found.items()}
 
 
 def _emit(size: FleetSize, plan: list[Month], room: Capacity | None, full: int | None) -> None:
@@ -198,13 +210,21 @@ def _emit(size: FleetSize, plan: list[Month], room: Capacity | None, full: int |
         served = [{"name": size.needs[n].name, "requests_per_s": size.needs[n].average(0) * room.scale.mid, "alone_scale": alone}
                   for n, alone in room.alone.items()]  # fmt: skip
         emit({"kind": "capacity", "scale": room.scale.to_json(), "gpus": dict(room.gpus), "provisioned_kw": room.kw, "needs": served,
-              "outgrown_in_month": full})  # fmt: skip
+              "outgrown_in_month": full, "label": str(size.label(room))})  # fmt: skip
     elif full is not None:  # not even the least number of replicas fits
-        emit({"kind": "capacity", "scale": None, "outgrown_in_month": full})
+        few, kw = size.least()
+        emit({"kind": "capacity", "scale": None, "outgrown_in_month": full, "least_gpus": few, "least_provisioned_kw": kw})
     for line in size.notes:
         emit({"kind": "note", "text": line})
     for one in size.unserved:
-        emit({"kind": "unserved", "name": size.needs[one.need].name, "reason": one.reason})
+        emit({"kind": "unserved", "name": size.needs[one.need].name, "reason": one.reason, "nearest": _near(one.nearest)})
+
+
+def _near(point: OperatingPoint | None) -> dict[str, object] | None:
+    if point is None:
+        return None
+    return {"deployment": point.deployment.label, "concurrency": point.concurrency, "ttft_s": point.ttft_s.to_json(),
+            "tpot_s": point.tpot_s.to_json(), "requests_per_s": point.requests_per_s.to_json(), "label": str(point.label)}  # fmt: skip
 
 
 def _show(size: FleetSize, plan: list[Month]) -> None:
@@ -268,7 +288,12 @@ def _show_room(size: FleetSize, room: Capacity | None, full: int | None, months:
     limits = size.limits
     said = ", ".join([f"{count} {chip}" for chip, count in (limits.gpus or {}).items()] + ([f"{limits.kw:g} kW"] if limits.kw else []))
     if room is None:
-        talk.print(f"{said}: not even the least number of replicas of every row fits", markup=False)
+        few, held = size.least()
+        least = " and ".join(f"{count} {chip}" for chip, count in few.items()) + (f" ({held:,.2f} kW)" if held is not None else "")
+        many = f"{limits.least_replicas} replica{'s' if limits.least_replicas > 1 else ''} of every row"
+        talk.print(
+            f"{said}: not even {many} fits into whole machines of {limits.machine} GPUs; that takes {least}", markup=False, soft_wrap=True
+        )
         return
     columns = ("row", "tokens per day served", "of today's", "if it had all")
     rows = [
@@ -278,7 +303,7 @@ def _show_room(size: FleetSize, room: Capacity | None, full: int | None, months:
     ]  # fmt: skip
     used = ", ".join(f"{count} {chip}" for chip, count in room.gpus.items())
     kw = "" if room.kw is None else f" ({room.kw:,.0f} kW)"
-    table(f"What {said} can serve, all rows in today's proportion: {used}{kw}", columns, rows, columns[1:])
+    table(f"What {said} can serve ({size.label(room)}), all rows in today's proportion: {used}{kw}", columns, rows, columns[1:])
     if full is None:
         talk.print(f"{said}: enough until month {months}")
     else:

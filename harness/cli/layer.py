@@ -50,7 +50,8 @@ def command(app: typer.Typer) -> None:
         as_json: _options.AsJson = False,
     ) -> None:
         """Compose a layer of chosen kernels, check its output, and time it as a whole and in parts: does the sum predict the whole?"""
-        from klab.harness.catalog import find_chip, find_model
+        from klab.harness.catalog import find_model
+        from klab.harness.catalog.chips import find_real_chip
         from klab.harness.measure.layer import CheckFailed, measure_layer
         from klab.harness.measure.lock import exclusive
         from klab.harness.plan import scenario_for
@@ -61,7 +62,7 @@ def command(app: typer.Typer) -> None:
         from klab.kernels.discover import discover
         from klab.kernels.errors import CannotMeasure, UsageError
 
-        found_model, found_chip = find_model(model), find_chip(chip)
+        found_model, found_chip = find_model(model), find_real_chip(chip)
         if phase not in ("decode", "prefill"):
             raise UsageError(f"--phase is decode or prefill, not {phase}")
         if pick not in ("chosen", "library", "own"):

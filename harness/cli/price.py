@@ -86,9 +86,6 @@ def command(app: typer.Typer) -> None:
         """
         from klab.harness.cost.price import Terms
 
-        if chip is None:
-            _all(prices, as_json)
-            return
         given = {
             "utilisation": (utilisation, "--utilisation"), "term_years": (term, "--term"), "prepaid_share": (prepaid, "--prepaid"),
             "cost_of_capital": (cost_of_capital, "--cost-of-capital"), "renewal_factor": (renewal, "--renewal"),
@@ -97,6 +94,15 @@ def command(app: typer.Typer) -> None:
             "load_share": (load, "--load"), "pue": (pue, "--pue"), "usd_per_kwh": (usd_per_kwh, "--usd-per-kwh"),
             "colocation_usd_per_kw_month": (colocation, "--colocation"),
         }  # fmt: skip
+        if chip is None:
+            others = {"--price": quote, "--on-demand": on_demand, "--horizon": horizon, "--out": out}
+            asked = [option for option, one in [*((o, text) for text, o in given.values()), *others.items()] if one is not None]
+            if asked:
+                raise UsageError(f"{', '.join(asked)}: of which chip? Give --chip")
+            _all(prices, as_json)
+            return
+        if not chip.strip():
+            raise UsageError("--chip is empty: give a chip's name (klab price shows which have prices) or the path of its TOML file")
         fields = {name: figures(text, option) for name, (text, option) in given.items() if text is not None}
         terms = Terms(horizon_years=horizon, **fields)  # type: ignore[arg-type]
         _one(
@@ -139,10 +145,10 @@ def _all(root: Path | None, as_json: bool) -> None:
     sources = dict.fromkeys(pair for pair in [*((p.source, p.note) for p in prices), *((f.source, f.note) for _, _, f in facts)])
     number = {key: str(at) for at, key in enumerate(sources, 1)}
     columns = ("low", "mid", "high")
-    cells = [(p.chip, p.contract, _usd(p.low), _usd(p.mid), _usd(p.high), p.date, p.confidence, number[p.source, p.note]) for p in prices]
+    cells = [(p.chip, p.contract, _usd(p.low), _usd(p.mid), _usd(p.high), p.date, p.trust, number[p.source, p.note]) for p in prices]
     table("Dollars per GPU-hour", ("chip", "contract", *columns, "date", "confidence", "source"), cells, (*columns, "source"))
     if facts:
-        rows = [(name, f"{f.low:g}", f"{f.mid:g}", f"{f.high:g}", f.confidence, number[f.source, f.note]) for _, name, f in facts]
+        rows = [(name, f"{f.low:g}", f"{f.mid:g}", f"{f.high:g}", f.trust, number[f.source, f.note]) for _, name, f in facts]
         table("Site, energy and ownership", ("figure", *columns, "confidence", "source"), rows, (*columns, "source"))
     table("Sources", ("", "source", "note"), [(number[key], *key) for key in sources], ("",))
 
@@ -162,6 +168,8 @@ def _one(chip: str, terms: Terms, root: Path | None, quotes: dict[str, str | Non
             emit({"kind": "break_even", "chip": chip, **one.to_json()})
         for what, figure in found.renewals.items():
             emit({"kind": "renewal", "chip": chip, "contract": "reserved", "factor": what, "usd_per_gpu_hour": figure.to_json()})
+        for text in found.remarks:
+            emit({"kind": "note", "chip": chip, "text": text})
         return
     used = terms.utilisation
     columns = ("contract", "$/used GPU-h", "likely", "extreme", "of which per paid hour", "from")
@@ -197,9 +205,15 @@ def _parts(way: Way) -> str:
 
 
 def _even(one: BreakEven) -> str:
+    from klab.harness.cost.price import NEVER
+
     u = one.utilisation
     if u.low > 1:
-        return f"{one.way} is never cheaper than {one.against}: all hours of it cost {u.mid:.2f} times as much ({u.low:.2f}..{u.high:.2f})"
+        times = f"{u.mid:.2f} times as much ({u.low:.2f}..{u.high:.2f})" if u.high < NEVER else f"at least {u.low:.3g} times as much"
+        return f"{one.way} is never cheaper than {one.against}: all hours of it cost {times}"
+    if u.mid > 1:
+        at_best = f"at the best in more than {u.low:.0%} of the hours"
+        return f"{one.way} is not cheaper than {one.against} at the middle (all hours of it cost {u.mid:.2f} times as much), {at_best}"
     never = f", at the worst not even at full use (x {u.high:.2f})" if u.high > 1 else f"..{u.high:.0%}"
     return f"{one.way} is cheaper than {one.against} where GPUs are used in more than {u.mid:.0%} of the hours ({u.low:.0%}{never})"
 

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 Chips = Annotated[str | None, typer.Option("--chip", "-c", help="h200: what is known of it; h200,b200: the second against the first.")]
 Operators = Annotated[str | None, typer.Option("--operator", "-o", help="Only these operators, with commas. Default: all.")]
-Backend = Annotated[str | None, typer.Option("--backend", help="Only this engine's kernels: trtllm, sglang or vllm. Default: all.")]
+Backend = Annotated[str | None, typer.Option("--backend", help="Whose kernels: trtllm (the default), sglang, vllm or all.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of tables. Default: KLAB_REFERENCE, or the installed package.")]
 Traps = Annotated[bool, typer.Option("--traps", help="The rows that are not used, table by table, and why.")]
+
+
+ALL = "all"
 
 
 def command(app: typer.Typer) -> None:
@@ -41,8 +44,8 @@ def command(app: typer.Typer) -> None:
         from klab.harness.store.reference.tables import BACKENDS, require
 
         root = require(data)
-        if backend is not None and backend not in BACKENDS:
-            raise UsageError(f"--backend is {', '.join(BACKENDS)}, not {backend}")
+        if backend is not None and backend not in (*BACKENDS, ALL):
+            raise UsageError(f"--backend is {', '.join(BACKENDS)} or {ALL}, not {backend}")
         operators = _operators(operator)
         if chip is None:
             if traps or operator or backend:
@@ -54,14 +57,15 @@ def command(app: typer.Typer) -> None:
             raise UsageError("--chip names no chip")
         if len({one.name for one in chips}) < len(chips):
             raise UsageError(f"--chip names one chip twice: {chip}")
+        engine = None if backend == ALL else backend or BACKENDS[0]
         if len(chips) > 1:
             if traps:
                 raise UsageError("--traps is of one chip")
-            _compared(chips, operators, backend, root, as_json)
+            _compared(chips, operators, engine, root, as_json)
         elif as_json:
-            _rows(chips[0], operators, backend, root, traps)
+            _rows(chips[0], operators, engine, root, traps)
         else:
-            _of_chip(chips[0], operators, backend, root, traps)
+            _of_chip(chips[0], operators, engine, root, traps)
 
 
 def _operators(given: str | None) -> list[str] | None:

@@ -23,7 +23,10 @@ Data = Annotated[
 ]
 Points = Annotated[Path | None, typer.Option("--points", help="A table of serving measurements of your own, with the same columns.")]
 Layers = Annotated[
-    list[Path] | None, typer.Option("--layer", help="What klab layer --json wrote: held against the sum of its parts. Repeatable.")
+    list[Path] | None,
+    typer.Option(
+        "--layer", help="What klab layer --json wrote, held against the sum of its parts. Where no tables are: that alone. Repeatable."
+    ),
 ]
 Modelled = Annotated[bool, typer.Option("--modelled", help="Predict from the roofline alone, without tables.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Write the page: .html, or .md (between its two marks, if it is there).")]
@@ -60,15 +63,14 @@ def command(app: typer.Typer) -> None:
         layers = read_layers(layer or [])
         found = Validation((), (), {}, {})
         notes: list[str] = []
-        if not layer or data or points:
-            folder = available(data)
-            if points is None:
-                folder = require(data)
-            kept, skipped = read_published(points or folder / FILE)  # type: ignore[operator]
+        folder = available(data) if layer or points else require(data)
+        where = points or (folder / FILE if folder else None)
+        if where is not None:
+            kept, skipped = read_published(where)
             kept, strange = plausible(kept)
             chosen = [one for one in kept if _wanted(one, model, chip, engine)]
             if not chosen:
-                raise UsageError(_nothing(kept, points or FILE, model, chip, engine))
+                raise UsageError(_nothing(kept, where.name, model, chip, engine))
             estimators = Estimators(None if modelled else folder)
             found = validate(chosen, estimators, {**skipped, **strange}, tell=lambda line: talk.print(line, markup=False))
             notes = estimators.notes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from klab.harness.catalog.architecture import Experts, Model
 from klab.harness.catalog.prices import Price
@@ -32,6 +33,9 @@ OBJECTIVES = ("cost", "energy", "latency")
 BOARD_TPS = (1, 2, 4, 8)
 # Narrow enough for any chip of today, and what DeepSeek's experts are stored in.
 EXPERTS_FORMAT = "fp8_block"
+# The number of requests in flight at which an SLO ends is looked for this closely.
+CLOSE = 0.01
+PATIENCE = 10
 # What a GPU waits between two steps of an engine. A guess: engines that prepare the next step meanwhile lose next to nothing, those that
 # do not lose a millisecond.
 HOST_US = Range(0.0, 100.0, 1000.0)
@@ -278,35 +282,40 @@ def _option(q: Question, steps: Steps) -> Option:
     if fit.why_not:
         return Option(steps, fit, why_not=fit.why_not)
     replica = Replica(steps, q.workload, fit.requests)
-    points = tuple(replica.point(n) for n in _looked_at(replica))
-    return Option(steps, fit, points, choose([p for p in points if meets(p)], q.objective), nearest(points))
+    points = [replica.point(n) for n in _looked_at(replica)]
+    for at, (point, after) in enumerate(itertools.pairwise(points)):
+        if not point.limit and meets(point) and not meets(after):
+            points[at] = replace(point, limit=after.limit)
+    return Option(steps, fit, tuple(points), choose([p for p in points if meets(p)], q.objective), nearest(points))
 
 
 def _looked_at(replica: Replica) -> list[int]:
     """Requests in flight that an objective may prefer: one, the most that fit (and half of them), and where the SLOs end.
 
-    Between the ends, times rise nearly in proportion to the requests: the line through both tells where to look next (regula falsi), and
-    halving, where three guesses were not enough.
+    Times rise nearly in proportion to the requests: the line through the two points nearest to the SLO tells where to look next (the secant
+    method, kept between what meets and what does not); the middle, should that take long.
     """
     low, high = 1, replica.most
     found = {low, high}
     if not meets(replica.point(low)) or meets(replica.point(high)):
         return sorted(found | {max(1, high // 2)})
-    while high - low > 1:
+    while high - low > (step := max(1, int(CLOSE * low))):
         guess = (low + high) // 2
-        if len(found) % 3:
-            under, over = missed_by(replica.point(low)), missed_by(replica.point(high))
-            guess = min(high - 1, max(low + 1, round(low + (high - low) * (1 - under) / (over - under))))
+        if len(found) < PATIENCE:
+            one, other = sorted(found, key=lambda n: abs(missed_by(replica.point(n)) - 1))[:2]
+            at, then = missed_by(replica.point(one)), missed_by(replica.point(other))
+            if at != then:
+                guess = min(high - step, max(low + step, round(one + (other - one) * (1 - at) / (then - at))))
         found.add(guess)
         low, high = (guess, high) if meets(replica.point(guess)) else (low, guess)
-    return sorted(found | {low, high})
+    return sorted(found)
 
 
 def _powers(option: Option) -> list[OperatingPoint]:
-    """Powers of two of requests in flight, but those that were looked at already."""
+    """1, 4, 16, ... requests in flight, but those that were looked at already."""
     known = {p.concurrency for p in option.points}
-    wanted = [1 << k for k in range(option.fit.requests.bit_length())]
-    return operating_points(option.steps, option.points[0].workload, [n for n in wanted if n not in known] or [1])
+    wanted = [n for n in (4**k for k in range(6)) if n <= option.fit.requests and n not in known]
+    return operating_points(option.steps, option.points[0].workload, wanted) if wanted else []
 
 
 def missed_by(point: OperatingPoint) -> float:
@@ -369,6 +378,8 @@ def _notes(q: Question, estimator: Estimator, option: Option, point: OperatingPo
     if q.host_us != ZERO:
         host = q.host_us
         found.append(f"between steps a GPU waits for the host for {host.mid:g} us ({host.low:g} to {host.high:g}): a guess (--host-us)")
+    if q.objective == "energy":
+        found.append("the kernels are the fastest known ones; klab choose --objective energy makes a profile of the thriftiest (--profile)")
     if q.sell and w.cached_tokens and q.sell.cached_input is None:
         found.append("cached prompt tokens are sold at the price of input; --sell IN,OUT,CACHED says otherwise")
     return found

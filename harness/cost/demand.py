@@ -26,6 +26,8 @@ SECONDS_PER_DAY = 86_400
 SECONDS_PER_MONTH = 3600 * HOURS_PER_MONTH
 # Beyond this a forecast is no forecast; it also keeps (1 + growth)^month finite.
 MOST_PER_SECOND = 1e9
+# A request in 30 years: less is no demand, and its cost per token no figure.
+LEAST_PER_SECOND = 1e-9
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Need:
 
 
 def read_demand(path: Path) -> list[Need]:
-    """The rows of a CSV file (commas or semicolons; `#` starts a comment line). UsageError names the line and the column at fault."""
+    """The rows of a CSV file (commas, semicolons or tabs; `#` starts a comment line). UsageError names the line and the column at fault."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -83,12 +85,16 @@ def read_demand(path: Path) -> list[Need]:
     lines = [(at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UsageError(f"{path} is empty: its first line names columns ({', '.join(COLUMNS)})")
-    header_line = lines[0][1]
-    comma = ";" if header_line.count(";") > header_line.count(",") else ","
+    comma = max(",;\t", key=lines[0][1].count)
     try:
         rows = list(csv.reader(io.StringIO("\n".join(line for _, line in lines)), delimiter=comma, skipinitialspace=True, strict=True))
     except csv.Error as error:
         raise UsageError(f"{path} is no CSV: {error}") from error
+    width = max((len(row) for row in rows if any(map(str.strip, row))), default=0)
+    # Spreadsheets write commas behind the last column.
+    while width > 1 and not any(row[width - 1 :] and row[width - 1].strip() for row in rows):
+        width -= 1
+    rows = [row[:width] for row in rows]
     header = [name.strip().lower() for name in rows[0]]
     _check_header(path, header)
     if len(rows) != len(lines):
@@ -133,6 +139,8 @@ def _need(where: str, header: list[str], row: list[str]) -> Need:
             values[name] = _READ.get(name, str)(text)
         except ValueError as error:
             raise UsageError(f"{where}: {name} is {text!r}: {error}") from None
+    if values.get("offline") and (kept := [name for name in ("slo_ttft", "slo_tpot") if name in values]):
+        raise UsageError(f"{where}: offline and {' and '.join(kept)} contradict each other: for batch work no latency is promised")
     try:
         workload = Workload(**_workload_fields(values))
     except UsageError as error:
@@ -143,9 +151,10 @@ def _need(where: str, header: list[str], row: list[str]) -> Need:
     rate = values[rates[0]]
     if rates[0] == "tokens_per_day":
         rate /= (workload.isl + workload.osl) * SECONDS_PER_DAY
-    if not 0 < rate < MOST_PER_SECOND:
+    if not LEAST_PER_SECOND <= rate < MOST_PER_SECOND:
         raise UsageError(
-            f"{where}: {rates[0]} is {given[rates[0]]}: a demand is above 0 (and below {MOST_PER_SECOND:g} requests per second)"
+            f"{where}: {rates[0]} is {given[rates[0]]}: a demand is above 0 "
+            f"({LEAST_PER_SECOND:g} to {MOST_PER_SECOND:g} requests per second)"
         )
     growth, peak, tp = values.get("growth_per_month", 0.0), values.get("peak_over_average", 1.0), values.get("tp")
     if not -1 < growth <= 10:

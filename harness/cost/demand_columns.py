@@ -11,8 +11,8 @@ COLUMNS = {
     "growth_per_month": "share by which demand grows every month: 0.1 is 10%, default 0",
     "peak_over_average": "busiest hour over the average, at least 1, default 1; an offline row is sized for its average",
     "name": "what to call the row, default the model",
-    "slo_ttft": "time to the first token: 2s, 500ms",
-    "slo_tpot": "time per further token: 25ms",
+    "slo_ttft": "time to the first token: 2s, 500ms; not for an offline row",
+    "slo_tpot": "time per further token: 25ms; not for an offline row",
     "prefix_hit": "share of prompt tokens found in the cache",
     "offline": "yes for batch work without latencies",
     "quantization": "format of the weights: fp8_block, ...; none for wide ones; default: as the checkpoint is stored",
@@ -22,5 +22,5 @@ COLUMNS = {
     "sell_input": "what a million prompt tokens are sold for, $",
     "sell_output": "what a million generated tokens are sold for, $",
     "draft_tokens": "tokens speculated per step",
-    "acceptance": "probability that one is accepted",
+    "acceptance": "probability that one is accepted, default 0.7 (a guess)",
 }

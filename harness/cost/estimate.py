@@ -77,7 +77,8 @@ class Estimator:
                 us, how = self.modelled.us(problem)
                 found = Estimate(us, Origin.MODELLED, how + self._why_modelled(problem))
             if found.joules is None:
-                found = replace(found, joules=found.us * self.modelled.power_w(problem) * 1e-6, energy_origin=Origin.MODELLED)
+                power_w = self.modelled.power_w(problem, found.us.mid)
+                found = replace(found, joules=found.us * power_w * 1e-6, energy_origin=Origin.MODELLED)
             self._launches[problem] = found
         return found
 

@@ -10,6 +10,9 @@ from klab.harness.cost.demand import SECONDS_PER_MONTH
 from klab.harness.cost.ranges import ZERO, Range
 from klab.kernels.errors import UsageError
 
+# More GPUs, kilowatts or replicas than any company has: a slip of the pen.
+MOST_GPUS, MOST_KW, MOST_MACHINE, MOST_REPLICAS = 10**8, 1e8, 10**4, 10**6
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -29,15 +32,21 @@ class Limits:
         """UsageError for limits that are none."""
         checks = (
             (0 <= self.headroom < 1, f"--headroom is a share of the capacity, below 1, not {self.headroom:g}"),
-            (self.machine >= 1, f"--machine is at least 1 GPU, not {self.machine}"),
-            (self.least_replicas >= 1, f"--least-replicas is at least 1, not {self.least_replicas}"),
-            (self.kw is None or 0 < self.kw < math.inf, f"--kw is a positive number of kilowatts, not {self.kw}"),
+            (self.headroom <= 0.999, f"--headroom is at most 0.999, not {self.headroom!r}"),
+            (1 <= self.machine <= MOST_MACHINE, f"--machine is at least 1 GPU and at most {MOST_MACHINE}, not {self.machine}"),
+            (
+                1 <= self.least_replicas <= MOST_REPLICAS,
+                f"--least-replicas is at least 1 and at most {MOST_REPLICAS}, not {self.least_replicas}",
+            ),
+            (self.kw is None or 0 < self.kw <= MOST_KW, f"--kw is a positive number of kilowatts, at most {MOST_KW:g}, not {self.kw}"),
             (self.objective in ("cost", "kw"), f"--objective is cost or kw, not {self.objective}"),
         )
         for good, words in checks:
             if not good:
                 raise UsageError(words)
         for chip, count in (self.gpus or {}).items():
+            if count > MOST_GPUS:
+                raise UsageError(f"--gpus: {count} of {chip} is more than {MOST_GPUS}")
             if count < 1 or count % self.machine:
                 raise UsageError(f"--gpus: {count} of {chip} is no number of whole machines of {self.machine} (--machine)")
 

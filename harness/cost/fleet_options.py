@@ -51,7 +51,7 @@ def supply_of(
 
     UsageError for a chip without a price.
     """
-    found = read_price(price, chip.name) if price else find_price(chip.name, contract, prices)
+    found = find_price(chip.name, contract, prices) if price is None else read_price(price, chip.name, prices)
     known = load_facility(prices if prices and prices.is_dir() else None).provisioned_kw(chip.name)
     if kw_per_gpu is not None and not 0 < kw_per_gpu < math.inf:
         raise UsageError(f"--kw-per-gpu of {chip.name} is a positive number of kilowatts, not {kw_per_gpu:g}")
@@ -139,7 +139,7 @@ def options_for(
                 reasons[supply.chip.name] = f"{deployment.label}: {error}"
                 continue
             if not points:
-                reasons[supply.chip.name] = f"{deployment.label}: {_too_large(steps)}"
+                reasons[supply.chip.name] = f"{deployment.label}: {_too_large(steps, need.workload.isl + need.workload.osl)}"
                 continue
             good = [point for point in points if meets(point)]
             if good:
@@ -149,14 +149,28 @@ def options_for(
     return found or _unserved(at, need, missed, reasons)
 
 
-def _too_large(steps: Steps) -> str:
-    """Why not even one request fits, and what would hold the weights."""
+def _too_large(steps: Steps, tokens: int) -> str:
+    """Why not even one request fits, and what would hold it."""
     d = steps.deployment
     free = d.chip.memory_bytes * d.memory_share
+    cache = steps.cache_bytes(tokens)
+    if steps.weight_bytes < free:
+        room = _tokens_that_fit(steps, tokens)
+        held = f"{steps.weight_bytes / 1e9:.0f} GB of weights and {cache / 1e9:.3g} GB of cache for one request of {tokens} tokens"
+        return f"{held} do not fit into {free / 1e9:.0f} GB per GPU; up to {room} tokens do"
     least = math.ceil(steps.weight_bytes * d.tp / free)
     larger = f" (--tp {2 ** math.ceil(math.log2(least))} may hold it{'' if d.quantization else ', or narrower weights, fp8_block say'})"
     words = f"{steps.weight_bytes / 1e9:.0f} GB of weights per GPU and one request do not fit into {free / 1e9:.0f} GB"
     return words + (larger if least > d.tp else "")
+
+
+def _tokens_that_fit(steps: Steps, most: int) -> int:
+    """Prompt and generated tokens of the longest request that fits alone, below `most`."""
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if steps.most_sequences(middle) else (low, middle)
+    return low
 
 
 def _unserved(at: int, need: Need, missed: Sequence[OperatingPoint], reasons: Mapping[str, str]) -> Unserved:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from klab.harness.cost.answer import HOST_US
-from klab.harness.cost.demand import Need
+from klab.harness.cost.demand import MOST_PER_SECOND, Need
 from klab.harness.cost.estimate import Origin
 from klab.harness.cost.fleet_month import Capacity, Limits, Month, RowPlan
 from klab.harness.cost.fleet_options import TENSOR_PARALLEL, Option, Supply, Unserved, options_for
@@ -51,7 +55,14 @@ class FleetSize:
         return found
 
     def months(self, count: int) -> list[Month]:
-        """Month 0 to `count`. Each need's option is chosen for the largest month and kept."""
+        """Month 0 to `count`. Each need's option is chosen for the largest month and kept. UsageError for growth beyond all measure."""
+        for at in self.served:
+            need = self.needs[at]
+            if need.peak(count) > MOST_PER_SECOND:
+                raise UsageError(
+                    f"{need.name}: growth of {need.growth_per_month:g} a month makes {need.peak(count):.3g} requests per second in month "
+                    f"{count}, more than {MOST_PER_SECOND:g}: look fewer months ahead (--months) or let it grow less"
+                )
         chosen = self.chosen(self._largest(count))
         return [self._month(month, chosen) for month in range(count + 1)]
 
@@ -59,11 +70,15 @@ class FleetSize:
         """Need -> option: those that make the month's total of whole machines smallest."""
         if not self.options:
             return {}
-        n = len(self.options)
         least = [self._replicas(option, month) for option in self.options]
+        return self._assigned(least, {chip: self._weight(chip) for chip in self.chips})
+
+    def _assigned(self, least: Sequence[int], weights: Mapping[str, float]) -> dict[int, int]:
+        """Need -> option, where each option takes so many replicas and a GPU of a chip weighs so much."""
+        n = len(self.options)
         # Variables: which option serves (one per need), then machines per chip.
-        cost = [TIE * c * o.gpus * self._weight(o.chip) for c, o in zip(least, self.options, strict=True)] + [
-            self.limits.machine * self._weight(chip) for chip in self.chips
+        cost = [TIE * c * o.gpus * weights[o.chip] for c, o in zip(least, self.options, strict=True)] + [
+            self.limits.machine * weights[chip] for chip in self.chips
         ]
         rows: list[list[float]] = []
         low: list[float] = []
@@ -78,7 +93,8 @@ class FleetSize:
             low.append(-np.inf)
             high.append(0.0)
         answer = _solve(cost, rows, low, high, upper=[1.0] * n + [np.inf] * len(self.chips))
-        assert answer is not None  # one option per need always fits where machines are not limited
+        if answer is None:  # one option per need always fits where machines are not limited: the solver ran out of time
+            raise UsageError(f"no choice for {len(self.served)} rows found in {SOLVER_S:g} s: offer fewer chips or sizes (--chips, --tp)")
         return {option.need: at for at, option in enumerate(self.options) if answer[at] > 0.5}
 
     def best_of(self, need: int, chip: str, month: int) -> tuple[int, int] | None:
@@ -101,6 +117,16 @@ class FleetSize:
         gpus = self._gpus(replicas)
         return Capacity(Range(min(scale, ends[0]), scale, max(scale, ends[1])), replicas, gpus, self._kw(gpus), alone)
 
+    def least(self) -> tuple[dict[str, int], float | None]:
+        """(GPUs by chip, kW) of the smallest fleet that has the least number of replicas of each need: in kW where these are limited,
+        else in GPUs.
+        """
+        by_kw = self.limits.kw is not None
+        weights = {chip: (supply.kw_per_gpu or 0.0) if by_kw else 1.0 for chip, supply in self.chips.items()}
+        chosen = self._assigned([self.limits.least_replicas] * len(self.options), weights)
+        gpus = self._gpus(dict.fromkeys(chosen.values(), self.limits.least_replicas))
+        return gpus, self._kw(gpus)
+
     def lasts(self, count: int) -> int | None:
         """The first month up to `count` whose demand no longer fits into the limits; None: all fit."""
         for month in range(count + 1):
@@ -109,9 +135,9 @@ class FleetSize:
                 return month
         return None
 
-    def label(self, month: Month, *, energy: bool = False) -> Origin:
-        """What a month's figures (or its board power but for idle boards, a guess) may be called: as the weakest of its options."""
-        order, points = list(Origin), [self.options[at].point for at in month.replicas]
+    def label(self, fleet: Month | Capacity, *, energy: bool = False) -> Origin:
+        """What a fleet's figures (or its board power but for idle boards, a guess) may be called: as the weakest of its options."""
+        order, points = list(Origin), [self.options[at].point for at in fleet.replicas]
         return max((point.energy_label if energy else point.label for point in points), key=order.index)
 
     def _scale(self, month: int, end: str, needs: Sequence[int]) -> tuple[float, dict[int, int]] | None:
@@ -216,7 +242,7 @@ class FleetSize:
         for at, count in replicas.items():
             option = self.options[at]
             machines[option.chip] = machines.get(option.chip, 0.0) + count * self.limits.share_of_machine(option.gpus)
-        return {chip: self.limits.machine * math.ceil(value - 1e-9) for chip, value in machines.items()}
+        return {chip: self.limits.machine * math.ceil(value * (1 - 1e-12)) for chip, value in machines.items()}
 
     def _kw(self, gpus: Mapping[str, int]) -> float | None:
         known = [(count, self.chips[chip].kw_per_gpu) for chip, count in gpus.items()]
@@ -263,11 +289,34 @@ def _solve(
     """The best whole numbers by SciPy's HiGHS, or None where there are none."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    found = milp(
-        np.asarray(cost),
-        constraints=LinearConstraint(np.asarray(rows), np.asarray(low), np.asarray(high)),
-        bounds=Bounds(np.asarray(lower or [0.0] * len(upper)), np.asarray(upper)),
-        integrality=np.asarray(whole or [1] * len(upper)),
-        options={"time_limit": SOLVER_S, "mip_rel_gap": SOLVER_GAP},
-    )
+    with _silent():
+        found = milp(
+            np.asarray(cost),
+            constraints=LinearConstraint(np.asarray(rows), np.asarray(low), np.asarray(high)),
+            bounds=Bounds(np.asarray(lower or [0.0] * len(upper)), np.asarray(upper)),
+            integrality=np.asarray(whole or [1] * len(upper)),
+            options={"time_limit": SOLVER_S, "mip_rel_gap": SOLVER_GAP},
+        )
     return None if found.x is None else [float(value) for value in found.x]
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """HiGHS prints lines of its own to the process's stdout, whatever its options say; what klab prints there must stay JSON."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

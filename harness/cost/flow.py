@@ -8,8 +8,6 @@ from functools import cached_property, lru_cache
 
 from klab.harness.cost.workload import Workload
 
-# An engine whose decoding sequences fill its budget of tokens still lets a few tokens of a prompt through per step.
-LEAST_CHUNK = 16
 # Shares below this of what one request needs are rounding.
 NOTHING = 1e-6
 
@@ -90,10 +88,12 @@ def flows(workload: Workload, most: int) -> tuple[Flow, ...]:
     the server free takes whole steps.
     """
     steps, new, width = workload.decode_steps, workload.new_tokens, workload.draft_tokens + 1
+    # No more requests end than have both their prompt and their decoding in the steps' tokens: this much is left for prompts at least.
+    least = max(1.0, workload.chunk_tokens * new / (new + width * steps))
     found: list[Flow] = []
     queued = busy = decoding = 0.0
     for n in range(1, most + 1):
-        budget = max(LEAST_CHUNK, workload.chunk_tokens - width * decoding)
+        budget = max(least, workload.chunk_tokens - width * decoding)
         service = new / budget
         whole = math.ceil(service)
         wait = service * max(0.0, queued - busy) + busy * service / 2

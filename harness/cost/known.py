@@ -147,8 +147,8 @@ class _Around:
 class Members:
     """Facts of one family: problems that differ in size alone (and, for relatives, in minor matters).
 
-    `sizes` [facts, axes], each once, the axes as in `family.sizes`. `fact` gives one of them by its row, or None for a row that is not to
-    be used: only those near to what is asked are made, so that a table of 1e5 rows costs no more than its sizes.
+    `sizes` [facts, axes], axes as in `family.sizes`. `fact` gives one of them by its row, or None for a row that is not to be used: only
+    those near to what is asked are made, so that a table of 1e5 rows costs no more than its sizes.
     """
 
     def __init__(self, sizes: Numbers, fact: Callable[[int], Known | None], family: Family, modelled: Modelled) -> None:
@@ -163,9 +163,10 @@ class Members:
         logs = logs_of(np.array(self._family.size_of(problem), dtype=float))
         outside, inside = self._sizes.outside(logs), self._sizes.inward(logs)
         rows, distances = self._sizes.nearest(inside)
-        first = self._of(int(rows[0]))
-        if first is not None and first.problem == problem:
-            return _as_measured(first)
+        for row in rows[distances == 0]:
+            fact = self._of(int(row))
+            if fact is not None and fact.problem == problem:
+                return _as_measured(fact)
         near = self._around(inside, rows, distances) if outside <= REACH and distances[0] <= FURTHEST else None
         if near is None:
             return None

@@ -47,8 +47,33 @@ USUAL: Mapping[str, Usual] = {
     "weight_only_moe": EXPERTS,
     "grouped_matmul": EXPERTS,
 }
-# Board power over TDP. The same tables: H200 691 W of 700 where compute binds, 627 W where memory does; B200 985 W of 1000.
-COMPUTE_POWER, MEMORY_POWER = (0.85, 0.97, 1.0), (0.65, 0.85, 0.95)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Board power over TDP, (low, usual, high): of launches that reach no more than a share `idle` of their roofline, and of those that
+    reach `busy` of it; between them in proportion.
+    """
+
+    least: tuple[float, float, float]
+    most: tuple[float, float, float]
+    idle: float
+    busy: float
+
+    def at(self, share: float) -> tuple[float, float, float]:
+        """For a launch that reaches this share of its roofline."""
+        part = min(1.0, max(0.0, (share - self.idle) / (self.busy - self.idle)))
+        low, usual, high = ((1 - part) * first + part * last for first, last in zip(self.least, self.most, strict=True))
+        return low, usual, high
+
+
+# Medians and 10% to 90% of the board power in the tables that have any (aiconfigurator-core 0.12.0, B200 of 1000 W, vLLM 0.22.0: 12,920
+# rows of prefill attention, 16,362 of experts, 13,851 of decode attention); the busy middles between those and H200's (691 W of 700 where
+# compute binds, 627 W where memory does). Attention of a decode step waits for memory and draws far less than other readers of it.
+COMPUTE_DRAW = Draw((0.50, 0.62, 0.84), (0.72, 0.97, 1.0), 0.0, 0.25)
+MEMORY_DRAW = Draw((0.32, 0.50, 0.72), (0.70, 0.93, 1.0), 0.0, 0.6)
+DECODE_DRAW = Draw((0.29, 0.44, 0.69), (0.52, 0.67, 0.85), 0.6, 0.95)
+# Of a collective: a guess.
 LINK_POWER = (0.3, 0.45, 0.7)
 # A collective by NCCL's constants: half to twice.
 LINK_BAND = (0.7, 1.0, 2.0)
@@ -80,11 +105,11 @@ class Modelled:
         share = bound_us / (us.mid - usual.start_us[1]) if bound_us else 1.0
         return us, f"{usual.start_us[1]:g} us and {share:.0%} of the {limit} roofline"
 
-    def power_w(self, problem: Problem) -> Range:
-        """Board power while it runs, by what limits it."""
-        _, limit = self.bound(problem)
-        low, usual, high = COMPUTE_POWER if limit == "compute" else MEMORY_POWER
-        return Range(low * self._tdp_w, usual * self._tdp_w, high * self._tdp_w)
+    def power_w(self, problem: Problem, us: float) -> Range:
+        """Board power while it runs for so many microseconds, by what limits it and how near it comes to that."""
+        bound_us, limit = self.bound(problem)
+        kind = DECODE_DRAW if USUAL.get(problem.operator) is DECODE else COMPUTE_DRAW if limit == "compute" else MEMORY_DRAW
+        return Range(*(part * self._tdp_w for part in kind.at(bound_us / us)))
 
     @property
     def link_power_w(self) -> Range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ def measured_facts(chip: Chip, given: Sequence[Path | str] | None, objective: Ob
     key = digest([SCHEMA, chip.name, str(objective), _state(files), _state(_code())])
     kept = cache.get(key)
     if kept is not None:
-        data = json.loads(kept)
-        return [_from_json(item) for item in data["facts"]], data["notes"]
+        with contextlib.suppress(KeyError, TypeError, ValueError, UsageError):  # kept by a klab with other problems: read again
+            data = json.loads(kept)
+            return [_from_json(item) for item in data["facts"]], data["notes"]
     rows = [row for row in iter_results(files, report) if row.chip == chip.name]
     selection = Selection(rows, objective, chip=chip.name)
     facts = facts_in(selection)
@@ -102,7 +104,12 @@ def _ordered(low: float, middle: float, high: float) -> Range:
 
 def _state(files: Iterable[Path]) -> list[Json]:
     """What changes when a file does."""
-    return [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path in files for stat in (path.stat(),)]
+    found: list[Json] = []
+    for path in files:
+        with contextlib.suppress(OSError):  # gone since it was listed: reading says so
+            stat = path.stat()
+            found.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def _code() -> list[Path]:

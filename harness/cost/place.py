@@ -224,12 +224,13 @@ def _apart(first: Side, second: Side, way: Transfer, demand: Demand, terms: Mapp
     moved_s = way.exposed_s(first.prompt_s, demand.overlap)
     # A decode replica keeps room for the caches on their way to it: from the start of the prefill where layers are sent one by one.
     held_s = moved_s.mid + (first.prompt_s.mid if demand.overlap else 0.0)
-    decoding = [_capped(point, way.receipts_per_s) for point in second.points("decode")]
+    received, sent = way.receipts_per_s, way.sends_per_s
+    decoding = [_capped(point, received) for point in second.points("decode")]
     decode = _pick(second, _with_room(decoding, second.most, held_s), demand, lambda point: point.tpot_s.mid / demand.slo_tpot_s)
     if decode is None:
         return None
     exposed_s = moved_s + way.waiting_s(decode.requests_per_s.mid)
-    prefilling = [_capped(point, way.sends_per_s) for point in first.points("prefill")]
+    prefilling = [_capped(point, sent) for point in first.points("prefill")]
     prefill = _pick(first, prefilling, demand, lambda point: (point.ttft_s.mid + exposed_s.mid) / demand.slo_ttft_s)
     if prefill is None:
         return None

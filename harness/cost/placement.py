@@ -254,11 +254,12 @@ def _per_dollar(q: Question, winner: Option) -> list[str]:
 def _notes(q: Question, estimators: Mapping[str, Estimator], sides: Sequence[Side], ranking: Ranking) -> list[str]:
     """What a reader must know."""
     w, demand = q.demand.workload, q.demand
-    found = [f"{name}: {note}" for name, estimator in estimators.items() for note in estimator.notes]
+    paper = {chip.name for chip in q.chips if chip.kind == "datasheet"}
+    found = [f"{name}: {note}" for name, estimator in estimators.items() if name not in paper for note in estimator.notes]
     for chip in q.chips:
         terms = q.terms[chip.name]
         found.append(f"{chip.name}: {terms.price_label or 'no price'}; {terms.power_label}")
-        if chip.kind == "datasheet":
+        if chip.name in paper:
             found.append(
                 f"{chip.name} is known from a datasheet alone: all of it is modelled, and that its software reaches that is a guess"
             )
@@ -273,6 +274,7 @@ def _notes(q: Question, estimators: Mapping[str, Estimator], sides: Sequence[Sid
             "apart: the cache crosses the network, also where both pools are on one kind of chip; what share of the link it gets is "
             "0.3 to 0.9, and its start 1 to 60 ms, from what engines report"
         )
+    found.append("TTFT and TPOT are means over requests: tails are longer, most where prefill replicas are nearly always busy")
     host = q.host_us
     if host.high:
         found.append(f"between steps a GPU waits for the host for {host.mid:g} us ({host.low:g} to {host.high:g}): a guess (--host-us)")

@@ -28,6 +28,8 @@ HOURS_PER_YEAR = 8760
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 # A break-even above this share of the hours is as good as none; kept finite so that it can be printed and stored.
 NEVER = 10.0
+# Bounds of what a user may fix: shorter than a month, rarer than an hour a year and more than a milliard are slips of the pen.
+LEAST_YEARS, LEAST_UTILISATION, MOST = 1 / 12, 1e-4, 1e9
 # What a buyer fears of a renewal; one quote of 2026 was 1.94 times the price before (profiles/prices/ownership.toml).
 DOUBLED = 2.0
 
@@ -145,25 +147,27 @@ class Terms:
 
     def __post_init__(self) -> None:
         """UsageError for what no contract and no machine has."""
-        over, shares = ("term_years", "life_years", "usd_per_gpu", "it_kw_per_gpu"), ("prepaid_share", "residual_share", "load_share")
+        over, shares = ("usd_per_gpu", "it_kw_per_gpu", "renewal_factor"), ("prepaid_share", "residual_share", "load_share")
         for name, one in vars(self).items():
             option = f"--{OPTIONS.get(name, name.replace('_', '-'))}"
             if not isinstance(one, Range):
                 continue
-            if one.low < 0 or not math.isfinite(one.high):
-                raise UsageError(f"{option} is not negative and finite, not {one.low:g}")
-            if one.low == 0 and name in (*over, "utilisation", "renewal_factor"):
+            if one.low < 0 or one.high > MOST:
+                raise UsageError(f"{option} is not negative and at most {MOST:g}, not {one.low if one.low < 0 else one.high:g}")
+            if one.low == 0 and name in over:
                 raise UsageError(f"{option} is above 0, not 0")
             if one.high > 1 and name in (*shares, "utilisation"):
                 raise UsageError(f"{option} is a share, at most 1, not {one.high:g}")
-            if name == "term_years" and one.low < 1 / 12:
+            if name == "utilisation" and one.low < LEAST_UTILISATION:
+                raise UsageError(f"{option} is above 0: a share of the hours, at least {LEAST_UTILISATION:g}, not {one.low:g}")
+            if name in ("term_years", "life_years") and one.low < LEAST_YEARS:
                 raise UsageError(f"{option} is a number of years, at least a month (0.0834), not {one.low:g}")
             if name == "cost_of_capital" and one.high > 1:
                 raise UsageError(f"{option} is a share per year (0.1 is 10%), not {one.high:g}")
         if self.pue and self.pue.low < 1:
             raise UsageError(f"--pue is facility power over IT power, at least 1, not {self.pue.low:g}")
-        if self.horizon_years is not None and not 0 < self.horizon_years <= 50:
-            raise UsageError(f"--horizon is a number of years above 0 and at most 50, not {self.horizon_years:g}")
+        if self.horizon_years is not None and not LEAST_YEARS <= self.horizon_years <= 50:
+            raise UsageError(f"--horizon is a number of years, at least a month (0.0834) and at most 50, not {self.horizon_years:g}")
         for name in ("term_years", "life_years"):
             one = getattr(self, name)
             if one and one.high > 50:
@@ -189,8 +193,9 @@ def rented(price: Price, terms: Terms, facts: Ownership) -> Way:
         inputs: Inputs = {"usd_per_gpu_hour": as_range(price)}
         found = propagate(_list_price, inputs)
         note = "paid by the hour: assumes that GPUs can be had and given back at any time"
+        notes = [note, *_guessed({"usd_per_gpu_hour": price}, inputs)]
         return Way(
-            price.contract, found.likely, found.extreme, {"rent": price.mid}, found.swings, inputs, price.label, _list_price, (note,)
+            price.contract, found.likely, found.extreme, {"rent": price.mid}, found.swings, inputs, price.label, _list_price, tuple(notes)
         )
     term = terms.term_years or as_range(facts.term_years)
     inputs = {
@@ -207,8 +212,14 @@ def rented(price: Price, terms: Terms, facts: Ownership) -> Way:
     once = rent_usd_per_hour(_middle(inputs) | {"renewal_factor": 1.0, "utilisation": 1.0})
     later = rent_usd_per_hour(_middle(inputs) | {"utilisation": 1.0}) - once
     parts = {"rent": price.mid, "prepaid": once - price.mid} | ({"renewal": later} if later else {})
-    notes = ("the prepaid part is taken as used up evenly over the term",)
-    return Way(price.contract, found.likely, found.extreme, parts, found.swings, inputs, price.label, rent_usd_per_hour, notes)
+    notes = ["the prepaid part is taken as used up evenly over the term"]
+    contracts = inputs["horizon_years"].mid / inputs["term_years"].mid
+    if not math.isclose(contracts, round(contracts)):
+        notes.append("the last contract is taken as one that ends with the horizon, as if it could be had for that long")
+    notes += _guessed(
+        {"usd_per_gpu_hour": price, **_not_given(terms, ("prepaid_share", "cost_of_capital", "renewal_factor"), facts)}, inputs
+    )
+    return Way(price.contract, found.likely, found.extreme, parts, found.swings, inputs, price.label, rent_usd_per_hour, tuple(notes))
 
 
 def owned(chip: str, terms: Terms, facts: Ownership, facility: Facility) -> Way:
@@ -224,9 +235,7 @@ def owned(chip: str, terms: Terms, facts: Ownership, facility: Facility) -> Way:
     inputs |= {name: getattr(terms, name) or as_range(getattr(facts, name)) for name in names}
     inputs |= {name: getattr(terms, name) or as_range(getattr(facility, name)) for name in sites}
     found = propagate(own_usd_per_hour, inputs)
-    open_ones = [name for name in (*names, *sites) if getattr(terms, name) is None and _guess(name, facts, facility)]
-    guesses = [f"{name} {inputs[name].low:g}..{inputs[name].high:g}" for name in open_ones]
-    notes = (f"rests on guesses: {', '.join(guesses)}",) if guesses else ()
+    notes = tuple(_guessed(_not_given(terms, names, facts) | _not_given(terms, sites, facility), inputs))
     return Way("owned", found.likely, found.extreme, own_parts(_middle(inputs)), found.swings, inputs, "capex, site and energy",
                own_usd_per_hour, notes)  # fmt: skip
 
@@ -270,10 +279,10 @@ def answer(chip: str, terms: Terms, root: Path | None = None, quotes: Mapping[st
     for contract in ("on_demand", "reserved"):
         quote = (quotes or {}).get(contract)
         try:
-            price = replace(read_price(quote, chip), contract=contract) if quote else find_price(chip, contract, root)
-            ways.append(rented(price, terms, facts))
+            ways.append(rented(find_price(chip, contract, root) if quote is None else _quoted(quote, chip, contract, root), terms, facts))
         except UsageError as error:
-            if quote:
+            # What is there twice is a fault of the file.
+            if quote is not None or any((one.chip, one.contract) == (chip, contract) for one in prices):
                 raise
             missing.append(error)
     try:
@@ -311,6 +320,14 @@ def _compared(named: Mapping[str, Way], renewals: Mapping[float, Range]) -> list
     return said
 
 
+def _quoted(quote: str, chip: str, contract: str, root: Path | None) -> Price:
+    """A price that the user brings. UsageError for the known price of another contract: by another name it would be no fact."""
+    price = read_price(quote, chip, root)
+    if price.contract not in ("given", contract):
+        raise UsageError(f"{quote} is the {price.contract} price of {chip}, where the {contract} one is asked for; give a figure")
+    return replace(price, contract=contract)
+
+
 def _folder(root: Path | None) -> Path | None:
     """Where other facts lie beside prices: a single file of prices has none."""
     return root if root and root.is_dir() else None
@@ -336,6 +353,15 @@ def _of_chip(chip: str, table: Mapping[str, Figure], what: str, option: str) -> 
     return as_range(table[chip])
 
 
-def _guess(name: str, facts: Ownership, facility: Facility) -> bool:
-    figure = getattr(facts, name, None) or getattr(facility, name)
-    return bool(figure.confidence == "guess")
+def _not_given(terms: Terms, names: tuple[str, ...], facts: Ownership | Facility) -> dict[str, Figure]:
+    return {name: getattr(facts, name) for name in names if getattr(terms, name) is None}
+
+
+def _guessed(figures: Mapping[str, Figure | Price], inputs: Inputs) -> list[str]:
+    """Which of these inputs are guesses or partly so, as a note; none: no note."""
+    found = []
+    for name, one in figures.items():
+        if one.confidence == "guess" or one.guesses:
+            ends = "" if one.confidence == "guess" else f" ({' and '.join(one.guesses)})"
+            found.append(f"{name} {inputs[name].low:g}..{inputs[name].mid:g}..{inputs[name].high:g}{ends}")
+    return [f"rests on guesses: {', '.join(found)}"] if found else []

@@ -24,7 +24,7 @@ LOADS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65,
 # Tensor-parallel sizes that are tried, at most SIZES of them per chip: the smallest that fit. Beyond a board of 8 only if need be.
 TENSOR_PARALLEL, BEYOND, SIZES = (1, 2, 4, 8), (16, 32), 3
 # Tokens per step that a replica which does both is also tried with.
-SMALL_CHUNKS = (512, 2048)
+SMALL_CHUNKS = (512,)
 # Points are looked at until their latency is PAST times what is allowed (other SLOs are asked about too), and the last that is in time is
 # found to CLOSE of its requests.
 PAST, CLOSE = 4.0, 0.02

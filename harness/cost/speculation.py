@@ -1,27 +1,15 @@
-"""Speculation: which draft length pays at a load, and from which acceptance on."""
+"""Speculation: from which acceptance on drafts pay at a load."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from klab.harness.cost.serving import OperatingPoint, operating_points
+from klab.harness.cost.serving import operating_points
 from klab.harness.cost.steps import Steps
 from klab.harness.cost.workload import Workload
 
-LENGTHS = (0, 1, 2, 3, 4, 6, 8)
 # Acceptances are looked for this closely.
 CLOSE = 0.005
-
-
-def draft_lengths(steps: Steps, workload: Workload, concurrency: int, lengths: Sequence[int] = LENGTHS) -> list[OperatingPoint]:
-    """The point at `concurrency` requests in flight for each number of drafted tokens; empty where so many do not fit."""
-    return [point for k in lengths for point in operating_points(steps, replace(workload, draft_tokens=k), [concurrency])]
-
-
-def best_length(points: Sequence[OperatingPoint]) -> OperatingPoint | None:
-    """The most requests per second among points of `draft_lengths`: the shorter draft where they are alike."""
-    return max(points, key=lambda point: (point.requests_per_s.mid, -point.workload.draft_tokens), default=None)
 
 
 def least_acceptance(steps: Steps, workload: Workload, concurrency: int) -> float | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from klab.harness.catalog import find_chip
 from klab.harness.cost.closed_loop import Benchmark, Replayed, StepTimes, replay
-from klab.harness.cost.estimate import Estimator, Origin, label_of
+from klab.harness.cost.estimate import ENOUGH, Estimator, Origin, label_of
 from klab.harness.cost.published import WAVES, Published
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.reference_source import sources_for
@@ -122,7 +123,7 @@ class Predictor:
             except UsageError as error:
                 return Checked(point, why_not=str(error))
             self._steps[point.setting] = steps
-            self._times[point.setting] = StepTimes(steps, extra.host_us.mid)
+            self._times[point.setting] = StepTimes(steps)
         steps = self._steps[point.setting]
         most = most_concurrent(steps, point.workload)
         if most < point.concurrency:
@@ -140,7 +141,9 @@ class Predictor:
             point.isl, point.osl, point.concurrency, point.shortest, WAVES, point.chunk_tokens,
             whole_prompts=point.backend == "trtllm", prefill_alone=point.prefill_alone, intake_s=point.intake_s,
         )  # fmt: skip
-        found = replay(bench, self._times[point.setting])
+        times = copy(self._times[point.setting])  # it shares what it knows of the steps
+        times.host_us = extra.host_us.mid
+        found = replay(bench, times)
         if found is None:
             return None
         return replace(found, ttft_s=found.ttft_s + extra.before_first_s(point.workload.isl) + point.waits_steps * found.tpot_s)
@@ -160,9 +163,9 @@ def first_half(point: Published) -> bool:
     return hashlib.sha256(repr(point.setting).encode()).digest()[0] % 2 == 0
 
 
-def fitted(checked: Iterable[Checked]) -> dict[str, Overhead]:
-    """Per engine: the time per step that brings the mean of TPOT's errors down most, its range the quartiles of what is missing; then the
-    same for the time to a first token of the replayed benchmark. From predictions made without either.
+def fitted(checked: Iterable[Checked], again: Callable[[Published, Overhead], Replayed | None]) -> dict[str, Overhead]:
+    """Per engine: the time per step that brings the mean of TPOT's errors down most, its range the quartiles of what is missing; then, with
+    that time between its steps (`again` replays a point with it), the same for the time to a first token. From predictions without either.
     """
     found: dict[str, Overhead] = {}
     by_backend: dict[str, list[Checked]] = {}
@@ -171,10 +174,10 @@ def fitted(checked: Iterable[Checked]) -> dict[str, Overhead]:
             by_backend.setdefault(one.point.backend, []).append(one)
     for backend, group in by_backend.items():
         missing = [(c.point.tpot_s - c.tpot_s.mid, 1 / c.point.tpot_s) for c in group]
-        quartiles = [max(0.0, weighted(missing, share)) * 1e6 for share in (0.25, 0.5, 0.75)]
-        again = [(c.point, c.replayed) for c in group if c.replayed]
-        later = [(float(p.workload.isl), p.ttft_s - r.ttft_s, 1 / p.ttft_s) for p, r in again]
-        found[backend] = Overhead(Range(*quartiles), *(_line(later) if later else (0.0, 0.0)))
+        host = Overhead(Range(*(max(0.0, weighted(missing, share)) * 1e6 for share in (0.25, 0.5, 0.75))))
+        replays = [(c.point, again(c.point, host)) for c in group if c.replayed]
+        later = [(float(p.workload.isl), p.ttft_s - r.ttft_s, 1 / p.ttft_s) for p, r in replays if r]
+        found[backend] = Overhead(host.host_us, *(_line(later) if later else (0.0, 0.0)))
     return found
 
 
@@ -280,7 +283,10 @@ def validate(
         if number and number % 200 == 0:
             tell(f"{number} of {len(points)} points")
         checked.append(plain.check(point))
-    overheads = fitted(one for one in checked if first_half(one.point))
+    tell("overheads, on one half of the deployments")
+    half = [one for one in checked if first_half(one.point)]
+    # Where kernels are modelled, what is missing says more of the model than of the engine.
+    overheads = fitted([one for one in half if one.covered >= ENOUGH] or half, plain.replay)
     later = [point for point in points if not first_half(point) and point.backend in overheads]
     tell(f"{len(later)} points of the other half of the deployments, with the overheads of the first")
     with_overheads = Predictor(estimators, overheads)

@@ -50,7 +50,8 @@ READING = (
     "measured TPOT between the predicted low and high. Covered: share of the predicted time on measured or reference kernels."
 )
 FITTED = (
-    "Fitted on one half of the deployments (by a hash of model, chip, engine, GPUs, format), never on the half that the next table judges. "
+    "Fitted on the covered points of one half of the deployments (by a hash of model, chip, engine, GPUs, format), never on the half that "
+    "the next table judges. "
     "What they hold is whatever the kernels lack: the host between steps, and every error of the kernels' times that is alike everywhere."
 )
 WHOLE_LAYERS = (
@@ -207,6 +208,6 @@ def goals(found: Validation) -> list[str]:
             if error.count:
                 verdict = "met" if error.median <= goal else "missed"
                 whose = "" if what == "TPOT" else " whose benchmark is public, replayed"
-                figures = f"{error.median:.0%} median, {error.p90:.0%} at the 90th percentile"
+                figures = f"{error.median:.1%} median, {error.p90:.0%} at the 90th percentile"
                 lines.append(f"{what}, {name}: {figures}, over {error.count} covered points{whose} (aimed at {goal:.0%}: {verdict})")
     return lines

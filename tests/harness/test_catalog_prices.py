@@ -80,7 +80,8 @@ def test_prices_survive_being_written(file):
     [
         ("-1", "positive"), ("0", "positive"), ("1,2", "one figure"), ("3,2,1", "in this order"), ("1,2,3,4", "one figure"),
         ("1e999", "positive"), ("--5", "one figure"), ("spot", "unknown contract"), ("on_demnd", "did you mean on_demand"),
-        ("nowhere.toml", "cannot read"),
+        ("nowhere.toml", "cannot read"), ("", "empty price"), (" ", "empty price"), ("1e308", "positive"), ("1e-320", "positive"),
+        ("$2.50", "unknown contract .* or low,mid,high"), ("x" * 300, "unknown contract"), ("nan", "low,mid,high"),
     ],
 )  # fmt: skip
 def test_what_is_no_price(text, said):
@@ -103,6 +104,9 @@ def test_what_there_is_instead():
         ('source = "a quote"', "", "lacks source"), ('"reserved"', '"leased"', "contract is on_demand, reserved, owned"),
         ("[[price]]", "[[prices]]", "unknown field prices"), ("chip =", "gpu =", "unknown field gpu"), ('"H200"', '""', "lacks chip"),
         ("1.5", "true", "low is True"), ("1.5", "nan", "low is nan"), ("= {", "= [", "not TOML"),
+        ("3.0", "1" + "0" * 400, "at most"), ("3.0", "1e7", "between"), ('"2026-05"', '"2026-02-31"', "YYYY-MM"),
+        ('"a quote"', '" "', "lacks source"), ('"a quote"', "[1]", "must be a text"), ('"H200"', "3", "must be a text"),
+        ('"a quote"', '"a quote"\nguesses = ["middle"]', "which of low, mid, high"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_its_fault(file, old, new, said):
@@ -135,3 +139,28 @@ def test_folders(tmp_path, file):
         (other / "facility.toml").write_text((text + f"[provisioned_kw_per_gpu.h200]\n{figure}").replace(old, new, 1))
         with pytest.raises(UsageError, match=said):
             load_facility(other)
+
+
+def test_guesses_are_in_the_label(file):
+    one = load_prices(file(GOOD + 'confidence = "published"\nguesses = ["high", "low"]\n'))[0]
+    assert one.label == "h200 reserved 1.50..2.00..3.00 $/GPU-h (2026-05, published, low and high guessed)"
+    assert load_prices(file(to_toml([one]))) == (one,)
+    for found in load_prices():  # what a note calls a guess is one
+        assert found.guesses and "guess" not in found.note
+    assert load_ownership().life_years.trust == "secondary, low and high guessed" and load_ownership().opex_share.trust == "guess"
+
+
+def test_a_file_with_a_byte_order_mark(file):
+    assert load_prices(file("\ufeff" + GOOD)) == load_prices(file(GOOD))
+
+
+def test_a_contract_before_a_folder_of_its_name(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owned").mkdir()
+    assert read_price("owned", "h200") == find_price("h200", "owned")
+    assert read_price("reserved", "h200", file(GOOD)).mid == 2.0
+
+
+def test_two_prices_of_one_date_are_no_price_of_a_file_either(file):
+    with pytest.raises(UsageError, match="2 reserved prices of 2026-05"):
+        read_price(str(file(GOOD + GOOD)), "h200")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 import shlex
 
@@ -16,13 +15,11 @@ from klab.harness.catalog.prices import Price
 from klab.harness.cost.accuracy import FormatError, format_errors
 from klab.harness.cost.answer import Question, answer, choose, formats_for, native, options_of, stored_format
 from klab.harness.cost.estimate import Estimate, Estimator, Origin
-from klab.harness.cost.explain import commands, missing, spent, step_times, unit_command
+from klab.harness.cost.explain import commands, missing, spent, step_times
 from klab.harness.cost.fit import least_tp
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.serving import meets, operating_points
-from klab.harness.cost.single_pass import Task
 from klab.harness.cost.sources import estimator_for
-from klab.harness.cost.units import answer_units, unit_money
 from klab.harness.cost.workload import Workload
 from klab.harness.plan import plan, scenario_for
 from klab.harness.store.result import Status
@@ -184,6 +181,15 @@ def test_the_commands_measure_what_is_missing(workload, tmp_path):
     assert measured.tpot_s.mid == pytest.approx(point.tpot_s.mid, rel=0.15)
 
 
+def test_the_commands_name_the_very_steps():
+    chunked = Workload(isl=3000, osl=100, chunk_tokens=1024, prefix_hit=0.2, draft_tokens=2, slo_tpot_s=0.01)
+    point = answer(asked(workload=chunked, tps=(1,), kv_dtype="fp8"), Estimator(TINY)).priced.point
+    prefill, decode = commands(point, "qwen3-0.6b", "h200", missing(point))
+    # 600 of 3000 tokens are cached; the middle chunk of 1024 has half of the other 1376 before it.
+    assert "--isl 2312 " in prefill and prefill.endswith("--with kv_dtype=float8_e4m3fn --with prefix_len=1288 --phase prefill")
+    assert "--isl 3000 --osl 100 " in decode and decode.endswith("--with kv_dtype=float8_e4m3fn --with q_len=3 --phase decode")
+
+
 def test_collectives_are_measured_with_their_own_verb():
     point = answer(asked(tps=(2,)), Estimator(TINY)).priced.point
     lines = commands(point, "my model.json", "h200", missing(point))
@@ -233,6 +239,10 @@ def test_a_model_that_does_not_fit():
     assert [o.deployment.tp for o in found.options] == [1, 2, 4, 8, 16] and found.chosen.deployment.tp == 16
     assert any("as if they were on one board" in note for note in found.notes)
     assert least_tp(lambda tp: asked(deepseek, H200).deployment(tp, "fp8_block"), SHORT) == 8
+    # The cache of a long request counts.
+    llama_8b, small = find_model("llama-3.1-8b"), dataclasses.replace(H200, memory_bytes=int(20e9))
+    sizes = [least_tp(lambda tp: asked(llama_8b, small).deployment(tp, ""), Workload(isl=isl, osl=1)) for isl in (100, 30_000)]
+    assert sizes == [1, 2]
     # 16 GPUs would have the memory, and do not divide 40 heads; without a link there is but one.
     maverick, smaller = find_model("llama-4-maverick"), dataclasses.replace(H200, memory_bytes=int(32e9))
     assert least_tp(lambda tp: asked(maverick, smaller).deployment(tp, "fp8_block"), SHORT) is None
@@ -343,43 +353,6 @@ def test_latencies_that_hold_in_the_middle_only_are_told():
 def test_speculation_says_from_where_it_pays():
     found = answer(asked(tps=(1,), workload=dataclasses.replace(SHORT, draft_tokens=3)), Estimator(TINY))
     assert any("3 drafts" in note for note in found.notes) and any("from an acceptance of" in note for note in found.notes)
-
-
-def test_pictures():
-    flux = find_model("flux.1-dev")
-    question = Question(flux, H200, tps=(1, 2), price=PRICE, sell_unit=0.02, host_us=ZERO)
-    found = answer_units(question, Task(denoise_steps=10), Estimator(H200), [PRICE])
-    p, money = found.point, found.money
-    assert found.feasible and p.unit == "image" and found.label == "modelled"
-    assert money.usd_per_unit.mid == pytest.approx(3.0 * p.deployment.tp / 3600 / p.units_per_s.mid)
-    assert money.gross_margin.mid == pytest.approx(1 - money.usd_per_unit.mid / 0.02)
-    assert money.megawatt == "GPU boards" and found.contracts[0][1].usd_per_unit == money.usd_per_unit
-    # A batch a hundred times slower for less than a hundredth of the cost is not chosen.
-    cheapest = min(found.money_of(q).usd_per_unit.mid for o in found.options for q in o.points)
-    assert cheapest <= money.usd_per_unit.mid <= cheapest * 1.011
-    slower = [q for o in found.options for q in o.points if q.latency_s.mid < p.latency_s.mid]
-    assert all(found.money_of(q).usd_per_unit.mid > cheapest * 1.0099 for q in slower)
-    assert (
-        unit_command(p, "flux.1-dev", "h200") == f"klab run --model flux.1-dev --chip h200 --isl 4096 --tp 1 --with prefill_batch={p.batch}"
-    )
-    parts = spent(p)
-    assert sum(s.seconds.mid for s in parts) == pytest.approx(1 / p.units_per_s.mid)
-    assert sum(s.joules.mid for s in parts) == pytest.approx(p.joules_per_unit.mid)
-    hurried = answer_units(dataclasses.replace(question, objective="latency"), Task(denoise_steps=10, slo_s=1e-3), Estimator(H200))
-    assert not hurried.feasible and hurried.point.batch == 1 and hurried.point.deployment.tp == 2
-    idle = answer_units(question, Task(denoise_steps=10, utilisation=0.25), Estimator(H200))
-    assert idle.money.usd_per_unit.mid == pytest.approx(4 * money.usd_per_unit.mid, rel=0.02)
-    small = dataclasses.replace(H200, memory_bytes=int(10e9))
-    lacks = answer_units(dataclasses.replace(question, chip=small), Task(), Estimator(small))
-    assert lacks.point is None and not lacks.feasible and "GB of weights" in lacks.options[0].why_not
-    with pytest.raises(UsageError, match="dollars per image"):
-        unit_money(p, PRICE, sell=-1.0)
-
-
-def test_an_hour_of_speech():
-    found = answer_units(Question(find_model("whisper-large-v3"), H200, tps=(1,), price=PRICE, host_us=ZERO), Task(), Estimator(H200))
-    assert found.point.unit == "audio hour" and math.isfinite(found.money.usd_per_unit.high)
-    assert "--osl 98" in unit_command(found.point, "whisper-large-v3", "h200")
 
 
 def test_steps_by_batch_and_context():

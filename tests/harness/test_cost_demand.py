@@ -82,6 +82,9 @@ ROW = "qwen3-8b,1e9,1000,100,0.1,2,2s,25ms"
         (f"{HEAD},prefix_hit\n{ROW},1.5", "line 2: --prefix-hit"),
         (f"{HEAD},quantization\n{ROW},fp3", "line 2: quantization is one of"),
         (f"{HEAD},kv_dtype\n{ROW},int2", "line 2: .*int2"),
+        (f"{HEAD}\n{ROW.replace('1e9', '1e-300')}", "a demand is above 0"),
+        (f"{HEAD},offline\n{ROW},yes", "offline and slo_ttft and slo_tpot contradict"),
+        (f"{HEAD},\n{ROW},9", "unknown column ''"),
     ],
 )
 def test_what_is_no_forecast(read, text, said):
@@ -95,3 +98,10 @@ def test_files_that_are_none(read, tmp_path):
         read_demand(tmp_path / "nothing.csv")
     with pytest.raises(UsageError, match="UTF-8"):
         read("model,é\n", encoding="latin-1")
+
+
+def test_what_spreadsheets_write(read):
+    wanted = read(f"{HEAD}\n{ROW}\n")
+    for text in (f"{HEAD},,\n{ROW},,\n,,\n".replace("\n,,\n", "\n"), f"{HEAD}\n{ROW},\n", f"\ufeff{HEAD}\r\n{ROW}\r\n"):
+        assert read(text) == wanted
+    assert read(f"{HEAD}\n{ROW}\n".replace(",", "\t")) == wanted == read(f"{HEAD}\n{ROW}\n".replace(",", ";"))

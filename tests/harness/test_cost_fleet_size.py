@@ -282,7 +282,7 @@ qwen3-0.6b,5e9,1024,128,0.1,2,,yes,1,0.05,0.1
 
 def test_the_verb(klab):
     code, out, err = klab(DEMAND, "--chips", "h200", "--months", 2, "--gpus", "h200=16")
-    assert code == 0 and "Month by month (modelled)" in out and "What 16 h200 can serve" in out and "margin" in out
+    assert code == 0 and "Month by month (modelled)" in out and "What 16 h200 can serve (modelled)" in out and "margin" in out
     assert "the offline rows would keep" in err and "h200 reserved" in err
     code, out, _ = klab(DEMAND, "--chips", "h200", "--months", 2, "--kw", 40, "--json", "--price", "h200=1,1.5,2")
     rows = [json.loads(line) for line in out.splitlines()]
@@ -304,6 +304,9 @@ def test_the_verb_when_something_is_not_served(klab):
     code, out, err = klab(DEMAND.replace("20ms", "0.01ms"), "--chips", "h200", "--months", 1)
     assert code == 1 and "nothing on offer meets TPOT" in err and "nearest is h200" in err
     assert "qwen3-0.6b #2" in out and "qwen3-0.6b #1" not in out
+    rows = map(json.loads, klab(DEMAND.replace("20ms", "0.01ms"), "--chips", "h200", "--months", 0, "--json")[1].splitlines())
+    (one,) = [row for row in rows if row["kind"] == "unserved"]
+    assert one["nearest"]["tpot_s"]["mid"] > 1e-5 and one["nearest"]["label"] == "modelled"
 
 
 @pytest.mark.parametrize(
@@ -314,9 +317,70 @@ def test_the_verb_when_something_is_not_served(klab):
         (["--gpus", "b200=8", "--chips", "h200"], "leaves out"), (["--price", "a100=2"], "not among the chips"),
         (["--price", "h200=-2"], "positive"),
         (["--kw", "0"], "--kw"), (["--months", "-1"], "--months"), (["--tp", "0"], "--tp"), (["--headroom", "1"], "--headroom"),
+        (["--gpus", "h200=nan"], "whole GPUs"), (["--gpus", "h200=inf"], "whole GPUs"), (["--gpus", "h200=8.9"], "whole GPUs"),
+        (["--gpus", "h200=8,H200=16"], "twice"), (["--price", "h200=1", "--price", "h200=2"], "--price gives h200 twice"),
+        (["--kw-per-gpu", "h200=1,h200=2"], "twice"), (["--price", "h200=1e308"], "positive number of dollars"),
+        (["--gpus", "h200=8e15"], "more than"), (["--kw", "1e30"], "at most"), (["--machine", "1000000000"], "at most"),
+        (["--least-replicas", "1000000000"], "at most"), (["--headroom", "0.9999999999999999"], "at most"),
         (["--kw-per-gpu", "h200=-1"], "positive number of kilowatts"), (["--objective", "fun"], "cost or kw"),
     ],
 )  # fmt: skip
 def test_the_verb_says_what_is_wrong(klab, args, said):
     code, out, err = klab(DEMAND, *args)
     assert code == 2 and said in err and not out
+
+
+def test_json_stays_json_whatever_the_solver_prints(monkeypatch, capfd, tmp_path):
+    """HiGHS prints a line of its own to the process's stdout for some sizes."""
+    path = tmp_path / "demand.csv"
+    path.write_text("model,tokens_per_day,isl,osl\nqwen3-8b,1e9,1024,128\nqwen3-30b-a3b,1e8,1024,128\n")
+    line = ["klab", "fleet-size", "--demand", path, "--results", tmp_path, "--no-reference", "--months", 0, "--tp", "1,2", "--json"]
+    for limit in (["--gpus", "h200=8000"], ["--chips", "h200", "--kw", "10000"]):
+        monkeypatch.setattr(sys, "argv", [str(part) for part in [*line, *limit]])
+        with pytest.raises(SystemExit):
+            main()
+        kinds = {json.loads(row)["kind"] for row in capfd.readouterr().out.splitlines()}
+        assert {"month", "capacity"} <= kinds
+
+
+def test_growth_beyond_all_measure(klab):
+    text = DEMAND.replace(",0.1,2,20ms", ",10,2,20ms")
+    code, out, err = klab(text, "--chips", "h200", "--months", 120)
+    assert code == 2 and not out and "growth of 10 a month" in err and "--months" in err
+
+
+def test_a_large_machine_is_a_whole_one():
+    size = FleetSize([need(1)], [option(0, supply(), 1, 10)], limits=Limits(machine=10_000))
+    assert size.months(0)[0].gpus == {"h200": 10_000}
+
+
+def test_the_least_that_does(klab):
+    """What does not fit is told what would: two rows, each a replica of 1 GPU, in one machine of 8."""
+    code, _, err = klab(DEMAND, "--chips", "h200", "--months", 0, "--kw", 13)
+    assert code == 1 and "not even 1 replica of every row" in err and "that takes 8 h200 (13.84 kW)" in err
+    out = klab(DEMAND, "--chips", "h200", "--months", 0, "--kw", 13, "--json")[1]
+    (room,) = [row for row in map(json.loads, out.splitlines()) if row["kind"] == "capacity"]
+    assert room["least_gpus"] == {"h200": 8} and room["least_provisioned_kw"] == pytest.approx(13.84)
+    # In kW where they are limited: three replicas of 4 GPUs take two machines of either chip.
+    have = [supply("h200", 9, 1.73), supply("b200", 1, 2.17)]
+    needs = [need(1, name=name) for name in "abc"]
+    options = [option(at, one, 4, 5.0) for at in range(3) for one in have]
+    assert FleetSize(needs, options, limits=Limits(kw=10)).least() == ({"h200": 16}, pytest.approx(16 * 1.73))
+
+
+def test_a_request_too_long_is_told_what_fits(klab):
+    code, _, err = klab("model,tokens_per_day,isl,osl\nqwen3-8b,1e9,2000000,128\n", "--chips", "h200", "--months", 0, "--tp", "1")
+    assert code == 1 and "GB of cache for one request of 2000128 tokens" in err
+    fits = int(err.split("up to ")[1].split()[0])
+    assert fits < 2_000_000
+    for isl, good in ((fits - 128, True), (fits - 127, False)):
+        text = f"model,tokens_per_day,isl,osl\nqwen3-8b,1e9,{isl},128\n"
+        assert (klab(text, "--chips", "h200", "--months", 0, "--tp", "1")[0] == 0) == good
+
+
+def test_a_contract_of_ones_own_prices(tmp_path):
+    price = '[[price]]\nchip = "h200"\ncontract = "owned"\nusd_per_gpu_hour = 0.5\ndate = "2026-05"\nsource = "us"\n'
+    (tmp_path / "mine.toml").write_text(price)
+    assert supply_of(find_chip("h200"), price="owned", prices=tmp_path, results=[tmp_path]).usd_per_gpu_hour.mid == 0.5
+    with pytest.raises(UsageError, match="empty price"):
+        supply_of(find_chip("h200"), price="", results=[tmp_path])

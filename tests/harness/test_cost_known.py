@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from klab.harness.catalog import find_chip
 from klab.harness.cost.estimate import Estimate, Estimator, Origin, label_of
 from klab.harness.cost.family import family_of
-from klab.harness.cost.known import Interpolated, Known
+from klab.harness.cost.known import Interpolated, Known, Members
 from klab.harness.cost.modelled import Modelled
 from klab.harness.cost.ranges import Range
 from klab.harness.plan.communication import Collective
@@ -229,3 +230,14 @@ def test_the_other_batches_of_the_same_weights_outvote_other_weights():
     for m in (64, 128, 200):
         found, true = known.launch(Matmul(m, 4096, 4096)).us, us(m, (4096, 4096))
         assert found.mid == pytest.approx(true, rel=0.12) and found.low <= true <= found.high
+
+
+def test_of_relatives_of_one_size_the_very_problem_is_told():
+    pages = [DecodeAttention((4096,) * 8, 32, 8, 128, page_size=page) for page in (64, 16, 32)]
+    facts = [fact(problem, 100.0 + at) for at, problem in enumerate(pages)]
+    family = family_of(DecodeAttention)
+    members = Members(np.array([family.size_of(p) for p in pages], dtype=float), facts.__getitem__, family, LIMITS)
+    assert [members.launch(problem).us.mid for problem in pages] == [100, 101, 102]
+    unusable = Members(np.array([family.size_of(p) for p in pages], dtype=float), [facts[0], None, facts[2]].__getitem__, family, LIMITS)
+    assert unusable.launch(pages[1]).us.mid != 101 and "page_size" in unusable.launch(pages[1]).how
+    assert Members(np.array([[1.0, 2, 3, 4]]), [None].__getitem__, family, LIMITS).launch(pages[0]) is None

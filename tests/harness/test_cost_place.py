@@ -1,73 +1,21 @@
-"""Placement: the search against trying everything, what it costs, what flips it, and the verb."""
+"""Placement: the search against trying everything, and what it costs."""
 
 import dataclasses
 import itertools
-import json
 import math
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from made_sides import ASKED, CARD, MODEL, TERMS, about, made_up, point, side, terms_of
 
 from klab.harness.catalog import find_chip, find_model
-from klab.harness.catalog.models import PROFILES
-from klab.harness.cli.main import build_app
-from klab.harness.cost.estimate import Estimator, Origin
-from klab.harness.cost.flips import by_link, by_price, by_rate, certainty
+from klab.harness.cost.estimate import Estimator
 from klab.harness.cost.place import COUNTS, Demand, _with_room, ranked
-from klab.harness.cost.placement import Question, place
-from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.serving import decode_pool, operating_points
-from klab.harness.cost.sides import Builder, Point, Side, climb, sides_of
-from klab.harness.cost.staffing import Pool, Terms, fleet_of, machines
+from klab.harness.cost.sides import Builder, climb, sides_of
+from klab.harness.cost.staffing import machines
 from klab.harness.cost.steps import Steps
-from klab.harness.cost.transfer import link_between, transfer
 from klab.harness.cost.workload import Deployment, Workload
-from klab.kernels.errors import KlabError, UsageError
-
-MODEL = find_model("llama-3.1-70b")
-H200 = find_chip("h200")
-CARD = str(PROFILES / "examples" / "decode-card.toml")
-
-
-def about(value, doubt=0.1):
-    return Range(value * (1 - doubt), value, value * (1 + doubt))
-
-
-def point(role, ttft_s, tpot_s, per_s, concurrency=1, load=1.0, joules=1000.0):
-    times = (about(ttft_s), about(tpot_s), about(per_s))
-    return Point(role, concurrency, *times, load / per_s, about(joules), {Origin.MODELLED: 1.0}, chunk_tokens=8192)
-
-
-def side(chip, tp, points, most=1000, prompt_s=0.2, network=50.0):
-    kind = dataclasses.replace(H200, name=chip, network_gb_per_s=network)
-    roles = {role: tuple(p for p in points if p.role == role) for role in ("prefill", "decode", "both")}
-    return Side(Deployment(MODEL, kind, tp), roles, most, about(prompt_s), about(100.0 * tp), "bfloat16")
-
-
-def made_up(seed, chips=("a", "b", "c")):
-    """Sides whose points are drawn: a prefill replica waits longer the fuller it is, a decode replica is slower the more it does."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for chip, tp in itertools.product(chips, (1, 2, 4)):
-        prompt_s, speed, chunk = rng.uniform(0.1, 0.6) / tp, rng.uniform(2, 8) * tp, rng.uniform(1.2, 2)
-        points = [
-            point("prefill", prompt_s * (1 + load / (2 * (1 - load))), 0.0, load / prompt_s, 1, load) for load in (0.2, 0.5, 0.8, 0.95)
-        ]
-        for n in (1, 8, 32, 128):
-            tpot_s = (5 + n * rng.uniform(0.1, 0.4)) / 1e3 * 8 / speed
-            points.append(point("decode", 0.0, tpot_s, n / (tpot_s * 1023), n))
-            points.append(point("both", prompt_s * (1 + n / 64), tpot_s * chunk, n / (tpot_s * chunk * 1023 + prompt_s), n))
-        found.append(side(chip, tp, points, prompt_s=prompt_s))
-    return found
-
-
-def terms_of(*prices):
-    return {chip: Terms(about(usd, 0.3), 1.0 + index) for index, (chip, usd) in enumerate(zip("abc", prices, strict=False))}
-
-
-TERMS = terms_of(3.0, 5.0, 2.0)
-ASKED = Workload(8192, 1024, slo_ttft_s=2.0, slo_tpot_s=0.02)
 
 
 def by_hand(sides, demand, terms):
@@ -281,171 +229,3 @@ def test_when_nothing_meets_the_slos_the_nearest_is_told():
     assert found.winner is None and found.nearest.missed > 1
     fastest = min(p.tpot_s.mid for s in made_up(0) for role in ("decode", "both") for p in s.points(role))
     assert found.nearest.missed == pytest.approx(fastest / 0.0005)
-
-
-# --- flips
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_prices_flip_where_it_is_said(seed):
-    sides = made_up(seed)
-    demand = Demand(ASKED, 40.0)
-    ranking = ranked(sides, demand, TERMS)
-    found = by_price(ranking, TERMS)
-    assert {one.what for one in found} == {f"price of {chip}" for chip in "abc"}
-    base, flips = ranking.winner.shape, 0
-    for one in found:
-        chip = one.what[-1]
-
-        def values(usd, chip=chip):
-            """Least $/h by shape, and of all."""
-            options = ranked(sides, demand, TERMS | {chip: Terms(Range.exact(usd), 1.0)}).options
-            return {option.shape: option.value for option in reversed(options)}, options[0].value
-
-        for flip in one.flips:
-            away = 0.001 if flip.up else -0.001
-            before, least = values(flip.at * (1 - away))
-            assert before[base] == pytest.approx(least)
-            after, least = values(flip.at * (1 + away))
-            assert after[flip.winner.shape] == pytest.approx(least) and after[base] > least * (1 + 1e-9)
-            flips += 1
-        for up in {True, False} - {flip.up for flip in one.flips}:
-            there, least = values(one.high if up else one.low)
-            assert there[base] == pytest.approx(least)
-    assert flips
-
-
-def test_the_link_flips_where_it_is_said():
-    demand = Demand(ASKED, 40.0, count="fractions")
-    flips = 0
-    for seed in range(6):
-        sides = made_up(seed)
-        ranking = ranked(sides, demand, TERMS)
-        for flip in by_link(sides, ranking, TERMS).flips:
-            away = 1.03 if flip.at > 50 else 1 / 1.03
-
-            def shape(speed, sides=sides):
-                return ranked(sides, dataclasses.replace(demand, link_gb_per_s=speed), TERMS).winner.shape
-
-            assert shape(flip.at / away) == ranking.winner.shape != shape(flip.at * away)
-            assert flip.behind == pytest.approx(flip.behind_unrounded) and flip.behind > 0
-            flips += 1
-    assert flips
-
-
-def test_rounding_is_told_from_what_would_flip_anyway():
-    sides = made_up(3)
-    ranking = ranked(sides, Demand(ASKED, 3.0), TERMS)
-    found = by_rate(sides, ranking, TERMS)
-    for flip in found.flips:
-        # To a fraction the rate changes nothing, so what flips is the rounding.
-        base = ranked(sides, Demand(ASKED, 3.0, count="fractions"), TERMS)
-        shapes = {option.shape: option.value for option in reversed(base.options)}
-        expected = shapes[ranking.winner.shape] / shapes[flip.winner.shape] - 1
-        assert flip.behind > 0 and flip.behind_unrounded == pytest.approx(expected)
-
-
-def test_corners():
-    # a takes 10 GPUs (9.09 to 11.1) at 3 $ (2.1 to 3.9), b takes 6 (5.45 to 6.67) at 5.5 $ (3.85 to 7.15).
-    sides = [side("a", 1, [point("both", 0.1, 0.01, 1.0)]), side("b", 1, [point("both", 0.1, 0.01, 1 / 0.6)])]
-    terms = terms_of(3.0, 5.5)
-    ranking = ranked(sides, Demand(ASKED, 10.0, count="fractions"), terms)
-    assert ranking.winner.name == "a x 1"
-    ends = {chip: (gpus / 1.1, gpus / 0.9) for chip, gpus in (("a", 10), ("b", 6))}
-    times = [(3.0 * a, 5.5 * b) for a, b in itertools.product(ends["a"], ends["b"])]
-    prices = [(x * a, y * b) for a, b in itertools.product(ends["a"], ends["b"]) for x in (2.1, 3.9) for y in (3.85, 7.15)]
-    for found, corners in ((certainty(ranking, terms, prices=False), times), (certainty(ranking, terms, prices=True), prices)):
-        assert (found.corners, found.share) == (len(corners), pytest.approx(sum(a <= b for a, b in corners) / len(corners)))
-        assert found.rival.name == "b x 1" and found.share < 1
-    assert certainty(ranked(sides, Demand(ASKED, 10.0, "kw"), terms), terms, prices=True) is None
-
-
-# --- the answer and the verb
-
-
-def test_bad_demands_are_refused():
-    for wrong, says in (
-        ({"rate_per_s": 0.0}, "--rate"),
-        ({"rate_per_s": math.nan}, "--rate"),
-        ({"rate_per_s": 1.0, "objective": "fun"}, "--objective"),
-        ({"rate_per_s": 1.0, "machine_gpus": 0}, "--machine"),
-        ({"rate_per_s": 1.0, "link_gb_per_s": -1.0}, "--link"),
-    ):
-        with pytest.raises(UsageError, match=says):
-            Demand(ASKED, **wrong)
-    with pytest.raises(UsageError, match="nothing to decode"):
-        Demand(Workload(100, 1), 1.0)
-    with pytest.raises(UsageError, match="no language model"):
-        Question(find_model("flux.1-dev"), [H200], Demand(ASKED, 1.0), {})
-    with pytest.raises(UsageError, match="twice"):
-        Question(MODEL, [H200, H200], Demand(ASKED, 1.0), {})
-
-
-def test_real_points_agree_with_the_search():
-    """The winner of a whole answer, put together again from its parts."""
-    small = find_model("qwen3-8b")
-    terms = {"h200": Terms(Range(2.0, 4.0, 8.0), 1.73), "decode-card": Terms(Range.exact(1.0), 1.0)}
-    chips = [H200, find_chip(CARD)]
-    w = Workload(4096, 512, slo_ttft_s=1.0, slo_tpot_s=0.012)
-    asked = Question(small, chips, Demand(w, 40.0), terms, tps=(1, 2), host_us=ZERO)
-    answer = place(asked, {chip.name: Estimator(chip) for chip in chips})
-    best = answer.ranking.winner
-    assert best.kind == "apart, two chips" and best.shape == (("prefill", "h200"), ("decode", "decode-card"))
-    assert answer.label is Origin.MODELLED and any("datasheet" in note for note in answer.notes)
-    first, second = best.pools
-    way = transfer(small, "bfloat16", 4096, first.side.deployment.tp, second.side.deployment.tp, link_between(*chips))
-    assert best.transfer == way and best.ttft_s.mid == pytest.approx(first.point.ttft_s.mid + best.exposed_s.mid)
-    rebuilt = fleet_of((Pool(first.side, first.point, 40.0), Pool(second.side, second.point, 40.0)), asked.demand, terms)
-    assert rebuilt == best.fleet and best.fleet.usd_per_hour.mid == 4.0 * best.fleet.gpus["h200"].mid + best.fleet.gpus["decode-card"].mid
-    assert all(pool.replicas * pool.point.requests_per_s.mid >= 40.0 for pool in best.pools)
-    assert [rank.winner.value for rank in answer.by_count.values()] == sorted(rank.winner.value for rank in answer.by_count.values())
-    assert answer.verdict.startswith(("Settled", "It hangs", "Leaning", "Open")) and answer.reasons
-    told = {one.role: one.side.deployment.chip.name for one in reversed(answer.roles)}
-    assert told["prefill"] == "h200" and told["decode"] == "decode-card"
-    assert {one.what for one in answer.sensitivities} >= {"price of h200", "prompt length", "rate", "TTFT allowed", "TPOT allowed"}
-
-
-def klab(*arguments):
-    return CliRunner().invoke(build_app(), ["place", "-m", "qwen3-0.6b", "--isl", "1024", "--osl", "64", "--reference", "no", *arguments])
-
-
-def test_the_verb():
-    ran = klab("--chips", f"h200,{CARD}", "-p", "decode-card=1", "--rate", "300", "--tp", "1", "--slo-tpot", "20ms", "--json")
-    assert ran.exit_code == 0, ran.output
-    lines = [json.loads(line) for line in ran.stdout.splitlines()]
-    head, options = lines[0], [line for line in lines if line["type"] == "option"]
-    assert head["type"] == "placement" and head["label"] == "modelled" and head["winner"]["value"] == options[0]["value"]
-    assert [option["value"] for option in options] == sorted(option["value"] for option in options)
-    assert {line["type"] for line in lines} == {"placement", "option", "role", "sensitivity", "note"}
-    assert all(option["label"] == "modelled" for option in options)
-
-
-def test_the_verb_for_people():
-    ran = klab("--chips", "h200", "--rate", "300", "--tp", "1", "--slo-ttft", "1s", "--slo-tpot", "1us")
-    assert ran.exit_code == 1 and "No arrangement" in ran.stdout and "times what is allowed" in ran.stdout
-    ran = klab("--chips", "h200", "--rate", "300", "--tp", "1", "--objective", "energy")
-    assert ran.exit_code == 0 and "What flips it" in ran.stdout and "Whole numbers" in ran.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--chips", "h20", "--rate", "1"), "did you mean h200"),
-        (("--chips", "h200", "--rate", "-1"), "--rate is a positive"),
-        (("--chips", "h200", "--rate", "1", "--price", "h200=-2"), "positive number"),
-        (("--chips", "h200", "--rate", "1", "--price", "b200=2"), "b200 is not among"),
-        (("--chips", "h200", "--rate", "1", "--price", "2"), "CHIP=VALUE"),
-        (("--chips", CARD, "--rate", "1"), "no on_demand price for chip decode-card"),
-        (("--chips", CARD, "--rate", "1", "--price", "decode-card=2"), "nothing here both prefills and decodes"),
-        (("--chips", "h200", "--rate", "1", "--slo-tpot", "soon"), "is not a positive time"),
-        (("--chips", "h200", "--rate", "1", "--tp", "5"), "does not divide"),
-        (("--chips", "h200", "--rate", "1", "--quantization", "fp3"), "quantization is one of"),
-        (("--chips", "h200", "--rate", "1", "--kw-per-gpu", "h200=0"), "--kw-per-gpu"),
-        (("--chips", "h200", "--rate", "1", "--contract", "stolen"), "--contract is"),
-        (("--chips", "h200", "--rate", "1", "--isl", "90000000"), "exceed"),
-    ],
-)
-def test_bad_input_gets_one_line(arguments, says):
-    ran = klab(*arguments)
-    assert isinstance(ran.exception, KlabError) and ran.exception.exit_code == 2
-    assert says in str(ran.exception) and "\n" not in str(ran.exception)

@@ -185,7 +185,8 @@ def test_terms_that_no_contract_has():
         ({"pue": exact(0.9)}, "--pue"),
         ({"horizon_years": 0.0}, "--horizon"), ({"usd_per_gpu": exact(-1)}, "--capex"), ({"life_years": exact(99)}, "--life"),
         ({"renewal_factor": exact(0)}, "--renewal"), ({"usd_per_kwh": exact(float("inf"))}, "--usd-per-kwh"),
-        ({"term_years": exact(0.01)}, "month"),
+        ({"term_years": exact(0.01)}, "month"), ({"life_years": exact(1e-9)}, "--life .* month"), ({"horizon_years": 1e-9}, "month"),
+        ({"utilisation": exact(1e-300)}, "above 0"), ({"usd_per_gpu": exact(1e308)}, "at most 1e"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
             Terms(**fields)
@@ -220,7 +221,7 @@ def test_the_verb(klab, tmp_path):
     assert code == 0 and "60% of the hours" in out and "break" not in err and "owned costs" in err and "1.94 times" in err
     assert find_price("h200", "reserved", path).mid > 2.63 and len(load_prices(path)) == 3
     rows = [json.loads(line) for line in klab("price", "-c", "h200", "--json")[1].splitlines()]
-    assert [row["kind"] for row in rows] == ["way"] * 3 + ["break_even"] * 2 + ["renewal"] * 2
+    assert [row["kind"] for row in rows if row["kind"] != "note"] == ["way"] * 3 + ["break_even"] * 2 + ["renewal"] * 2
     way = rows[1]
     assert way["contract"] == "reserved" and way["usd_per_gpu_hour"]["low"] <= way["usd_per_gpu_hour"]["mid"]
     assert way["by_utilisation"]["0.2"]["mid"] == pytest.approx(5 * way["usd_per_gpu_hour"]["mid"])
@@ -233,9 +234,55 @@ def test_the_verb(klab, tmp_path):
         (["-c", "h200", "-p", "-2"], "positive"),
         (["-c", "h200", "--capex", "3,2,1"], "in this order"), (["-c", "h200", "--life", "x"], "not a number"),
         (["-c", "h200", "--prices", "/nowhere"], "cannot read"), (["-c", "h200", "--out", "/nowhere/x.toml"], "cannot write"),
-        (["-c", "h200", "--opex", "nan"], "not a number"),
+        (["-c", "h200", "--opex", "nan"], "not a number"), (["-c", "h200", "--horizon", "1e-9"], "at least a month"),
+        (["-c", "h200", "-p", " "], "an empty price"), (["-c", "h200", "-p", "$2"], "or low,mid,high"), (["-c", " "], "--chip is empty"),
+        (["-c", "h200", "-p", "on_demand"], "where the reserved one"), (["-c", "h200", "-p", "1e308"], "positive number of dollars"),
+        (["-c", "h200", "-p", "x" * 300], "unknown contract"), (["-u", "0.5", "-p", "2"], "--utilisation, --price: of which chip?"),
     ],
 )  # fmt: skip
 def test_the_verb_says_what_is_wrong(klab, args, said):
     code, out, err = klab("price", *args)
     assert code == 2 and said in err and not out
+
+
+def test_every_guess_is_said(klab):
+    """A published middle does not make guessed ends published, in no output."""
+    out, err = klab("price")[1], klab("price", "-c", "h200")[2]
+    assert "published, low and high guessed" in out and "secondary, mid guessed" in out
+    assert "reserved: rests on guesses: usd_per_gpu_hour 1.41..1.6..2.25 (low and high), prepaid_share" in err
+    assert "life_years 3..4..6 (low and high)" in err and "cost_of_capital 0.06..0.1..0.15, opex_share" in err
+    given = klab("price", "-c", "h200", "-p", "2", "--prepaid", "0.2", "--cost-of-capital", "0.1", "--renewal", "1")[2]
+    assert "reserved: rests on guesses" not in given
+
+
+def test_two_prices_of_one_date_are_a_fault(klab, tmp_path):
+    price = '[[price]]\nchip = "h200"\ncontract = "reserved"\nusd_per_gpu_hour = 2\ndate = "2026-05"\nsource = "us"\n'
+    (tmp_path / "two.toml").write_text(2 * price)
+    code, out, err = klab("price", "-c", "h200", "--prices", tmp_path / "two.toml")
+    assert code == 2 and not out and "2 reserved prices of 2026-05" in err
+
+
+def test_what_is_missing_is_said_in_json_too(klab):
+    rows = [json.loads(line) for line in klab("price", "-c", "gb200", "--json")[1].splitlines()]
+    notes = [row["text"] for row in rows if row["kind"] == "note"]
+    assert any("no on_demand price for chip gb200" in text for text in notes)
+    assert any("no street price for chip gb200" in text for text in notes)
+
+
+def test_a_break_even_beyond_all_hours_is_no_share_of_them(klab):
+    err = klab("price", "-c", "h200", "--price", "4.2", "--on-demand", "2,4.2,6")[2]
+    assert "reserved is not cheaper than on_demand at the middle" in err and "more than 10" not in err
+    # The break-even is capped; that is no figure to be shown.
+    assert "at least 10 times as much" in klab("price", "-c", "h200", "--price", "1e5")[2]
+
+
+def test_a_contract_that_outlives_the_horizon_is_said(klab):
+    said = "as if it could be had for that long"
+    assert said in klab("price", "-c", "h200", "--horizon", "4")[2] and said not in klab("price", "-c", "h200", "--horizon", "6")[2]
+
+
+def test_a_contract_of_ones_own_prices(klab, tmp_path):
+    price = '[[price]]\nchip = "h200"\ncontract = "reserved"\nusd_per_gpu_hour = 0.5\ndate = "2026-05"\nsource = "us"\n'
+    (tmp_path / "mine.toml").write_text(price)
+    rows = [json.loads(line) for line in klab("price", "-c", "h200", "-p", "reserved", "--prices", tmp_path, "--json")[1].splitlines()]
+    assert rows[0]["inputs"]["usd_per_gpu_hour"]["mid"] == 0.5

@@ -170,3 +170,9 @@ def test_a_large_store_is_read_once_and_again_when_it_changes(tmp_path, monkeypa
     with (folder / "rows.jsonl").open("a") as file:
         file.write(json.dumps(made(problem, config={"n": -1}, level_us=10.0, noise=0.001).to_json()) + "\n")
     assert estimator_for(H200, results=[folder], reference=False).launch(problem).us.mid < 11 and len(reads) == 3
+
+    def gone(item):
+        raise KeyError(item[0])
+
+    monkeypatch.setattr("klab.harness.cost.own._from_json", gone)
+    assert estimator_for(H200, results=[folder], reference=False).launch(problem).us.mid < 11 and len(reads) == 4

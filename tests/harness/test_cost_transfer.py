@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from klab.harness.catalog import find_chip, find_model, load_chips
+from klab.harness.catalog.chips import find_real_chip
 from klab.harness.catalog.models import PROFILES
+from klab.harness.cli.main import build_app
 from klab.harness.cost.ranges import Range
 from klab.harness.cost.transfer import LINK_LOAD, Link, Transfer, behind_s, link_between, transfer
 from klab.harness.plan import plan, scenario_for
@@ -129,6 +132,15 @@ def test_a_datasheet_is_enough_for_a_chip():
     model = find_model("llama-3.1-70b")
     found = plan(model, card, scenario_for(model, card, tp=4))
     assert found.problems() and all(row.bound_us > 0 for row in found.rows if row.flops)
+
+
+def test_nothing_runs_on_a_datasheet():
+    with pytest.raises(UsageError, match="datasheet alone"):
+        find_real_chip(str(CARD))
+    assert find_real_chip("h200") == find_chip("h200")
+    for verb in ("run", "tune", "screen", "layer"):
+        ran = CliRunner().invoke(build_app(), [verb, "-m", "qwen3-0.6b", "-c", str(CARD)])
+        assert isinstance(ran.exception, UsageError) and "klab place take it" in str(ran.exception), verb
 
 
 @pytest.mark.parametrize(

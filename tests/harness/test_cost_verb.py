@@ -52,12 +52,13 @@ def lines(text):
 
 
 def test_tables(klab):
-    code, out, err = klab(*QUICK, "--sell", "0.5,2", "--prefix-hit", "0.5", "--utilisation", "0.5")
+    code, out, err = klab(*QUICK, "--sell", "0.5,2", "--prefix-hit", "0.5", "--utilisation", "0.5", "--price", "1,2,4")
     assert code == 0
     for words in (
         "qwen3-0.6b on NVIDIA H200", "256 of the prompt cached", "at work in 50% of the paid time", "promised: TTFT 2 s, TPOT 25 ms",
         "$ per million input tokens", "$ per million cached input tokens", "gross margin", "joules per output token (GPU boards)",
-        "tokens/s per MW (provisioned)", "rests on", "modelled", "coverage: 0% of the time", "Below 90% a total is not called measured",
+        "tokens/s per MW (provisioned)", "rests on", "modelled", "the dollars' range: 0.50 to 2.00 of the middle from the price",
+        "coverage: 0% of the time", "Below 90% a total is not called measured",
         "By contract", "h200 owned", "(--offline)", "Where the time goes", "decode_attention", "measure it there with:",
         "klab run --model qwen3-0.6b --chip h200",
     ):  # fmt: skip
@@ -116,7 +117,7 @@ def test_what_cannot_be_ends_in_1_with_an_answer(klab):
     [
         (("--slo-tpot", "0"), "--slo-tpot '0' is not a positive time"),
         (("--slo-ttft", "-2s"), "--slo-ttft '-2s' is not a positive time"),
-        (("--price", "-2"), "positive number, not -2"),
+        (("--price", "-2"), "price per GPU-hour is a positive number"),
         (("--price", "gold"), "unknown contract"),
         (("--sell", "0,0"), "--sell is dollars"),
         (("--sell", "1"), "--sell '1': write dollars per million INPUT,OUTPUT"),
@@ -143,9 +144,9 @@ def test_bad_input_is_one_line_and_2(klab, options, words):
 
 
 def test_formats_are_compared_with_what_they_lose(klab):
-    code, out, _ = klab(*QUICK, "-q", "all")
+    code, out, _ = klab(*QUICK, "-q", "all", "--offline")
     assert code == 0 and "Formats (error" in out and "not measured" in out and "0 (unquantised)" in out and "no: computed wide" in out
-    rows = lines(klab(*QUICK, "--max-error", "0.1", "--json")[1])
+    rows = lines(klab(*QUICK, "--max-error", "0.1", "--offline", "--json")[1])
     formats = [row for row in rows if row["type"] == "format"]
     assert [row["format"] for row in formats][:2] == ["none", "fp8_block"] and all(row["wide_error"] is None for row in formats)
     assert rows[-1]["deployment"] == "h200"

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from klab.kernels.matmul.problem import Matmul
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.scaled_matmul.problem import ScaledMatmul
 
-duckdb = pytest.importorskip("duckdb")
+DATABASE = pytest.importorskip("duckdb").connect()
 
 H200, B200 = find_chip("h200"), find_chip("b200")
 Rows = Sequence[Mapping[str, Any]]
@@ -63,7 +64,7 @@ def write(root: Path, place: str, rows: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.with_suffix(".json")
     lines.write_text("\n".join(json.dumps({**origin, **row}) for row in rows))
-    duckdb.connect().execute(f"copy (select * from read_json('{lines}', format='newline_delimited')) to '{path}' (format parquet)")
+    DATABASE.execute(f"copy (select * from read_json('{lines}', format='newline_delimited')) to '{path}' (format parquet)")
     lines.unlink()
 
 
@@ -101,7 +102,7 @@ def test_tables_are_found_where_named_or_installed(tmp_path: Path, monkeypatch: 
 
 def test_versions_sort_as_they_were_released() -> None:
     released = ["0.5.6", "0.5.6.post2", "0.5.9", "0.5.14", "1.0.0", "1.3.0rc9", "1.3.0rc20", "1.3.0", "2.23", "2.27.3", "2.29.2"]
-    assert sorted(released[::-1], key=version_key) == released
+    assert sorted(set(released), key=version_key) == released
 
 
 def test_one_version_is_read_the_declared_one_before_the_newest(tmp_path: Path) -> None:
@@ -369,6 +370,15 @@ def test_columns_and_rows_tell_the_same(tmp_path: Path) -> None:
     assert len({tuple(row) for row in sizes.tolist()}) == len(columns)
 
 
+def test_a_format_that_another_build_measured_is_mixed_for_the_estimator_too(tmp_path: Path) -> None:
+    most = [gemm(m, 4096, 4096, 40.0) for m in (8, 16, 32)]
+    write(tmp_path, GEMM, [*most, gemm(8, 4096, 4096, 30.0, "fp8_block", version="0.1.dev")])
+    (source,) = sources_for(H200, tmp_path, [])
+    assert source.launch(Matmul(8, 4096, 4096)) is not None
+    assert source.launch(ScaledMatmul(8, 4096, 4096)) is None
+    assert [p.flag for p in points(H200, root=tmp_path, flagged=True) if isinstance(p.one, ScaledMatmul)] == [MIXED]
+
+
 # Results, and that nobody mistakes them
 
 
@@ -446,9 +456,22 @@ def test_of_several_engines_the_one_that_is_fastest_at_its_worst_answers(tmp_pat
         answer = source.launch(Matmul(64, 4096, 4096))
         assert answer is not None and engine in answer.how
     assert sources_for(H200, False, []) == []
-    assert sources_for(find_chip("h100"), None, []) == [] or available() is not None
     with pytest.raises(UsageError, match="no reference tables of b200"):
         sources_for(B200, tmp_path, [])
+
+
+def test_tables_that_nothing_can_read_are_left_alone_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, GEMM, [gemm(64, 1024, 1024, 50.0)])
+    monkeypatch.setenv("KLAB_REFERENCE", str(tmp_path))
+    notes: list[str] = []
+    assert len(sources_for(H200, None, notes)) == 1
+    assert sources_for(B200, None, notes) == []
+    monkeypatch.setattr("klab.harness.cost.reference_source.importlib.util.find_spec", lambda name: None)
+    assert sources_for(H200, None, notes) == [] and "duckdb" in notes[-1]
+    monkeypatch.setitem(sys.modules, "duckdb", None)
+    (source,) = sources_for(H200, True, notes)
+    with pytest.raises(UsageError, match="DuckDB"):
+        source.launch(Matmul(64, 1024, 1024))
 
 
 # Collectives
@@ -569,7 +592,7 @@ def test_the_verb_lists_counts_and_compares(tmp_path: Path) -> None:
         (["--chip", "h200,h200"], "twice"),
         (["--chip", ","], "names no chip"),
         (["--chip", "h200", "--operator", "norm"], "no table is of norm"),
-        (["--chip", "h200", "--backend", "tensorrt"], "trtllm, sglang, vllm"),
+        (["--chip", "h200", "--backend", "tensorrt"], "trtllm, sglang, vllm or all"),
         (["--traps"], "say --chip"),
         (["--chip", "h200,h200_sxm", "--traps"], "twice"),
     ],

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from klab.harness.plan.communication import Collective
-from klab.harness.store.reference.tables import Table, read_rows, require, system_of, tables
-from klab.harness.store.reference.traps import LAUNCHES, LEAST_SHARE, NOT_A_TIME, TOO_FAST, strange, usual
+from klab.harness.store.reference.tables import Table, read_rows, require, system_of, tables, usual_version
+from klab.harness.store.reference.traps import LAUNCHES, LEAST_SHARE, NOT_A_TIME, TOO_FAST, strange
 from klab.kernels.contract import Chip
 
 KINDS = {"all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "alltoall": "all_to_all"}
@@ -53,7 +53,7 @@ def _rows(chip: Chip, table: Table) -> Iterator[Link]:
     dtype = "nccl_dtype" if table.backend == NCCL else "allreduce_dtype"
     columns = (dtype, "num_gpus", "message_size", "op_name", "framework", "version", "device", "kernel_source", "latency")
     rows = [dict(zip(columns, row, strict=True)) for row in read_rows(table, columns)]
-    version = usual([row["version"] or "" for row in rows])
+    version = usual_version(table)
     for row in rows:
         kind, size, gpus = KINDS.get(row["op_name"]), ELEMENT_BYTES.get(row[dtype]), row["num_gpus"]
         if kind is None or size is None or gpus < 2 or row["message_size"] < 1:

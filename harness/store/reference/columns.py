@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from klab.harness.store.reference.families import PROVENANCE, Family, Mapped
 from klab.harness.store.reference.points import Judge, Point
-from klab.harness.store.reference.tables import Table, read_columns
-from klab.harness.store.reference.traps import HICCUP_SHARE, hiccups, usual
+from klab.harness.store.reference.tables import Table, read_columns, usual_version
+from klab.harness.store.reference.traps import HICCUP_SHARE, hiccups
 from klab.kernels.contract import Chip, Problem
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Rows that tell what launches of a table take: as many, evenly spread.
-SAMPLE = 2000
+SAMPLE = 400
 
 
 class Columns:
@@ -39,7 +39,7 @@ class Columns:
         order = timed[np.argsort(raw["latency"][timed], kind="stable")]
         first, _ = _distinct([raw[name][order] for name in self._numbers])
         self._raw = {name: values[order[first]] for name, values in raw.items()}
-        self._judge = Judge(chip, family, table, usual([str(value) for value in self._raw["version"]]))
+        self._judge = Judge(chip, family, table, usual_version(table))
         if family.launch_floor_us is not None and len(self):
             step = max(1, len(self) // SAMPLE)
             seen = (self._judge.point(_row(self._raw, index)) for index in range(0, len(self), step))

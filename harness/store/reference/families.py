@@ -120,7 +120,12 @@ def _odd_attention(row: Row) -> Unmapped | None:
     return Unmapped("its heads are no multiple of its key heads") if heads["heads"] % heads["kv_heads"] else None
 
 
-_WRITES = "with the write to the cache, by TensorRT-LLM with the rotary positions too"
+# TensorRT-LLM turns the positions in its attention; all of them write the cache there.
+TURNS = "TRTLLM"
+
+
+def _writes(row: Row) -> str:
+    return "with the rotary positions and the write to the cache" if row["framework"] == TURNS else "with the write to the cache"
 
 
 def _context(row: Row) -> Mapped | Unmapped:
@@ -132,7 +137,7 @@ def _context(row: Row) -> Mapped | Unmapped:
     if prefix:  # as a plan has them: keys behind a cached prefix lie in pages
         shape |= {"page_size": 16}
 
-    return Mapped(PrefillAttention((new,), prefix_lens=(prefix,) if prefix else (), **shape), _WRITES, row["batch_size"])
+    return Mapped(PrefillAttention((new,), prefix_lens=(prefix,) if prefix else (), **shape), _writes(row), row["batch_size"])
 
 
 def _context_form(p: Problem) -> Mapping[str, object] | None:
@@ -149,7 +154,7 @@ def _generation(row: Row) -> Mapped | Unmapped:
     new, keys = row["isl"], row["step"] + row["isl"]
     window = row["window_size"] or 0
     shape: dict[str, Any] = {**_heads(row), "kv_dtype": _kv_dtype(row), "window": window if window < keys else 0, "q_len": new}
-    return Mapped(DecodeAttention((keys,), **shape), _WRITES, row["batch_size"])
+    return Mapped(DecodeAttention((keys,), **shape), _writes(row), row["batch_size"])
 
 
 def _generation_form(p: Problem) -> Mapping[str, object] | None:
@@ -178,7 +183,7 @@ def _latent_context(row: Row) -> Mapped | Unmapped:
     if row["kv_cache_dtype"] != "bfloat16":
         return Unmapped("a plan's latent prefill reads keys in 16 bits, whatever the cache")
     heads = row["num_heads"]
-    return Mapped(PrefillAttention((row["isl"],), heads, heads, NOPE + ROPE, head_dim_v=NOPE), _WRITES, row["batch_size"])
+    return Mapped(PrefillAttention((row["isl"],), heads, heads, NOPE + ROPE, head_dim_v=NOPE), _writes(row), row["batch_size"])
 
 
 def _latent_context_form(p: Problem) -> Mapping[str, object] | None:
@@ -193,7 +198,7 @@ def _latent_generation(row: Row) -> Mapped | Unmapped:
     new, heads = row["isl"], row["num_heads"]
     one = LatentAttention((row["step"] + new,), heads, LATENT, ROPE, q_len=new, kv_dtype=_kv_dtype(row), qk_dim=NOPE + ROPE)
     # On a B200 some fp8 rows are faster than its 16-bit peak: the queries are narrow too.
-    note = f"{_WRITES}; the queries may be fp8 too" if one.kv_dtype else _WRITES
+    note = f"{_writes(row)}; the queries may be fp8 too" if one.kv_dtype else _writes(row)
     return Mapped(one, note, row["batch_size"])
 
 

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from klab.harness.store.reference.families import FAMILIES, PROVENANCE, Family, Unmapped, batched
-from klab.harness.store.reference.tables import Table, read_rows, require, system_of, tables
-from klab.harness.store.reference.traps import HICCUP, LAUNCH_FACTOR, LAUNCHES, Limits, hiccups, launch_floor_us, strange, usual
+from klab.harness.store.reference.tables import Table, read_rows, require, system_of, tables, usual_version
+from klab.harness.store.reference.traps import (
+    FEWER,
+    HICCUP,
+    LAUNCH_FACTOR,
+    LAUNCHES,
+    TOO_FAST,
+    WARM,
+    Limits,
+    hiccups,
+    launch_floor_us,
+    strange,
+)
 from klab.kernels.contract import Chip, Problem
+from klab.kernels.fused_moe.problem import FusedMoe
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,8 @@ class Judge:
             flag = LAUNCHES
         at = tuple(row[name] for name in (*self._family.form, *self._family.sizes))
         source, engine = row["kernel_source"] or "", row["framework"] or ""
+        if flag in (TOO_FAST, WARM) and isinstance(one, FusedMoe):
+            flag = FEWER
         return Point(one, times, at, us, *limits.bound(*work), source, engine, version, device, self._table, mapped.note, flag)
 
     def judged(self, found: Sequence[Point]) -> list[Point]:
@@ -148,7 +162,7 @@ def points(
 def _table_points(chip: Chip, family: Family, table: Table, reading: Reading | None) -> list[Point]:
     columns = tuple(dict.fromkeys((*family.form, *family.sizes, *PROVENANCE, "latency")))
     rows = [dict(zip(columns, row, strict=True)) for row in read_rows(table, columns)]
-    judge = Judge(chip, family, table, usual([row["version"] or "" for row in rows]))
+    judge = Judge(chip, family, table, usual_version(table))
     found: list[Point] = []
     for row in rows:
         point = judge.point(row)

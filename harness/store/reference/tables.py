@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -145,9 +146,7 @@ def inventory(root: Path) -> list[Inventory]:
 def _rows_in(files: Sequence[Path]) -> int:
     duckdb = _duckdb()
     try:
-        return sum(
-            n for (n,) in duckdb.connect().execute("select num_rows from parquet_file_metadata(?)", [list(map(str, files))]).fetchall()
-        )
+        return sum(n for (n,) in _database().execute("select num_rows from parquet_file_metadata(?)", [list(map(str, files))]).fetchall())
     except duckdb.Error as error:
         raise UsageError(f"cannot read {files[0].parents[2]}: {str(error).splitlines()[0]}") from None
 
@@ -199,11 +198,17 @@ def read_columns(table: Table, columns: Sequence[str], where: Mapping[str, objec
     return arrays
 
 
+def usual_version(table: Table) -> str:
+    """The version of most rows of a table: that of the others is another; "" where they say none."""
+    counts = Counter(version or "" for (version,) in _read(table, ("version",), {}, {}).fetchall())
+    return counts.most_common(1)[0][0] if counts else ""
+
+
 def _read(table: Table, columns: Sequence[str], where: Mapping[str, object], default: Mapping[str, object]) -> Any:
     duckdb = _duckdb()
     path = str(table.path).replace("'", "''")
     try:
-        db = duckdb.connect()
+        db = _database().cursor()
         there = set(db.execute(f"select * from read_parquet('{path}') limit 0").fetchnumpy())
         values: list[object] = []
         picked = []
@@ -226,3 +231,9 @@ def _duckdb() -> Any:
     except ImportError:
         raise UsageError("reference tables are read with DuckDB: pip install duckdb") from None
     return duckdb
+
+
+@cache
+def _database() -> Any:
+    """One in memory for all reads (opening one takes 20 ms); each read has a cursor of its own."""
+    return _duckdb().connect()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 NOT_A_TIME = "its time is zero, negative or missing"
 TOO_FAST = "it is faster than this chip can be"
 WARM = "it is faster than this chip's memory: its operands stayed in the cache"
+FEWER = "it visited fewer experts than even chance would, or its operands stayed in the cache"
 LAUNCHES = "its time is that of launches, whatever its size"
 FOREIGN = "it was measured on another device"
 HICCUP = "more of the same takes less than a fifth as long"
@@ -77,11 +77,6 @@ def launch_floor_us(bounds_us: Sequence[float], times_us: Sequence[float], least
     small = [us for bound, us in zip(bounds_us, times_us, strict=True) if bound < SMALL_US]
     floor = median(small) if len(small) >= LEAST_SMALL else 0.0
     return floor if floor > least_us else 0.0
-
-
-def usual(values: Sequence[str]) -> str:
-    """The value of most rows: the version that a table is of."""
-    return Counter(values).most_common(1)[0][0] if values else ""
 
 
 def strange(device: str, version: str, system: str, usual_version: str) -> str:
