@@ -96,13 +96,15 @@ class Tuned:
             self.skipped.append(f"{label}: this klab has no operator {operator}")
             return
         problem = operators()[operator].from_json(fields)
+        if not isinstance(choice["config"], Mapping):
+            raise TypeError
         bucket = _Bucket(problem, label, choice["kernel"], choice["config"], choice["source_digest"], _loads(problem))
         self._families.setdefault(_family(problem), []).append(bucket)
 
     def _build(self, problem: Problem) -> tuple[Launch, Served]:
         buckets = self._families.get(_family(problem), [])
         reasons: list[str] = []
-        for distance, bucket in sorted(((_distance(problem, b), b) for b in buckets), key=lambda pair: (pair[0], pair[1].label)):
+        for distance, bucket in _nearest(problem, buckets):
             kernel = self._kernel(bucket)
             config = kernel.config_type.from_json(bucket.config)
             reason = kernel.fits(problem, config, self.chip)
@@ -110,8 +112,9 @@ class Tuned:
                 launch = kernel.build(problem, config, self.chip)
                 if len(self._launches) >= KEPT:
                     self._launches.clear()
-                self._launches[problem] = launch, Served(kernel.id, config, bucket.label, distance)
-                return self._launches[problem]
+                made = launch, Served(kernel.id, config, bucket.label, distance)
+                self._launches[problem] = made
+                return made
             reasons.append(f"{bucket.kernel_id} of {bucket.label}: {reason}")
         if reasons:
             raise UsageError(f"{self._where}: no chosen kernel takes {problem.label()} ({'; '.join(reasons)})")
@@ -196,12 +199,18 @@ def _load_fields(problem: Problem) -> list[str]:
     return [f.name for f in dataclasses.fields(problem) if f.name in LOADS and f.name not in skipped]  # type: ignore[arg-type]
 
 
+def _load(problem: Problem, name: str) -> Any:
+    """A size; a list of nothing but zeros (no sequence has a prefix) is none."""
+    value = getattr(problem, name)
+    return () if isinstance(value, tuple) and not any(value) else value
+
+
 def _family(problem: Problem) -> Problem:
     """The problem with its loads made equal (one sequence, one token): problems of one model's matrix or head count share it.
 
     What is empty or zero stays so: no prefix, or keys that are not another stream's, is a different operation.
     """
-    values = {name: getattr(problem, name) for name in _load_fields(problem)}
+    values = {name: _load(problem, name) for name in _load_fields(problem)}
     ones = {name: value and ((1,) if isinstance(value, tuple) else 1) for name, value in values.items()}
     found = object.__new__(type(problem))  # no __post_init__: a stand-in that is compared and hashed, never run
     for f in dataclasses.fields(problem):  # type: ignore[arg-type]
@@ -213,9 +222,15 @@ def _loads(problem: Problem) -> dict[str, tuple[float, ...]]:
     """The sizes that vary, as numbers: of a list how many and how long on average."""
     found: dict[str, tuple[float, ...]] = {}
     for name in _load_fields(problem):
-        value = getattr(problem, name)
+        value = _load(problem, name)
         found[name] = (float(len(value)), sum(value) / max(1, len(value))) if isinstance(value, tuple) else (float(value),)
     return found
+
+
+def _nearest(problem: Problem, buckets: list[_Bucket]) -> list[tuple[float, _Bucket]]:
+    """Buckets with their distances, the nearest first; among those as near (lengths count by their mean) the very problem."""
+    found = [(_distance(problem, bucket), bucket) for bucket in buckets]
+    return sorted(found, key=lambda pair: (pair[0], pair[1].problem != problem, pair[1].label))
 
 
 def _distance(problem: Problem, bucket: _Bucket) -> float:

@@ -345,7 +345,7 @@ def _bounds(where: str, given: Any, zero: bool = False) -> tuple[float, float, f
         raise UsageError(f"{where} is one number or low, mid and high; it has {', '.join(map(str, given)) or 'nothing'}")
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST or not (zero or value):
-            raise UsageError(f"{where}: {name} is {str(value)[:40]}; it must be a positive number{' or 0' if zero else ''}, at most {MOST:g}")
+            raise UsageError(f"{where}: {name} is {str(value)[:40]}, not a positive number{' or 0' if zero else ''}, at most {MOST:g}")
     low, mid, high = (float(given[name]) for name in ENDS)
     if not low <= mid <= high:
         raise UsageError(f"{where}: low {low:g}, mid {mid:g}, high {high:g} are not in order")

@@ -119,6 +119,8 @@ def _tell(contestants: Sequence[Contestant], stored: int, chip: Chip, where: Pat
 
 
 def _show(read: Sequence[Read], aside: Sequence[str], *, as_json: bool) -> None:
+    from klab.harness.choose.engines.reading import printable
+
     for one in read if as_json else ():
         first = one.contestants[0] if one.contestants else None
         emit({"type": "table", "file": str(one.table.path), "contestants": len(one.contestants), "why": one.why, "notes": list(one.notes),
@@ -126,14 +128,14 @@ def _show(read: Sequence[Read], aside: Sequence[str], *, as_json: bool) -> None:
               "left_out": dict(one.left_out)})  # fmt: skip
     if not as_json:
         rows = [
-            (one.table.path.name, one.contestants[0].problem.label() if one.contestants else "",
+            (printable(one.table.path.name), one.contestants[0].problem.label() if one.contestants else "",
              ", ".join(sorted({c.kernel.id for c in one.contestants})), len(one.contestants), len(one.left_out) or "",
              one.why or next(iter(one.left_out.values()), ""))
             for one in read
         ]  # fmt: skip
         table("Tables", COLUMNS, rows, RIGHT)
     for line in (*aside, *(f"{one.table.path.name}: {note}" for one in read for note in one.notes)):
-        talk.print(line, style="yellow", markup=False, soft_wrap=True)
+        talk.print(printable(line), style="yellow", markup=False, soft_wrap=True)
 
 
 def _hint(read: Sequence[Read]) -> None:
@@ -147,7 +149,9 @@ def _hint(read: Sequence[Read]) -> None:
 
 
 def _first(read: Sequence[Read], aside: Sequence[str]) -> str:
-    return next((f"{one.table.path.name} {one.why}" for one in read if one.why), aside[0] if aside else "no entries")
+    from klab.harness.choose.engines.reading import printable
+
+    return next((printable(f"{one.table.path.name} {one.why}") for one in read if one.why), aside[0] if aside else "no entries")
 
 
 def _measure(contestants: Sequence[Contestant], chip: Chip, catalogue: Catalogue, kernel_dirs: list[Path] | None, where: Path,

@@ -6,8 +6,10 @@ import ctypes
 import math
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from klab.kernels.errors import UsageError
 
 # Seconds that the solver may take; and how far from the best its answer may be.
 SOLVER_S, SOLVER_GAP = 20.0, 1e-6
+# SciPy's word for it.
+OUT_OF_TIME = 1
 # Weight of GPUs beside that of whole machines: of two choices that take as many machines, the one that leaves more of them free.
 TIE = 1e-4
 
@@ -35,6 +39,7 @@ class FleetSize:
         self.needs, self.options, self.unserved = list(needs), list(options), list(unserved)
         self.limits = limits or Limits()
         self.served = sorted({option.need for option in options})
+        self.gap = 0.0  # how far from the best an answer may be for which the solver had not time enough
         self.chips: dict[str, Supply] = {option.chip: option.supply for option in options}
         if self.limits.kw is not None or self.limits.objective == "kw":
             for chip, supply in self.chips.items():
@@ -46,6 +51,8 @@ class FleetSize:
         """What a reader should know beside the figures."""
         found = [f"{chip}: {note}" for chip, supply in self.chips.items() for note in supply.estimator.notes]
         found += [f"{s.price_label}: taken as paid for all hours" for s in self.chips.values() if " on_demand " in s.price_label]
+        if self.gap:
+            found.append(f"the solver ran out of its {SOLVER_S:g} s: a fleet that is up to {self.gap:.2%} better may exist")
         for at in self.served:
             need, model = self.needs[at], next(o.point.deployment.model for o in self.options if o.need == at)
             if model.max_tokens and need.tokens_per_request > model.max_tokens:
@@ -92,7 +99,7 @@ class FleetSize:
             rows.append(used + [-float(k == at) for k in range(len(self.chips))])
             low.append(-np.inf)
             high.append(0.0)
-        answer = _solve(cost, rows, low, high, upper=[1.0] * n + [np.inf] * len(self.chips))
+        answer = self._solve(cost, rows, low, high, upper=[1.0] * n + [np.inf] * len(self.chips))
         if answer is None:  # one option per need always fits where machines are not limited: the solver ran out of time
             raise UsageError(f"no choice for {len(self.served)} rows found in {SOLVER_S:g} s: offer fewer chips or sizes (--chips, --tp)")
         return {option.need: at for at, option in enumerate(self.options) if answer[at] > 0.5}
@@ -129,11 +136,16 @@ class FleetSize:
 
     def lasts(self, count: int) -> int | None:
         """The first month up to `count` whose demand no longer fits into the limits; None: all fit."""
-        for month in range(count + 1):
+
+        def full(month: int) -> bool:
             found = self._scale(month, "mid", self.served)
-            if found is None or found[0] < 1 - 1e-6:
-                return month
-        return None
+            return found is None or found[0] < 1 - 1e-6
+
+        months = range(count + 1)
+        if any(self.needs[at].growth_per_month < 0 for at in self.served):
+            return next((month for month in months if full(month)), None)
+        first = bisect_left(months, True, key=full)
+        return first if first <= count else None
 
     def label(self, fleet: Month | Capacity, *, energy: bool = False) -> Origin:
         """What a fleet's figures (or its board power but for idle boards, a guess) may be called: as the weakest of its options."""
@@ -170,13 +182,13 @@ class FleetSize:
         most = [np.inf if limits.gpus is None else float(limits.gpus.get(chip, 0) // limits.machine) for chip in chips]
         upper = [np.inf] * n + most + [np.inf]
         whole = [1] * (n + len(chips)) + [0]
-        best = _solve([0.0] * (n + len(chips)) + [-1.0], rows, low, high, upper, whole=whole)
+        best = self._solve([0.0] * (n + len(chips)) + [-1.0], rows, low, high, upper, whole=whole)
         if best is None:
             return None
         # Once more, for the fewest GPUs that do it: what is not needed for the scale would be filled anyhow.
         least = [0.0] * (n + len(chips)) + [best[-1] * (1 - SOLVER_GAP)]
         cost = [o.gpus * (self._weight(o.chip) or 1.0) for _, o in options] + [0.0] * (len(chips) + 1)
-        answer = _solve(cost, rows, low, high, upper, whole=whole, lower=least) or best
+        answer = self._solve(cost, rows, low, high, upper, whole=whole, lower=least) or best
         replicas = {at: round(answer[k]) for k, (at, _) in enumerate(options) if answer[k] > 0.5}
         served = [
             sum(c * _at(self.options[at], end) for at, c in replicas.items() if self.options[at].need == need)
@@ -248,6 +260,11 @@ class FleetSize:
         known = [(count, self.chips[chip].kw_per_gpu) for chip, count in gpus.items()]
         return None if any(kw is None for _, kw in known) else sum(count * (kw or 0.0) for count, kw in known)
 
+    def _solve(self, *task: Sequence[Any], **options: Sequence[Any] | None) -> list[float] | None:
+        answer, gap = _solve(*task, **options)  # type: ignore[arg-type]
+        self.gap = max(self.gap, gap)
+        return answer
+
     def _weight(self, chip: str) -> float:
         supply = self.chips[chip]
         return (supply.kw_per_gpu or 0.0) if self.limits.objective == "kw" else supply.usd_per_gpu_hour.mid
@@ -285,8 +302,10 @@ def _solve(
     upper: Sequence[float],
     whole: Sequence[int] | None = None,
     lower: Sequence[float] | None = None,
-) -> list[float] | None:
-    """The best whole numbers by SciPy's HiGHS, or None where there are none."""
+) -> tuple[list[float] | None, float]:
+    """(the best whole numbers by SciPy's HiGHS, or None where there are none; by what share a better answer may exist: 0 unless time ran
+    out).
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     with _silent():
@@ -297,7 +316,9 @@ def _solve(
             integrality=np.asarray(whole or [1] * len(upper)),
             options={"time_limit": SOLVER_S, "mip_rel_gap": SOLVER_GAP},
         )
-    return None if found.x is None else [float(value) for value in found.x]
+    if found.x is None:
+        return None, 0.0
+    return [float(value) for value in found.x], float(found.mip_gap) if found.status == OUT_OF_TIME else 0.0
 
 
 @contextmanager

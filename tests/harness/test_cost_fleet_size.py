@@ -384,3 +384,36 @@ def test_a_contract_of_ones_own_prices(tmp_path):
     assert supply_of(find_chip("h200"), price="owned", prices=tmp_path, results=[tmp_path]).usd_per_gpu_hour.mid == 0.5
     with pytest.raises(UsageError, match="empty price"):
         supply_of(find_chip("h200"), price="", results=[tmp_path])
+
+
+def test_how_long_it_lasts_against_every_month(monkeypatch):
+    have = supply()
+    for growths, halving in (((0.0, 0.0), True), ((0.3, 0.1), True), ((0.05, 0.0), True), ((-0.5, 0.4), False)):
+        needs = [need(20, growth=growth, name=name) for growth, name in zip(growths, "ab", strict=True)]
+        options = [option(0, have, 1, 5.0), option(1, have, 2, 9.0)]
+        size = FleetSize(needs, options, limits=Limits(gpus={"h200": 16}))
+        scales = [size.capacity(month).scale.mid for month in range(20)]
+        asked = []
+        monkeypatch.setattr(
+            size, "_scale", lambda month, *rest, size=size, asked=asked: asked.append(month) or FleetSize._scale(size, month, *rest)
+        )
+        assert size.lasts(19) == next((month for month, scale in enumerate(scales) if scale < 1 - 1e-6), None)
+        assert not halving or len(asked) <= 5
+
+
+def test_an_answer_that_is_not_proven_is_said(monkeypatch):
+    import scipy.optimize
+
+    real = scipy.optimize.milp
+    size = FleetSize([need(100)], [option(0, supply(), 2, 10)])
+    size.months(0)
+    assert not any("solver" in note for note in size.notes)
+
+    def hurried(*args, **options):
+        found = real(*args, **options)
+        found.status, found.mip_gap = 1, 0.034
+        return found
+
+    monkeypatch.setattr(scipy.optimize, "milp", hurried)
+    size.months(0)
+    assert any("up to 3.40% better may exist" in note for note in size.notes)

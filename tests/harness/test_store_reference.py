@@ -47,6 +47,7 @@ from klab.kernels.latent_attention.problem import LatentAttention
 from klab.kernels.matmul.problem import Matmul
 from klab.kernels.prefill_attention.problem import PrefillAttention
 from klab.kernels.scaled_matmul.problem import ScaledMatmul
+from klab.kernels.weight_only_moe.problem import WeightOnlyMoe
 
 DATABASE = pytest.importorskip("duckdb").connect()
 
@@ -177,8 +178,14 @@ def _published(problem: Any, us: float = 100.0) -> tuple[str, dict[str, Any]] | 
             return "mla_bmm/{}/mla_bmm_perf", {
                 "bmm_dtype": "bfloat16", "op_name": name, "num_tokens": problem.m, "num_heads": problem.batch, "latency": ms
             }  # fmt: skip
-        case FusedMoe():
-            row = {"moe_dtype": problem.format or "bfloat16", "num_tokens": problem.tokens, "hidden_size": problem.hidden, "moe_tp_size": 2}
+        case FusedMoe() | WeightOnlyMoe():
+            names = {"": "bfloat16", "mxfp4": "w4a16_mxfp4", "int4": "int4_wo"}
+            row = {
+                "moe_dtype": names.get(problem.format, problem.format),
+                "num_tokens": problem.tokens,
+                "hidden_size": problem.hidden,
+                "moe_tp_size": 2,
+            }
             row |= {"inter_size": 2 * problem.intermediate, "topk": problem.top_k, "num_experts": problem.experts, "latency": ms}
             return "moe/{}/moe_perf", {**row, "moe_ep_size": problem.experts // problem.local, "distribution": "power_law_1.01"}
         case GatedDeltaRule():
@@ -195,7 +202,7 @@ def _published(problem: Any, us: float = 100.0) -> tuple[str, dict[str, Any]] | 
 
 
 UNPUBLISHED = {
-    "norm", "rope_cache", "activation", "embedding", "sampling", "topk_routing", "copy", "all_reduce", "all_gather", "conv1d",
+    "norm", "rope_cache", "activation", "embedding", "sampling", "topk_routing", "copy", "all_reduce", "all_gather", "conv1d", "weight_only_matmul",
 }  # fmt: skip
 
 
@@ -205,6 +212,8 @@ UNPUBLISHED = {
         ("llama-3.1-70b", {"tp": 4, "quantization": "fp8_block", "kv_dtype": "fp8"}, {"scaled_matmul", "decode_attention"}),
         ("deepseek-v3", {"tp": 8, "quantization": "fp8_block"}, {"prefill_attention", "latent_attention", "batched_matmul", "fused_moe"}),
         ("qwen3-30b-a3b", {"tp": 4, "expert_parallel": True}, {"fused_moe"}),
+        ("gpt-oss-120b", {"tp": 2, "quantization": "w4a16_mxfp4"}, {"weight_only_moe", "matmul"}),
+        ("kimi-k2", {"tp": 8, "quantization": "w4a16"}, {"weight_only_moe"}),
         ("gemma-3-27b", {}, {"matmul", "prefill_attention", "decode_attention"}),
         ("qwen3-next-80b-a3b", {}, {"gated_delta_rule", "causal_conv1d"}),
         ("whisper-large-v3", {}, {"prefill_attention"}),
@@ -220,6 +229,8 @@ def test_a_plans_problems_are_exact_hits(tmp_path: Path, model: str, scenario: d
         if published is None:
             assert problem.operator in UNPUBLISHED
             continue
+        if getattr(problem, "sinks", False):
+            continue  # the tables do not say whether a row has them: answered as its nearest relative
         if isinstance(problem, PrefillAttention) and (problem.kv_tokens or (not problem.causal and problem.heads != problem.kv_heads)):
             continue
         made.setdefault(published[0], {})[problem.key] = published[1]
@@ -255,7 +266,7 @@ def test_what_klab_has_no_problem_for_is_counted(tmp_path: Path) -> None:
     write(tmp_path, GEMM, [gemm(8, 64, 64, 9.0), gemm(8, 64, 64, 9.0, "int8_wo"), gemm(8, 64, 72, 9.0, "nvfp4")])
     balanced = {**moe, "moe_dtype": "bfloat16", "distribution": "balanced"}
     uneven = {**moe, "moe_dtype": "bfloat16", "distribution": "power_law_1.01", "moe_tp_size": 3}
-    narrow = {**moe, "moe_dtype": "w4a16_mxfp4", "distribution": "power_law_1.01"}
+    narrow = {**moe, "moe_dtype": "nvfp4", "distribution": "power_law_1.01"}
     write(tmp_path, "h200_sxm/moe/trtllm/1.0.0/moe_perf", [balanced, uneven, narrow])
     reading = Reading()
     (only,) = points(H200, root=tmp_path, reading=reading)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from klab.harness.catalog.architecture import Model
 from klab.harness.choose.engines.entries import entry_troubles
 from klab.harness.choose.engines.names import DENSE, FIELDS, Dialect, TableName, chip_named, knobs
-from klab.harness.choose.engines.reading import Table
+from klab.harness.choose.engines.reading import Table, printable
 from klab.harness.choose.engines.shapes import Shape, experts_of, shapes_of
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
@@ -46,7 +46,7 @@ class Contestant:
 
     def row(self, chip: Chip, dialect: Dialect) -> Result:
         """A row that says that somebody recommends this configuration. It has no time, for nobody here measured one."""
-        facts = {"engine": dialect.engine, "table": self.table.path.name, "sha256": self.table.sha256}
+        facts = {"engine": dialect.engine, "table": printable(self.table.path.name), "sha256": self.table.sha256}
         what = [KIND, facts, self.kernel.id, self.problem.key, self.config.to_json_full(), chip.name]
         return Result(
             key=digest(what),
@@ -64,7 +64,7 @@ class Contestant:
             policy={},
             run_id=f"import-{self.table.sha256[:12]}",
             recorded_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            reason=f"recommended by a table of {dialect.title}'s, not measured: {self.table.path.name}",
+            reason=f"recommended by a table of {dialect.title}'s, not measured: {printable(self.table.path.name)}",
             kind=KIND,
             environment={"triton": self.table.triton or None, "imported": facts},
         )
@@ -88,7 +88,7 @@ def read_contestants(table: Table, dialect: Dialect, chip: Chip, model: Model | 
     if name is None:
         return Read(table, why="its name is that of no table")
     if table.breaks:
-        return Read(table, why=table.breaks[0])
+        return Read(table, why=printable(table.breaks[0]))
     shape, why = _shape(name, model) if name.kind != DENSE else (None, _no_product(name))
     if why:
         return Read(table, why=why, needs_model=why == NO_MODEL)
@@ -98,15 +98,18 @@ def read_contestants(table: Table, dialect: Dialect, chip: Chip, model: Model | 
     found: list[Contestant] = []
     left_out: dict[int, str] = {}
     for tokens, entry in table.entries.items():
+        if tokens < 1:
+            left_out[tokens] = "no step has so few tokens"
+            continue
         stops = [text for severe, text in entry_troubles(tokens, entry, name, dialect, None) if severe]
         if stops:
-            left_out[tokens] = stops[0]
+            left_out[tokens] = printable(stops[0])
             continue
         problem = _problem(name, tokens, shape)
         for kernel in chosen:
             made, reason = _config(kernel, entry, problem, chip, name.kind)
             if made is None:
-                left_out[tokens] = f"{kernel.id}: {reason}"
+                left_out[tokens] = printable(f"{kernel.id}: {reason}")
             else:
                 found.append(Contestant(problem, kernel, made, table))
     return Read(table, tuple(found), left_out, "" if found else "no entry of it runs here", tuple(_notes(name, shape, dialect, chip)))

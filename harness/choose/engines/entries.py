@@ -25,7 +25,7 @@ Trouble = tuple[bool, str]
 def entry_troubles(tokens: int, entry: Mapping[str, Json], name: TableName, dialect: Dialect, chip: Chip | None) -> Iterator[Trouble]:
     """What is wrong with the entry of so many tokens; sizes are judged on `chip` where it is known."""
     if tokens < 1:
-        yield True, "no step has so few tokens"
+        yield False, "no step has so few tokens"
     missing = [field for field in REQUIRED if field not in entry]
     if missing:
         yield True, f"lacks {', '.join(missing)}, without which there is no launch"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from klab.harness.choose.engines.names import (
     other_table,
     plain,
 )
-from klab.harness.choose.engines.reading import EVIDENCE, Table, files_of, read_table, sidecar_of
-from klab.harness.choose.engines.sglang import VERSION_FOLDER
-from klab.harness.choose.engines.sidecar import checked
+from klab.harness.choose.engines.reading import EVIDENCE, Table, dangling, files_of, printable, read_table, sidecar_of
+from klab.harness.choose.engines.sglang import SGLANG, VERSION_FOLDER
+from klab.harness.choose.engines.sidecar import checked, read_sidecar
+from klab.harness.choose.engines.vllm import VLLM
 from klab.kernels.contract import Chip
 
 NEVER, BREAKS, SLOW, NOTE = "never", "breaks", "slow", "note"
@@ -56,6 +59,7 @@ class Expected:
 
 def root_of(folder: Path, dialect: Dialect) -> Path:
     """The folder that the engine's variable must name for these tables, when one of its subfolders was given instead."""
+    folder = _whole(folder)
     if dialect.engine != "sglang":
         return folder
     if VERSION_FOLDER.fullmatch(folder.name) and folder.parent.name == "configs":
@@ -63,21 +67,32 @@ def root_of(folder: Path, dialect: Dialect) -> Path:
     return folder.parent if folder.name == "configs" else folder
 
 
+def _whole(folder: Path) -> Path:
+    """With the names of the folders above it, links as they are: "." says nothing of where it is."""
+    return Path(os.path.abspath(folder))  # noqa: PTH100  Path.absolute keeps ".."
+
+
 def guess(folder: Path) -> str:
-    """The engine whose tables a folder seems to hold: SGLang's carry versions of Triton in their paths and spaces in their names."""
-    spaced = any(", " in path.name or any(part.startswith("triton_") for part in path.parts) for path in files_of(folder))
-    return "sglang" if spaced or folder.name.startswith("triton_") else "vllm"
+    """The engine whose tables a folder seems to hold: one inside an engine is its; SGLang's others are in folders by version of Triton, or
+    have spaces in their names.
+    """
+    files = files_of(_whole(folder))
+    for dialect in (SGLANG, VLLM):
+        if any(f"/{home}/" in f"{path.parent.as_posix()}/" for path in files for home in dialect.package.values()):
+            return dialect.engine
+    return "sglang" if any(", " in path.name or re.match(r"triton_\d", path.parent.name) for path in files) else "vllm"
 
 
 def lint(folder: Path, dialect: Dialect, expected: Expected | None = None) -> list[Finding]:
     """Everything wrong with the tables under a folder (or with one file), file by file, the worst first."""
-    expected = expected or Expected()
+    expected, folder = expected or Expected(), _whole(folder)
     root = root_of(folder.parent if folder.is_file() else folder, dialect)
     tables = [read_table(path, path.parent.relative_to(root).parts) for path in files_of(folder)]
     found = [finding for table in tables for finding in _file(table, root, dialect, expected)]
     found += _together(tables, root, dialect, expected)
     found += _orphans(folder, root)
     order = list(LEVELS)
+    found = [dataclasses.replace(one, file=printable(one.file), text=printable(one.text)) for one in found]
     return sorted(found, key=lambda f: (f.file, order.index(f.level), f.rule, f.text))
 
 
@@ -88,6 +103,9 @@ def _file(table: Table, root: Path, dialect: Dialect, expected: Expected) -> Ite
     def told(level: str, rule: str, text: str) -> Finding:
         return Finding(shown, level, rule, text)
 
+    if dangling(table.path):
+        yield told(NEVER, "link", "a link to a file that is not there")
+        return
     if name is None:
         if other_table(table.path.name):
             yield told(NOTE, "other", "another kind of table (Mamba, LoRA, sums), which is not checked")
@@ -102,7 +120,7 @@ def _file(table: Table, root: Path, dialect: Dialect, expected: Expected) -> Ite
     where = dialect.where(name.kind, parts)
     if where and not _at_home(dialect, name, root, parts):
         yield told(NEVER, "folder", where)
-    yield from (told(level, rule, text) for level, rule, text in _device(name, dialect, expected))
+    yield from (told(level, rule, text) for level, rule, text in _device(table, name, dialect, expected))
     yield from (told(BREAKS, "content", text) for text in table.breaks)
     yield from (told(SLOW, "content", text) for text in table.odd)
     if table.has_version_key and name.kind not in dialect.version_key:
@@ -140,7 +158,7 @@ def _example(dialect: Dialect) -> str:
     return dialect.file_name(TableName(MOE, "NVIDIA H200", 768, 128, dtype="fp8_w8a8", block=(128, 128)))
 
 
-def _device(name: TableName, dialect: Dialect, expected: Expected) -> Iterator[tuple[str, str, str]]:
+def _device(table: Table, name: TableName, dialect: Dialect, expected: Expected) -> Iterator[tuple[str, str, str]]:
     here = dialect.device(name.device, name.kind)
     if expected.device is not None:
         wanted = dialect.device(expected.device, name.kind)
@@ -149,12 +167,18 @@ def _device(name: TableName, dialect: Dialect, expected: Expected) -> Iterator[t
         return
     known = {dialect.device(device, name.kind) for device in known_devices()}
     near = sorted(device for device in known if device != here and (device.startswith(f"{here}_") or here.startswith(f"{device}_")))
-    if here not in known and near:
+    if here not in known and near and not _measured_on(table, name, dialect):
         yield (
             SLOW,
             "device",
             f"{here} is not what CUDA calls a device that klab knows; such are {', '.join(near)}. --device NAME settles it",
         )
+
+
+def _measured_on(table: Table, name: TableName, dialect: Dialect) -> bool:
+    """Whether klab itself wrote the table from results of a device of this name."""
+    facts = read_sidecar(table.path) or {}
+    return not checked(table) and dialect.device(str(facts.get("device")), name.kind) == dialect.device(name.device, name.kind)
 
 
 def _version(table: Table, name: TableName, dialect: Dialect, expected: Expected) -> Iterator[tuple[str, str]]:
@@ -172,7 +196,8 @@ def _together(tables: Sequence[Table], root: Path, dialect: Dialect, expected: E
     named = {(table.path.parent, table.name): table for table in tables if table.name is not None}
     for (folder, name), table in named.items():
         if name is not None and name.down:
-            yield from _down(table, named.get((folder, plain(name))), root)
+            up = table.path.with_name(dialect.file_name(plain(name)))  # of one file alone, the other is not among the tables
+            yield from _down(table, named.get((folder, plain(name))) or (read_table(up) if up.is_file() else None), root)
     if dialect.engine == "sglang":
         configs = root / "configs"
         inside = sorted(configs.iterdir()) if configs.is_dir() else []

@@ -41,6 +41,12 @@ class Table:
         return tuple(self.entries)
 
 
+def printable(text: str, most: int = 600) -> str:
+    """Text of somebody else's file or name as a terminal takes it: what is no character to print is spelled out, what is long is cut."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: most + 1])
+    return safe if len(safe) <= most else f"{safe[:most]} ..."
+
+
 class _Repeated(dict[str, Json]):
     """A JSON object that remembers which of its keys were there more than once."""
 
@@ -107,9 +113,14 @@ def read_table(path: Path, parts: tuple[str, ...] = ()) -> Table:
     )
 
 
+def dangling(path: Path) -> bool:
+    """Whether it is a link to what is not there."""
+    return path.is_symlink() and not path.exists()
+
+
 def files_of(root: Path) -> list[Path]:
     """Every file under a folder that may be meant as a table, by name: sidecars and hidden files are left out."""
     if root.is_file():
         return [root]
-    found = (path for path in root.rglob("*") if ".json" in path.name.lower() and path.is_file())
+    found = (path for path in root.rglob("*") if ".json" in path.name.lower() and (path.is_file() or dangling(path)))
     return sorted(path for path in found if not path.name.startswith(".") and not path.name.endswith(EVIDENCE))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from klab.harness.choose.engines.reading import Table, sidecar_of
+from klab.harness.choose.engines.reading import LARGEST_BYTES, Table, sidecar_of
 from klab.kernels.contract import Json
 
 SCHEMA = 1
@@ -24,8 +24,11 @@ def sidecar_text(text: str, facts: Mapping[str, Json]) -> str:
 
 def read_sidecar(table: Path) -> dict[str, Any] | None:
     """What the sidecar of a table says; None where there is none that klab wrote."""
+    path = sidecar_of(table)
     try:
-        data = json.loads(sidecar_of(table).read_text(encoding="utf-8"))
+        if not path.is_file() or path.stat().st_size > LARGEST_BYTES:  # a pipe or a device would be read for ever
+            return None
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) and isinstance(data.get("sha256"), str) and data.get("schema") == SCHEMA else None

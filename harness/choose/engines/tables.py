@@ -114,7 +114,7 @@ def tables_of(results: Iterable[Result], dialect: Dialect, chip: Chip, shapes: S
               asked: Asked) -> Tables:  # fmt: skip
     """The tables of these shapes of experts and of these block-fp8 products [n, k] that the results of a chip hold."""
     rows = [row for row in results if row.chip == chip.name and _is_engines(row, dialect)]
-    rows, notes = _one_triton(rows, asked)
+    rows, notes = _one_triton(rows, {one.problem_key for group in _wanted(rows, shapes, products).values() for one in group}, asked)
     wanted = _wanted(rows, shapes, products)
     every = [one for group in wanted.values() for one in group]
     profile = choose(rows, every, asked.objective, asked.previous, chip=chip.name, device=asked.device, sources=asked.sources,
@@ -164,14 +164,20 @@ def _is_engines(row: Result, dialect: Dialect) -> bool:
     return set(FIELDS) <= set(row.config) and all(row.config[name] == NEUTRAL.get(name, _NOTHING) for name in beside)
 
 
-def _one_triton(rows: list[Result], asked: Asked) -> tuple[list[Result], list[str]]:
-    """The rows of one version of Triton, and what was set aside: what is fastest differs between versions."""
-    fine = [row for row in rows if row.kind == "measured" and row.status is Status.OK]
+def _one_triton(rows: list[Result], wanted: set[str], asked: Asked) -> tuple[list[Result], list[str]]:
+    """The rows of one version of Triton, and what was set aside: what is fastest differs between versions.
+
+    The newest is that of the `wanted` problems on the device that is asked for: another model's results or another device's hide nothing.
+    """
+    fine = [row for row in rows if row.problem_key in wanted and row.kind == "measured" and row.status is Status.OK]
+    fine = [row for row in fine if asked.device in (None, row.device)]
     newest = max((_version(row) for row in fine), key=_order, default="")
     version = asked.triton or newest
     kept = [row for row in rows if _version(row) == version or row.status is Status.INCORRECT]
-    aside = sum(_version(row) != version for row in fine)
-    return kept, [f"{aside} results of another Triton than {version or 'the one not stated'} are set aside (--triton V)"] if aside else []
+    aside = [_version(row) for row in fine if _version(row) != version]
+    others = ", ".join(sorted(set(aside) - {""}, key=_order)) or "V"
+    here = version or "the one not stated"
+    return kept, [f"{len(aside)} results of another Triton than {here} are set aside (--triton {others})"] if aside else []
 
 
 def _version(row: Result) -> str:

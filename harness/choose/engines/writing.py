@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from klab.harness.choose.engines.lint import BREAKS, NEVER, lint
-from klab.harness.choose.engines.names import Dialect
+from klab.harness.choose.engines.names import Dialect, read_name
 from klab.harness.choose.engines.reading import read_table, sidecar_of
 from klab.harness.choose.engines.sidecar import checked, sidecar_text
 from klab.harness.choose.engines.tables import EngineTable
@@ -28,11 +28,14 @@ def targets(tables: Sequence[EngineTable], dialect: Dialect, out: Path) -> list[
     """Where each table goes."""
     found = []
     for table in tables:
+        folder, name = dialect.folder(table.name.kind, table.triton), dialect.file_name(table.name)
         if not table.triton and "triton" in dialect.folder(table.name.kind, "0"):
-            raise UsageError(
-                f"{dialect.title} keeps tables by version of Triton, and these results do not say theirs: name it with --triton"
-            )
-        found.append(Written(out / dialect.folder(table.name.kind, table.triton) / dialect.file_name(table.name), table))
+            raise UsageError(f"{dialect.title} keeps tables by version of Triton, and these results do not say theirs: measure again")
+        if why := dialect.where(table.name.kind, PurePosixPath(folder).parts):
+            raise UsageError(f"no folder can be for results of Triton {table.triton!r}: {why}; --triton V takes those of another")
+        if read_name(name) is None:
+            raise UsageError(f"{name} is no name of a file: the device {table.name.device!r} cannot have a table of {dialect.title}'s")
+        found.append(Written(out / folder / name, table))
     return found
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any
 
+from klab.harness.plan.feed_forward import SWIGLU_LIMIT
 from klab.kernels.batched_matmul.problem import BatchedMatmul
 from klab.kernels.causal_conv1d.problem import CausalConv1d
 from klab.kernels.contract import Problem
@@ -16,7 +17,9 @@ from klab.kernels.gated_delta_rule.problem import GatedDeltaRule
 from klab.kernels.latent_attention.problem import LatentAttention
 from klab.kernels.matmul.problem import Matmul
 from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.quantize import MX_BLOCK
 from klab.kernels.scaled_matmul.problem import MICRO, ScaledMatmul
+from klab.kernels.weight_only_moe.problem import WeightOnlyMoe
 
 FP8 = "float8_e4m3fn"
 # DeepSeek's latent attention, which alone is measured: a head is 128 wide and 64 more with positions, the latent 512.
@@ -228,6 +231,10 @@ def _per_head_form(p: Problem) -> Mapping[str, object] | None:
 
 
 MOE_FORMATS = {"bfloat16": "", "fp8_block": "fp8_block"}
+# Weights alone are narrow. How many int4 weights share a scale is not said: 32, as Kimi K2's.
+PACKED_FORMATS = {"w4a16_mxfp4": "mxfp4", "int4_wo": "int4"}
+# gpt-oss (hidden size, experts chosen) clamps gate and up.
+CLAMPED = (2880, 4)
 # By this law few tokens visit as many experts as by even chance, or up to a tenth fewer: of 256 experts, 8 each, 32 tokens 131 (chance:
 # 163), 64 tokens 204 (222), 128 tokens 243 (252), as the times of TensorRT-LLM's rows on an H200 tell. The tables' other way deals experts
 # out in turn: 32 tokens visit all 256, and a decode step takes up to 1.7 times as long as it would.
@@ -239,7 +246,7 @@ UNGATED = frozenset({(2688, 1856, 6, 128), (1024, 2688, 22, 512), (4096, 2688, 2
 
 
 def _experts(row: Row) -> Mapped | Unmapped:
-    if row["moe_dtype"] not in MOE_FORMATS:
+    if row["moe_dtype"] not in MOE_FORMATS | PACKED_FORMATS:
         return Unmapped(f"klab has no experts in {row['moe_dtype']}")
     if row["distribution"] != BY_CHANCE:
         return Unmapped(f"klab draws experts by chance, not {row['distribution']}")
@@ -248,14 +255,23 @@ def _experts(row: Row) -> Mapped | Unmapped:
         return Unmapped("its experts or their features are not divided evenly")
     hidden, intermediate, top_k = row["hidden_size"], row["inter_size"], row["topk"]
     gated = "nongated" not in (row["kernel_source"] or "") and (hidden, intermediate, top_k, experts) not in UNGATED
-    local, form = experts // ep if ep > 1 else 0, MOE_FORMATS[row["moe_dtype"]]
-    one = FusedMoe(row["num_tokens"], hidden, intermediate // tp, experts, top_k, format=form, local_experts=local, gated=gated)
+    local, limit = experts // ep if ep > 1 else 0, SWIGLU_LIMIT if (hidden, top_k) == CLAMPED else 0.0
+    shape = (row["num_tokens"], hidden, intermediate // tp, experts, top_k)
+    rest: dict[str, Any] = {"local_experts": local, "gated": gated, "swiglu_limit": limit}
+    if row["moe_dtype"] in PACKED_FORMATS:
+        if hidden % 2 or intermediate // tp % 2:
+            return Unmapped("two weights share a byte, and a row has an odd number")
+        one: Problem = WeightOnlyMoe(*shape, format=PACKED_FORMATS[row["moe_dtype"]], **rest)
+    else:
+        one = FusedMoe(*shape, format=MOE_FORMATS[row["moe_dtype"]], **rest)
     return Mapped(one, f"{_ROUTES}; {_BUSIEST}" if local else _ROUTES)
 
 
 def _experts_form(p: Problem) -> Mapping[str, object] | None:
-    names = {form: name for name, form in MOE_FORMATS.items()}
-    if not isinstance(p, FusedMoe) or p.format not in names or p.dtype == "float32":
+    if not isinstance(p, FusedMoe | WeightOnlyMoe) or p.dtype == "float32" or (isinstance(p, WeightOnlyMoe) and p.group != MX_BLOCK):
+        return None
+    names = {form: name for name, form in (PACKED_FORMATS if isinstance(p, WeightOnlyMoe) else MOE_FORMATS).items()}
+    if p.format not in names:
         return None
     return {"moe_dtype": names[p.format], "distribution": BY_CHANCE}
 
@@ -326,7 +342,7 @@ FAMILIES = (
         more="num_tokens",
     ),
     Family(
-        "mixture of experts", "moe", "moe_perf", ("fused_moe",), ("moe_dtype", "distribution"),
+        "mixture of experts", "moe", "moe_perf", ("fused_moe", "weight_only_moe"), ("moe_dtype", "distribution"),
         ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"), _experts, _experts_form,
         {
             "tokens": itemgetter("num_tokens"), "hidden": itemgetter("hidden_size"), "experts": itemgetter("num_experts"),

@@ -23,6 +23,7 @@ from klab.harness.store.reference.traps import (
 )
 from klab.kernels.contract import Chip, Problem
 from klab.kernels.fused_moe.problem import FusedMoe
+from klab.kernels.weight_only_moe.problem import WeightOnlyMoe
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Judge:
             flag = LAUNCHES
         at = tuple(row[name] for name in (*self._family.form, *self._family.sizes))
         source, engine = row["kernel_source"] or "", row["framework"] or ""
-        if flag in (TOO_FAST, WARM) and isinstance(one, FusedMoe):
+        if flag in (TOO_FAST, WARM) and isinstance(one, FusedMoe | WeightOnlyMoe):
             flag = FEWER
         return Point(one, times, at, us, *limits.bound(*work), source, engine, version, device, self._table, mapped.note, flag)
 
