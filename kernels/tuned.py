@@ -31,13 +31,15 @@ KEPT = 4096
 @dataclass(frozen=True)
 class Served:
     """What serves a problem. `measured_at` is the label of the bucket it was chosen for; `distance` how far the problem is from that:
-    the sum of |ln(size / its size)| over the sizes that differ, 0 for the very shape.
+    the sum of |ln(size / its size)| over the sizes that differ (of lengths how many and how long on average), 0 for the very shape.
+    `gave_way`: why no configuration that was chosen fits, where the nearest bucket's kernel runs with its default; empty otherwise.
     """
 
     kernel: str
     config: Config
     measured_at: str
     distance: float
+    gave_way: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Tuned:
             self._take(choice)
 
     def launch(self, problem: Problem) -> Launch:
-        """`launch(inputs, outputs)` for this problem, as of the nearest bucket. UsageError when none of the profile's buckets serves it."""
+        """`launch(inputs, outputs)` for this problem, as of the nearest bucket. UsageError when no kernel in the profile takes it."""
         found = self._launches.get(problem)
         return found[0] if found is not None else self._build(problem)[0]
 
@@ -103,24 +105,33 @@ class Tuned:
 
     def _build(self, problem: Problem) -> tuple[Launch, Served]:
         buckets = self._families.get(_family(problem), [])
+        nearest = _nearest(problem, buckets)
         reasons: list[str] = []
-        for distance, bucket in _nearest(problem, buckets):
+        for distance, bucket in nearest:
             kernel = self._kernel(bucket)
             config = kernel.config_type.from_json(bucket.config)
             reason = kernel.fits(problem, config, self.chip)
             if reason is None:
-                launch = kernel.build(problem, config, self.chip)
-                if len(self._launches) >= KEPT:
-                    self._launches.clear()
-                made = launch, Served(kernel.id, config, bucket.label, distance)
-                self._launches[problem] = made
-                return made
+                return self._keep(problem, kernel, Served(kernel.id, config, bucket.label, distance))
             reasons.append(f"{bucket.kernel_id} of {bucket.label}: {reason}")
+        # Smaller than everything measured: a tile of 64 rows, say, for one row. The default fits wherever any configuration does.
+        for distance, bucket in nearest:
+            kernel = self._kernel(bucket)
+            if kernel.unfit(problem, self.chip) is None:
+                served = Served(kernel.id, kernel.default(problem, self.chip), bucket.label, distance, "; ".join(reasons))
+                return self._keep(problem, kernel, served)
         if reasons:
             raise UsageError(f"{self._where}: no chosen kernel takes {problem.label()} ({'; '.join(reasons)})")
         near = sorted({b.label for family in self._families.values() for b in family if b.problem.operator == problem.operator})
         there = ", ".join(near[:5]) + (" ..." if len(near) > 5 else "") or f"nothing for {problem.operator}"
         raise UsageError(f"{self._where} has no choice for {problem.label()} at any size; it has {there}: klab tune or klab choose adds it")
+
+    def _keep(self, problem: Problem, kernel: Kernel, served: Served) -> tuple[Launch, Served]:
+        made = kernel.build(problem, served.config, self.chip), served
+        if len(self._launches) >= KEPT:
+            self._launches.clear()
+        self._launches[problem] = made
+        return made
 
     def _kernel(self, bucket: _Bucket) -> Kernel:
         from klab.kernels.discover import discover

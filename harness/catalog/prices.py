@@ -180,11 +180,15 @@ def to_toml(prices: Iterable[Price]) -> str:
     for one in prices:
         figures = f"{{ low = {one.low!r}, mid = {one.mid!r}, high = {one.high!r} }}"
         words = {"date": one.date, "source": one.source, "confidence": one.confidence, "note": one.note}
-        lines = [f"chip = {json.dumps(one.chip)}", f"contract = {json.dumps(one.contract)}", f"usd_per_gpu_hour = {figures}"]
-        lines += [f"{name} = {json.dumps(text)}" for name, text in words.items() if text]
+        lines = [f"chip = {_quoted(one.chip)}", f"contract = {_quoted(one.contract)}", f"usd_per_gpu_hour = {figures}"]
+        lines += [f"{name} = {_quoted(text)}" for name, text in words.items() if text]
         lines += [f"guesses = {json.dumps(one.guesses)}"] if one.guesses else []
         tables.append("\n".join(["[[price]]", *lines, ""]))
     return "\n".join(tables)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # TOML knows JSON's strings but for escaped pairs of surrogates
 
 
 def _given(text: str, chip: str) -> Price:
@@ -223,6 +227,9 @@ def load_ownership(root: Path | None = None) -> Ownership:
     _only(path, data, ("usd_per_gpu", *names))
     found = Ownership(_by_chip(path, data, "usd_per_gpu"), **{name: _figure(path, name, data.get(name)) for name in names})
     _at_most_1(path, prepaid_share=found.prepaid_share, cost_of_capital=found.cost_of_capital)
+    for name, one in (("life_years", found.life_years), ("term_years", found.term_years)):
+        if one.low < 1 / 12 or one.high > 50:
+            raise UsageError(f"{path}: {name} is a number of years, a month (0.0834) to 50, not {one.low:g}..{one.high:g}")
     return found
 
 

@@ -209,7 +209,10 @@ def _emit(size: FleetSize, plan: list[Month], room: Capacity | None, full: int |
     if room is not None:
         served = [{"name": size.needs[n].name, "requests_per_s": size.needs[n].average(0) * room.scale.mid, "alone_scale": alone}
                   for n, alone in room.alone.items()]  # fmt: skip
+        by = [{"name": size.needs[o.need].name, "chip": o.chip, "gpus_per_replica": o.gpus, "concurrency": o.point.concurrency,
+               "replicas": count} for o, count in ((size.options[at], count) for at, count in room.replicas.items())]  # fmt: skip
         emit({"kind": "capacity", "scale": room.scale.to_json(), "gpus": dict(room.gpus), "provisioned_kw": room.kw, "needs": served,
+              "served_by": by, "usd": room.usd.to_json(), "tokens": room.tokens, "usd_per_mtok": room.usd_per_mtok.to_json(),
               "outgrown_in_month": full, "label": str(size.label(room))})  # fmt: skip
     elif full is not None:  # not even the least number of replicas fits
         few, kw = size.least()
@@ -295,15 +298,18 @@ def _show_room(size: FleetSize, room: Capacity | None, full: int | None, months:
             f"{said}: not even {many} fits into whole machines of {limits.machine} GPUs; that takes {least}", markup=False, soft_wrap=True
         )
         return
-    columns = ("row", "tokens per day served", "of today's", "if it had all")
+    columns = ("row", "tokens per day served", "of today's", "if it had all", "served by")
     rows = [
         (size.needs[n].name, f"{size.needs[n].average(0) * room.scale.mid * size.needs[n].tokens_per_request * 86_400:,.3g}",
-         f"{room.scale.mid:.2f} x ({room.scale.low:.2f}..{room.scale.high:.2f})", f"{alone:.2f} x")
+         f"{room.scale.mid:.2f} x ({room.scale.low:.2f}..{room.scale.high:.2f})", f"{alone:.2f} x",
+         " + ".join(f"{count} x ({size.options[at].label})" for at, count in room.replicas.items() if size.options[at].need == n))
         for n, alone in room.alone.items()
     ]  # fmt: skip
     used = ", ".join(f"{count} {chip}" for chip, count in room.gpus.items())
     kw = "" if room.kw is None else f" ({room.kw:,.0f} kW)"
-    table(f"What {said} can serve ({size.label(room)}), all rows in today's proportion: {used}{kw}", columns, rows, columns[1:])
+    cost = f"{_three(room.usd, ',.0f')} $ per month, {_three(room.usd_per_mtok, '.3f')} $/Mtok at that demand"
+    table(f"What {said} can serve ({size.label(room)}), all rows in today's proportion: {used}{kw}", columns, rows, columns[1:4])
+    talk.print(f"{said}: {cost}", markup=False, soft_wrap=True)
     if full is None:
         talk.print(f"{said}: enough until month {months}")
     else:

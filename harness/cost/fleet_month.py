@@ -153,10 +153,23 @@ class Month:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What limits allow: `scale` times the demand of a month (all rows in the same proportion), by these replicas of each option."""
+    """What limits allow: `scale` times the demand of a month (all rows in the same proportion), by these replicas of each option on these
+    GPUs of whole machines, for `usd` a month. `tokens`: prompt and generated ones of a month at the middle of the scale.
+    """
 
     scale: Range
     replicas: Mapping[int, int]
     gpus: Mapping[str, int]
     kw: float | None
+    usd: Range
+    tokens: float
     alone: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def usd_per_mtok(self) -> Range:
+        """Dollars per million tokens of `scale` times the demand, peaks and troughs as it has them; the doubt of the throughput is that of
+        the scale, where something is served at its low end.
+        """
+        low, high = (self.scale.mid / end if end else 1.0 for end in (self.scale.high, self.scale.low))
+        each = self.usd * (1e6 / self.tokens)
+        return Range(each.low * low, each.mid, each.high * high)

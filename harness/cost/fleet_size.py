@@ -122,7 +122,10 @@ class FleetSize:
         scale, replicas = middle
         alone = {need: found[0] for need in self.served if (found := self._scale(month, "mid", [need]))}
         gpus = self._gpus(replicas)
-        return Capacity(Range(min(scale, ends[0]), scale, max(scale, ends[1])), replicas, gpus, self._kw(gpus), alone)
+        usd = sum((self.chips[chip].usd_per_gpu_hour * (count * HOURS_PER_MONTH) for chip, count in gpus.items()), ZERO)
+        tokens = scale * sum(self.needs[need].tokens_per_month(month) for need in self.served)
+        span = Range(min(scale, ends[0]), scale, max(scale, ends[1]))
+        return Capacity(span, replicas, gpus, self._kw(gpus), usd, tokens, alone)
 
     def least(self) -> tuple[dict[str, int], float | None]:
         """(GPUs by chip, kW) of the smallest fleet that has the least number of replicas of each need: in kW where these are limited,
@@ -325,7 +328,8 @@ def _solve(
 def _silent() -> Iterator[None]:
     """HiGHS prints lines of its own to the process's stdout, whatever its options say; what klab prints there must stay JSON."""
     library = ctypes.CDLL(None)
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
     library.fflush(None)
     try:
         kept = os.dup(1)

@@ -88,8 +88,9 @@ def flows(workload: Workload, most: int) -> tuple[Flow, ...]:
     the server free takes whole steps.
     """
     steps, new, width = workload.decode_steps, workload.new_tokens, workload.draft_tokens + 1
-    # No more requests end than have both their prompt and their decoding in the steps' tokens: this much is left for prompts at least.
-    least = max(1.0, workload.chunk_tokens * new / (new + width * steps))
+    # A request takes this share of the budget of a step, for its prompt and its decoding: no more of them end than fill all steps.
+    share = (new + width * steps) / workload.chunk_tokens
+    least = max(1.0, new / share)
     found: list[Flow] = []
     queued = busy = decoding = 0.0
     for n in range(1, most + 1):
@@ -98,7 +99,7 @@ def flows(workload: Workload, most: int) -> tuple[Flow, ...]:
         whole = math.ceil(service)
         wait = service * max(0.0, queued - busy) + busy * service / 2
         response = max(1.0, wait + (1 - busy) * whole + busy * (service + 0.5))
-        requests = min(n / (steps + response), 1 / service)
+        requests = min(n / (steps + response), 1 / service, 1 / share)
         response = n / requests - steps
         busy = min(1.0, requests * service)
         queued = requests * (response - (1 - busy) * (whole - service) - busy / 2)

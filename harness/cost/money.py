@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from klab.harness.cost.ranges import Range
+from klab.harness.cost.mix import inverse
+from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.serving import OperatingPoint
 from klab.harness.cost.steps import Steps
 from klab.harness.cost.workload import Workload
@@ -118,9 +119,10 @@ def money_of(
     if not 0 <= cached_ratio <= 1:
         raise ValueError(f"a cached token takes between none and all of a computed one's time, not {cached_ratio}")
     w = point.workload
-    request = usd_per_gpu_hour * (point.deployment.tp / 3600 / w.utilisation) / point.requests_per_s
-    prompts = min(1.0, max(0.0, point.prefill_share)) if w.osl else 1.0
-    one_input = request * (prompts * MILLION / (w.new_tokens + cached_ratio * w.cached_tokens))
+    usd_per_s = usd_per_gpu_hour * (point.deployment.tp / 3600 / w.utilisation)
+    request = usd_per_s / point.requests_per_s
+    prompts_s, others_s = _split(point)
+    one_input = usd_per_s * prompts_s * (MILLION / (w.new_tokens + cached_ratio * w.cached_tokens))
     selling = Selling(*sell) if isinstance(sell, tuple) else sell
     margin = None
     if selling is not None:
@@ -133,11 +135,20 @@ def money_of(
         usd_per_request=request,
         usd_per_mtok_total=request * (MILLION / (w.isl + w.osl)),
         usd_per_mtok_input=one_input,
-        usd_per_mtok_output=request * ((1 - prompts) * MILLION / w.osl) if w.osl else None,
+        usd_per_mtok_output=usd_per_s * others_s * (MILLION / w.osl) if w.osl else None,
         usd_per_mtok_cached_input=one_input * cached_ratio,
         usd_per_mtok_all_on_output=request * (MILLION / w.osl) if w.osl else None,
         gross_margin=margin,
     )
+
+
+def _split(point: OperatingPoint) -> tuple[Range, Range]:
+    """Seconds per request that prompts add to the steps, and all others. Their doubts differ: that of one half is not the other's."""
+    whole = inverse(point.requests_per_s)
+    if not point.workload.osl:
+        return whole, ZERO
+    prompts = point.prefill_s or whole * min(1.0, max(0.0, point.prefill_share))
+    return prompts, Range.of(lambda all_s, s: max(0.0, all_s - s), whole, prompts)
 
 
 def cached_ratio_of(steps: Steps, workload: Workload) -> float:

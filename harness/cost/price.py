@@ -275,11 +275,14 @@ def answer(chip: str, terms: Terms, root: Path | None = None, quotes: Mapping[st
     facts, facility = load_ownership(_folder(root)), load_facility(_folder(root))
     prices = load_prices(root)  # a broken file is an error, a price that is not in it only a way less
     ways: list[Way] = []
+    by_the_hour: Price | None = None
     missing: list[UsageError] = []
     for contract in ("on_demand", "reserved"):
         quote = (quotes or {}).get(contract)
         try:
-            ways.append(rented(find_price(chip, contract, root) if quote is None else _quoted(quote, chip, contract, root), terms, facts))
+            price = find_price(chip, contract, root) if quote is None else _quoted(quote, chip, contract, root)
+            ways.append(rented(price, terms, facts))
+            by_the_hour = price if contract == "on_demand" else by_the_hour
         except UsageError as error:
             # What is there twice is a fault of the file.
             if quote is not None or any((one.chip, one.contract) == (chip, contract) for one in prices):
@@ -301,7 +304,10 @@ def answer(chip: str, terms: Terms, root: Path | None = None, quotes: Mapping[st
     published = [one for one in prices if (one.chip, one.contract) == (chip, "owned")] if "owned" in named else []
     said = [f"owned: {one.low:.2f}..{one.high:.2f} per hour is published ({one.source}, {one.date})" for one in published]
     remarks = (*_compared(named, renewals), *said, *(f"{way.contract}: {note}" for way in ways for note in way.notes), *map(str, missing))
-    return Answer(tuple(ways), tuple(evens), renewals, remarks, tuple(to_price(way, chip, today) for way in ways))
+    # Nothing is computed of a price by the hour: it keeps its date and its confidence.
+    kept = [replace(by_the_hour, date=by_the_hour.date or today)] if by_the_hour else []
+    effective = [*kept, *(to_price(way, chip, today) for way in ways if way.contract != "on_demand")]
+    return Answer(tuple(ways), tuple(evens), renewals, remarks, tuple(effective))
 
 
 def _compared(named: Mapping[str, Way], renewals: Mapping[float, Range]) -> list[str]:
@@ -336,7 +342,7 @@ def _folder(root: Path | None) -> Path | None:
 def to_price(way: Way, chip: str, date: str) -> Price:
     """A way as a price that the other verbs take: per paid hour, because they apply the utilisation themselves."""
     one = way.at(1.0)
-    return Price(chip, way.contract, one.low, one.mid, one.high, date, f"klab price, from {way.basis}", "computed")
+    return Price(chip, way.contract, one.low, one.mid, one.high, date, f"klab price, from {way.basis}", "computed", "; ".join(way.notes))
 
 
 def _list_price(at: Mapping[str, float]) -> float:

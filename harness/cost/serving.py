@@ -43,9 +43,9 @@ class OperatingPoint:
     Latencies are means over requests, as `concurrency` clients see them who each send the next request when one ends; TTFT includes the
     wait for the prompts before it. `requests_per_s` is at full load. `joules_per_request`: boards of all GPUs of the replica, and what
     they draw while they wait where `utilisation` is below 1 (`idle_joules_per_request`, a part of it). `prefill_share`: of the GPU
-    time, what prompts add to the steps. `limit`: what stops more requests in flight ("memory"; "chunk": the tokens of a step; "prefill":
-    the prompts fill every step; "slo_ttft", "slo_tpot"; "" for nothing yet). `mix`: the steps that one request pays for, and how many
-    of each.
+    time, what prompts add to the steps; `prefill_s`: the same in seconds per request (None: that share of them). `limit`: what stops
+    more requests in flight ("memory"; "chunk": the tokens of a step; "prefill": the prompts fill every step; "slo_ttft", "slo_tpot"; ""
+    for nothing yet). `mix`: the steps that one request pays for, and how many of each.
     """
 
     deployment: Deployment
@@ -61,6 +61,7 @@ class OperatingPoint:
     limit: str = ""
     idle_joules_per_request: Range = ZERO
     mix: Mix = field(default=(), compare=False, repr=False)
+    prefill_s: Range | None = None
 
     @property
     def output_tokens_per_s_per_gpu(self) -> Range:
@@ -158,10 +159,13 @@ class Replica:
             tpot_us = sum((step.us * (kind.share * kind.decoding / flow.requests) for kind, step in kinds), ZERO) * (1 / (w.osl - 1))
         request_us = mean_us * (1 / flow.requests)
         idle = idle_joules(self.steps, request_us * (1e-6 * (1 / w.utilisation - 1)))
-        plain_us = decode_step(self.steps, w, n).us.mid if w.decode_steps else 0.0
-        prompts_us = sum(
-            kind.share * max(0.0, step.us.mid - (plain_us if kind.decoding >= 0.5 else 0.0)) for kind, step in kinds if kind.prompts
-        )
+        plain_us = decode_step(self.steps, w, n).us if w.decode_steps else ZERO
+        added_us = [
+            Range.of(lambda all_us, us: max(0.0, all_us - us), step.us, plain_us if kind.decoding >= 0.5 else ZERO) * kind.share
+            for kind, step in kinds
+            if kind.prompts
+        ]
+        prefill_us = Range.of(min, sum(added_us, ZERO), mean_us)
         point = OperatingPoint(
             self.steps.deployment,
             w,
@@ -170,11 +174,12 @@ class Replica:
             tpot_s=tpot_us * 1e-6,
             requests_per_s=inverse(request_us * 1e-6),
             joules_per_request=energy(mix) * tp + idle,
-            prefill_share=min(1.0, prompts_us / mean_us.mid),
+            prefill_share=prefill_us.mid / mean_us.mid,
             time_shares=shares(mix, energy=False),
             energy_shares=shares(mix, energy=True, modelled=idle.mid / tp),
             idle_joules_per_request=idle,
             mix=mix,
+            prefill_s=prefill_us * (1e-6 / flow.requests),
         )
         if broken := _broken(point):
             return replace(point, limit=broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from klab.harness.catalog.architecture import Model
 from klab.harness.plan.scenario import Scenario, scenario_for
@@ -14,6 +15,8 @@ from klab.kernels.errors import UsageError
 CHUNK_TOKENS = 8192
 # Of a GPU's memory, what engines give to weights and cache (vLLM's gpu_memory_utilization, SGLang's mem_fraction_static).
 MEMORY_SHARE = 0.9
+# Up to so many generated tokens the steps that speculation takes are counted exactly.
+COUNTED = 256
 
 
 @dataclass(frozen=True)
@@ -79,17 +82,27 @@ class Workload:
 
     @property
     def decode_steps(self) -> float:
-        """Decode steps of one request: the first token comes from the prompt's step, the last step may give more than is wanted.
+        """Decode steps of one request: the first token comes from the prompt's step, the last step may give more than is wanted."""
+        return _mean_steps(max(0, self.osl - 1), self.draft_tokens, self.acceptance)
 
-        By renewal theory a sum of steps of X tokens overshoots its goal by (E[X^2]/E[X] - 1)/2.
-        """
-        wanted, a, k = self.osl - 1, self.acceptance, self.draft_tokens
-        if wanted <= 0:
-            return 0.0
+
+@lru_cache(maxsize=1024)
+def _mean_steps(wanted: int, drafts: int, a: float) -> float:
+    """Steps until `wanted` tokens are there, of X tokens each: of few exactly, of many by renewal theory (the mean of a sum of X that
+    passes its goal exceeds it by (E[X^2]/E[X] - 1)/2).
+    """
+    if not drafts or a in (0.0, 1.0):
+        return float(math.ceil(wanted / (drafts + 1 if a else 1)))
+    if wanted > COUNTED:
         # A step gives at least j tokens with probability a^(j-1), so E[X^2] is the sum of (2j - 1) of these.
-        squares = sum((2 * j - 1) * a ** (j - 1) for j in range(1, k + 2))
-        overshoot = (squares / self.tokens_per_step - 1) / 2
-        return max(1.0, (wanted + overshoot) / self.tokens_per_step)
+        squares = sum((2 * j - 1) * a ** (j - 1) for j in range(1, drafts + 2))
+        mean = sum(a**j for j in range(drafts + 1))
+        return (wanted + (squares / mean - 1) / 2) / mean
+    shares = [a**j * (1 - a) for j in range(drafts)] + [a**drafts]
+    needed = [0.0]
+    for left in range(1, wanted + 1):
+        needed.append(1 + sum(share * needed[max(0, left - j - 1)] for j, share in enumerate(shares)))
+    return needed[wanted]
 
 
 @dataclass(frozen=True)

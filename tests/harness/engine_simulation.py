@@ -97,7 +97,7 @@ def simulate(
     ended: list[tuple[Request, float]] = []
     busy_s, steps, begin = 0.0, collections.Counter(), (0.0, 0)
     while len(ended) < requests:
-        left = max(16, workload.chunk_tokens - width * len(running))
+        left = max(0, workload.chunk_tokens - width * len(running))
         pieces, done = [], []
         while queue and left:
             first = queue[0]

@@ -1,7 +1,10 @@
 """Prices are dated, sourced and in order; what is not gets one clear line."""
 
+import dataclasses
+
 import pytest
 
+from klab.harness.catalog.models import PROFILES
 from klab.harness.catalog.prices import (
     CONTRACTS,
     find_price,
@@ -164,3 +167,21 @@ def test_a_contract_before_a_folder_of_its_name(file, tmp_path, monkeypatch):
 def test_two_prices_of_one_date_are_no_price_of_a_file_either(file):
     with pytest.raises(UsageError, match="2 reserved prices of 2026-05"):
         read_price(str(file(GOOD + GOOD)), "h200")
+
+
+def test_years_that_nobody_has(tmp_path):
+    shipped = (PROFILES / "prices" / "ownership.toml").read_text()
+    for at, (old, new, said) in enumerate((
+        ("low = 3\nmid = 4\nhigh = 6", "low = 1e-9\nmid = 4\nhigh = 6", "life_years is a number of years"),
+        ("low = 3\nmid = 3\nhigh = 5", "low = 3\nmid = 3\nhigh = 500", "term_years is a number of years"),
+    )):  # fmt: skip
+        assert old in shipped
+        path = tmp_path / f"{at}.toml"
+        path.write_text(shipped.replace(old, new))
+        with pytest.raises(UsageError, match=said):
+            load_ownership(path)
+
+
+def test_any_text_survives_being_written(file):
+    one = dataclasses.replace(load_prices()[0], source='says "\U0001f600" \\ \t é', note="[a] # b")
+    assert load_prices(file(to_toml([one]))) == (one,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,44 @@ def test_the_engines_own_folders(tmp_path: Path) -> None:
     for root in (theirs, tmp_path / "sglang"):
         found = {Path(file).parent.name: level for file, level in levels(root, "sglang").items() if "384" not in file}
         assert (found["triton_3_4_0"], found["configs"]) == (NOTE, NEVER)
+
+
+def test_the_same_folder_by_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Standing in it, from below, one file alone."""
+    home = tmp_path / "configs" / "triton_3_6_0"
+    down = NAME.replace(".json", "_down.json")
+    for name in (NAME, down):
+        put(home, name)
+    monkeypatch.chdir(home)
+    for words in (".", "..", "../..", NAME, down, str(home / down)):
+        assert set(levels(Path(words), "sglang").values()) == {NOTE}, words
+        assert guess(Path(words)) == "sglang", words
+    put(home, NAME, GOOD | {"64": ENTRY | {"BLOCK_SIZE_M": 32}})
+    assert BREAKS in levels(Path(down), "sglang").values()
+
+
+def test_whose_tables_is_not_told_by_folders_above(tmp_path: Path) -> None:
+    put(tmp_path / "triton_work" / "tables", NAME)
+    assert guess(tmp_path / "triton_work" / "tables") == "vllm"
+    package = tmp_path / "vllm" / "model_executor" / "layers" / "quantization" / "utils" / "configs"
+    put(package, "N=256,K=128,device_name=NVIDIA_H200,dtype=int8_w8a8,block_shape=[128, 128].json")
+    assert guess(package) == guess(tmp_path / "vllm") == "vllm" and set(levels(package).values()) == {NOTE}
+
+
+def test_links_to_nothing_and_evidence_without_end(tmp_path: Path) -> None:
+    put(tmp_path, NAME)
+    (tmp_path / FP8).symlink_to("nowhere")
+    (tmp_path / "round").symlink_to(".")
+    os.mkfifo(tmp_path / NAME.replace(".json", ".evidence.json"))
+    assert levels(tmp_path) == {NAME: NOTE, FP8: NEVER}
+
+
+def test_keys_below_one_are_loaded(tmp_path: Path) -> None:
+    put(tmp_path, NAME, GOOD | {"-4": ENTRY, "0": ENTRY})
+    loaded = vllm_moe(tmp_path, NAME)
+    assert loaded is not None and taken(loaded, 1) == ENTRY
+    assert levels(tmp_path)[NAME] == SLOW
+    assert set(imported(tmp_path / NAME).left_out) == {-4, 0}
 
 
 def test_gaps_and_twice_the_same_key(tmp_path: Path) -> None:

@@ -172,6 +172,63 @@ def test_versions_of_triton_are_not_mixed(tmp_path: Path) -> None:
         assert table is not None and list(table) == tokens
 
 
+def test_newer_tritons_of_other_models_and_devices_hide_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = {"triton": "3.8.0"}
+    others = [dataclasses.replace(r, environment=new) for r in rows_of((1,), hidden=4096)]
+    rows = stored(tmp_path / "rows", rows_of((1, 4)) + others)
+    export("vllm", rows, tmp_path / "out", "--partial")
+    assert vllm_moe(tmp_path / "out", NAME) is not None
+    nvl = [dataclasses.replace(r, environment=new, device="NVIDIA H200 NVL") for r in rows_of((1, 4, 16))]
+    rows = stored(tmp_path / "both", rows_of((1, 4)) + nvl)
+    export("vllm", rows, tmp_path / "h200", "--partial", "--device", "NVIDIA H200")
+    table = vllm_moe(tmp_path / "h200", NAME)
+    assert table is not None and list(table) == [1, 4]
+    capsys.readouterr()
+    export("sglang", rows, tmp_path / "nvl", "--partial")
+    assert "another Triton than 3.8.0 are set aside (--triton 3.7.1)" in capsys.readouterr().err
+    name = sglang_moe_name("NVIDIA H200 NVL", 128, 768)
+    assert sglang_moe(tmp_path / "nvl", "3.8.0", name) is not None
+    # A name that klab's catalog does not have, but its own evidence: nothing to warn of.
+    klab("lint-tuned", tmp_path / "nvl", "--json")
+    assert not [line for line in capsys.readouterr().out.splitlines() if json.loads(line).get("rule") == "device"]
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "what"),
+    [
+        ("3.7.0rc1", "NVIDIA H200", "no folder can be for results of Triton '3.7.0rc1'"),
+        ("../../x", "NVIDIA H200", "no folder can be"),
+        ("", "NVIDIA H200", "do not say theirs: measure again"),
+        ("3.7.1", "NVIDIA H200/X", "is no name of a file"),
+    ],
+)
+def test_what_sglang_could_not_look_up_is_not_written(tmp_path: Path, version: str, device: str, what: str) -> None:
+    """A folder of a version with letters stops SGLang whenever another table is missing."""
+    rows = [dataclasses.replace(r, environment={"triton": version}, device=device) for r in rows_of((1, 4))]
+    with pytest.raises(UsageError, match=what):
+        export("sglang", stored(tmp_path / "rows", rows), tmp_path / "out", "--partial")
+    assert not (tmp_path / "out").exists()
+    export("vllm", tmp_path / "rows", tmp_path / "v", "--partial")
+    assert klab("lint-tuned", tmp_path / "v", "--device", device) == 0
+
+
+def test_hostile_text_is_told_and_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Characters that no terminal takes, and fields of millions of them."""
+    entry = {name: value for name, value in BEST[8].to_json_full().items() if name != "SPLIT_K"}
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    (folder / NAME).write_text(json.dumps({"8": entry | {"\ud801\x1b[31m": 1}, "16": entry | {"num_warps": "x" * 1_000_000}, "64": entry}))
+    assert klab("lint-tuned", folder) == 1
+    said = capsys.readouterr().out
+    said.encode()
+    assert "\x1b[31m" not in said and len(said) < 100_000
+    (folder / NAME).rename(folder / NAME.replace(".json", "\udcff.json"))
+    klab("import", folder, *MODEL, "--chip", "h200", "--results", tmp_path / "rows")
+    said = capsys.readouterr().out
+    said.encode()
+    assert len(said) < 100_000 and len(list(iter_results(tmp_path / "rows"))) == 1
+
+
 def test_expert_parallel_tables_are_by_local_experts(tmp_path: Path) -> None:
     rows = stored(tmp_path / "rows", rows_of((1, 4), local_experts=32))
     export("vllm", rows, tmp_path / "out", "--partial")

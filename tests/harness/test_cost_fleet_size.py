@@ -122,6 +122,10 @@ def test_the_capacity_against_all_fleets():
         found = size.capacity()
         assert found.scale.mid == pytest.approx(best, rel=1e-4) and found.scale.low < best < found.scale.high
         assert all(found.gpus.get(chip, 0) <= had[chip] for chip in had)
+        dollars = 730 * sum(count * {"h200": 2.0, "b200": 3.0}[chip] for chip, count in found.gpus.items())
+        tokens = found.scale.mid * sum(one.average(0) for one in needs) * 1000 * 730 * 3600
+        assert (found.usd.mid, found.usd_per_mtok.mid) == pytest.approx((dollars, dollars / tokens * 1e6))
+        assert found.usd_per_mtok.low < found.usd_per_mtok.mid < found.usd_per_mtok.high
 
 
 def test_a_power_budget():
@@ -282,6 +286,7 @@ qwen3-0.6b,5e9,1024,128,0.1,2,,yes,1,0.05,0.1
 
 def test_the_verb(klab):
     code, out, err = klab(DEMAND, "--chips", "h200", "--months", 2, "--gpus", "h200=16")
+    assert "16 h200: " in err and "$/Mtok at that demand" in err
     assert code == 0 and "Month by month (modelled)" in out and "What 16 h200 can serve (modelled)" in out and "margin" in out
     assert "the offline rows would keep" in err and "h200 reserved" in err
     code, out, _ = klab(DEMAND, "--chips", "h200", "--months", 2, "--kw", 40, "--json", "--price", "h200=1,1.5,2")
@@ -291,7 +296,10 @@ def test_the_verb(klab):
     assert rows[0]["usd_per_gpu_hour"] == {"low": 1, "mid": 1.5, "high": 2}
     months = [row for row in rows if row["kind"] == "month"]
     assert all(m["usd"]["low"] <= m["usd"]["mid"] <= m["usd"]["high"] for m in months)
-    assert rows[-2]["provisioned_kw"] <= 40
+    room = rows[-2]
+    assert room["provisioned_kw"] <= 40 and room["label"] == "modelled"
+    assert sum(room["gpus"].values()) >= sum(one["replicas"] * one["gpus_per_replica"] for one in room["served_by"])
+    assert room["usd"]["mid"] == pytest.approx(room["gpus"]["h200"] * 1.5 * 730)
 
 
 def test_the_verb_when_the_rows_do_not_fit(klab):

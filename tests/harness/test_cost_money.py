@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from klab.harness.catalog.chips import find_chip
 from klab.harness.catalog.models import find_model
 from klab.harness.cost.estimate import Estimator, Origin
+from klab.harness.cost.mix import inverse
 from klab.harness.cost.money import Selling, cached_ratio_of, efficiency_of, money_of
 from klab.harness.cost.ranges import ZERO, Range
-from klab.harness.cost.serving import OperatingPoint
+from klab.harness.cost.serving import OperatingPoint, operating_points
 from klab.harness.cost.steps import Steps
 from klab.harness.cost.workload import Deployment, Workload
 from klab.kernels.errors import UsageError
@@ -73,6 +74,22 @@ def test_a_range_holds_what_any_price_and_any_speed_in_theirs_give():
             for name in ("usd_per_request", "usd_per_mtok_total", "usd_per_mtok_input", "usd_per_mtok_output", "gross_margin"):
                 wide, value = getattr(found, name), getattr(exact, name).mid
                 assert wide.low - 1e-12 <= value <= wide.high + 1e-12
+
+
+def test_prompts_known_well_do_not_make_generated_tokens_known_well():
+    """Prompts take 0.05 s per request whatever happens, all others 0.15 s within a factor of two."""
+    one = dataclasses.replace(point(rate=inverse(Range(0.125, 0.2, 0.35))), prefill_s=Range.exact(0.05))
+    found = money_of(one, Range.exact(2.0))
+    usd_per_s = 2 * 2.0 / 3600
+    assert found.usd_per_mtok_input.low == pytest.approx(0.05 * usd_per_s / 1000 * 1e6) == pytest.approx(found.usd_per_mtok_input.high)
+    ends = (found.usd_per_mtok_output.low, found.usd_per_mtok_output.mid, found.usd_per_mtok_output.high)
+    assert ends == pytest.approx([seconds * usd_per_s / 100 * 1e6 for seconds in (0.075, 0.15, 0.30)])
+    real = operating_points(Steps(Deployment(MODEL, CHIP), Estimator(CHIP)), Workload(1000, 100), [8])[0]
+    assert real.prefill_s.mid * real.requests_per_s.mid == pytest.approx(real.prefill_share)
+    told = money_of(real, Range.exact(2.0))
+    for end in ("low", "mid", "high"):
+        parts = getattr(told.usd_per_mtok_input, end) * 1000 + getattr(told.usd_per_mtok_output, end) * 100
+        assert parts / 1e6 == pytest.approx(getattr(told.usd_per_request, end))
 
 
 def test_the_margin_is_what_the_revenue_leaves():

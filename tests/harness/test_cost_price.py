@@ -286,3 +286,13 @@ def test_a_contract_of_ones_own_prices(klab, tmp_path):
     (tmp_path / "mine.toml").write_text(price)
     rows = [json.loads(line) for line in klab("price", "-c", "h200", "-p", "reserved", "--prices", tmp_path, "--json")[1].splitlines()]
     assert rows[0]["inputs"]["usd_per_gpu_hour"]["mid"] == 0.5
+
+
+def test_what_is_written_keeps_where_it_is_from(klab, tmp_path):
+    path = tmp_path / "mine.toml"
+    assert klab("price", "-c", "h200", "--out", path)[0] == 0
+    assert find_price("h200", "on_demand", path) == find_price("h200", "on_demand")
+    own = find_price("h200", "owned", path)
+    assert own.confidence == "computed" and "rests on guesses: beside_share" in own.note
+    assert klab("price", "-c", "h200", "--on-demand", "5", "--out", path)[0] == 0
+    assert find_price("h200", "on_demand", path).confidence == "given"

@@ -41,6 +41,7 @@ SIMULATED = [
     (Workload(isl=8192, osl=512, prefix_hit=0.8), 64, 0.10),
     (Workload(isl=1024, osl=512, draft_tokens=3, acceptance=0.6), 64, 0.10),
     (Workload(isl=500, osl=1), 64, 0.03),  # nothing is decoded
+    (Workload(isl=100, osl=200, chunk_tokens=32), 32, 0.05), (Workload(isl=16, osl=500, chunk_tokens=128), 128, 0.15),  # decoding fills it
 ]  # fmt: skip
 
 
@@ -69,6 +70,14 @@ def test_nothing_is_lost_between_steps_and_requests(workload):
     for n in (1, 7, 100, most):
         point = at(workload, n)
         assert (point.requests_per_s.mid * point.end_to_end_s.mid) == pytest.approx(n, rel=0.02)
+
+
+@pytest.mark.parametrize("workload", [Workload(isl=16, osl=1000, chunk_tokens=256), Workload(isl=100, osl=200, chunk_tokens=16)])
+def test_no_more_tokens_flow_than_steps_take(workload):
+    found = flows(workload, workload.chunk_tokens)
+    for before, after in itertools.pairwise(found):
+        assert after.requests * (workload.new_tokens + workload.decode_steps) <= workload.chunk_tokens * (1 + 1e-9)
+        assert after.waiting >= before.waiting * (1 - 1e-9) and after.requests >= before.requests * 0.97
 
 
 def test_one_request_alone_meets_nobody():

@@ -26,7 +26,10 @@ def test_at_least_one_token_is_computed():
     assert Workload(isl=1, prefix_hit=0.5).new_tokens == 1
 
 
-@pytest.mark.parametrize(("osl", "drafts", "acceptance"), [(1024, 3, 0.7), (20, 3, 0.7), (20, 8, 0.9), (64, 2, 0.0), (33, 4, 1.0)])
+@pytest.mark.parametrize(
+    ("osl", "drafts", "acceptance"),
+    [(1024, 3, 0.7), (20, 3, 0.7), (20, 8, 0.9), (64, 2, 0.0), (33, 4, 1.0), (10, 8, 1.0), (4, 8, 0.7), (10, 8, 0.99)],
+)
 def test_the_steps_of_a_request_are_those_of_chance(osl, drafts, acceptance):
     """A draft is accepted while all before it were; a request ends with the step that gives its last token."""
     rng, taken, times = random.Random(0), 0, 2000 if osl < 100 else 200

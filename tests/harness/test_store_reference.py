@@ -202,7 +202,8 @@ def _published(problem: Any, us: float = 100.0) -> tuple[str, dict[str, Any]] | 
 
 
 UNPUBLISHED = {
-    "norm", "rope_cache", "activation", "embedding", "sampling", "topk_routing", "copy", "all_reduce", "all_gather", "conv1d", "weight_only_matmul",
+    "norm", "rope_cache", "activation", "embedding", "sampling", "topk_routing", "copy", "all_reduce", "all_gather", "conv1d",
+    "weight_only_matmul",
 }  # fmt: skip
 
 

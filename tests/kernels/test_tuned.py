@@ -86,6 +86,58 @@ def test_a_bucket_whose_configuration_does_not_fit_gives_way(pack):
     assert apply(broken).served(Matmul(4, 96, 64, "float32")).measured_at == Matmul(4096, 96, 64, "float32").label()
 
 
+def test_what_no_chosen_configuration_fits_runs_with_the_default(pack):
+    """Five tokens of context, and nothing but blocks for longer ones was chosen."""
+    problem = DecodeAttention((2, 1), 4, 2, 32, page_size=1, dtype="float32")
+    chip, kernel = find_chip("cpu"), discover(only=("decode_attention",)).kernels["decode_attention/cpu_split_kv"]
+    bucket = dataclasses.replace(problem, kv_lens=(300,) * 4)
+    big = next(c for c in kernel.space(bucket, chip) if kernel.fits(problem, c, chip))
+    rows = [made(bucket, "cpu_split_kv", chip="cpu", config=big.to_json_full(), source_digest=kernel.source_digest, backend="cpu")]
+    tuned = apply(json.loads(decide(rows, None, "cpu", catalogue=discover(only=("decode_attention",)), limits=chip).to_text()))
+    assert tuned.served(bucket).config == big and tuned.served(bucket).gave_way == ""
+    served = tuned.served(problem)
+    assert served.config == kernel.default(problem, chip) and kernel.fits(problem, big, chip) in served.gave_way
+    inputs = problem.inputs(seed=1)
+    torch.testing.assert_close(tuned(problem, inputs)["out"].double(), problem.reference(inputs)["out"].double(), rtol=1e-3, atol=1e-3)
+
+
+def lengths(pack_of, *problems):
+    """A profile with these problems, and that each was measured."""
+    chip, catalogue = find_chip("cpu"), discover(only=(problems[0].operator,))
+    found = catalogue.kernels[f"{problems[0].operator}/{pack_of}"]
+    rows = [
+        made(p, pack_of, chip="cpu", config=found.default(p, chip).to_json_full(), source_digest=found.source_digest, backend="cpu")
+        for p in problems
+    ]
+    return apply(json.loads(decide(rows, None, "cpu", catalogue=catalogue, limits=chip).to_text()))
+
+
+def test_prefixes_of_zero_are_no_prefixes():
+    plain = PrefillAttention((64,), 4, 2, 32, dtype="float32")
+    tuned = lengths("cpu_flash", plain, dataclasses.replace(plain, prefix_lens=(512,)))
+    served = tuned.served(dataclasses.replace(plain, prefix_lens=(0,)))
+    assert (served.measured_at, served.distance) == (plain.label(), 0)
+    assert "cached" in tuned.served(dataclasses.replace(plain, prefix_lens=(9,))).measured_at
+
+
+def test_the_very_problem_comes_before_one_with_the_same_mean_length():
+    even = DecodeAttention((200,) * 4, 4, 2, 32, dtype="float32")
+    for kv_lens in ((50, 350, 200, 200), (399, 1, 200, 200)):
+        uneven = dataclasses.replace(even, kv_lens=kv_lens)
+        tuned = lengths("cpu_split_kv", even, uneven)
+        assert [tuned.served(p).measured_at for p in (even, uneven)] == [even.label(), uneven.label()]
+
+
+def test_a_launch_that_another_thread_forgets_at_once_is_returned(pack):
+    class Forgetful(dict):
+        def __setitem__(self, key, value):
+            pass
+
+    tuned = apply(pack)
+    tuned._launches = Forgetful()
+    assert tuned.launch(Matmul(4, 96, 64, "float32")) is not None
+
+
 def test_changed_code_is_refused_until_it_is_allowed(pack):
     stale = json.loads(json.dumps(pack))
     for choice in stale["choices"]:
@@ -112,6 +164,13 @@ def test_what_is_not_for_here_is_refused(pack, change, words, tmp_path):
     file.write_text(json.dumps(pack | change))
     with pytest.raises(UsageError, match=words):
         apply(file)
+
+
+def test_a_configuration_that_is_none(pack):
+    broken = json.loads(json.dumps(pack))
+    broken["choices"][0]["config"] = 3
+    with pytest.raises(UsageError, match="not a profile"):
+        apply(broken)
 
 
 def test_a_file_that_is_none(tmp_path):

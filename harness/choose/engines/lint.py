@@ -69,7 +69,7 @@ def root_of(folder: Path, dialect: Dialect) -> Path:
 
 def _whole(folder: Path) -> Path:
     """With the names of the folders above it, links as they are: "." says nothing of where it is."""
-    return Path(os.path.abspath(folder))  # noqa: PTH100  Path.absolute keeps ".."
+    return Path(os.path.abspath(folder))
 
 
 def guess(folder: Path) -> str:

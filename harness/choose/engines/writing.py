@@ -33,8 +33,8 @@ def targets(tables: Sequence[EngineTable], dialect: Dialect, out: Path) -> list[
             raise UsageError(f"{dialect.title} keeps tables by version of Triton, and these results do not say theirs: measure again")
         if why := dialect.where(table.name.kind, PurePosixPath(folder).parts):
             raise UsageError(f"no folder can be for results of Triton {table.triton!r}: {why}; --triton V takes those of another")
-        if read_name(name) is None:
-            raise UsageError(f"{name} is no name of a file: the device {table.name.device!r} cannot have a table of {dialect.title}'s")
+        if "/" in name or read_name(name) is None:
+            raise UsageError(f"{name} is no name of a file: the device {table.name.device!r} can have no table of {dialect.title}'s")
         found.append(Written(out / folder / name, table))
     return found
 
