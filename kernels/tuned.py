@@ -56,7 +56,8 @@ class Tuned:
     """The choices of one profile on the device that torch uses. Made by `apply`.
 
     A launch is built when its problem is first asked for and then found by a dictionary: nothing is searched or timed at run time.
-    Not safe for two threads that share a launch's stream (see Launch).
+    Not safe for two threads that share a launch's stream (see Launch). `skipped` says which choices do not serve the problem they were
+    made for, and why.
     """
 
     def __init__(self, profile: Mapping[str, Json], where: str, *, changed_code: bool) -> None:
@@ -66,6 +67,7 @@ class Tuned:
         self._families: dict[Problem, list[_Bucket]] = {}
         self._kernels: dict[str, dict[str, Kernel]] = {}
         self._launches: dict[Problem, tuple[Launch, Served]] = {}
+        self._narrower: dict[Problem, str] = {}
         self.skipped: list[str] = []
         for choice in profile["choices"]:
             self._take(choice)
@@ -98,6 +100,9 @@ class Tuned:
             self.skipped.append(f"{label}: this klab has no operator {operator}")
             return
         problem = operators()[operator].from_json(fields)
+        if choice.get("instead_problem") and (wanted := choice["wanted"]["problem"]) and choice["wanted"]["operator"] in operators():
+            self._narrower.setdefault(_family(operators()[choice["wanted"]["operator"]].from_json(wanted)), label)
+            self.skipped.append(f"{choice['wanted']['label']}: chosen in a narrower format, as {label}: ask for that problem")
         if not isinstance(choice["config"], Mapping):
             raise TypeError
         bucket = _Bucket(problem, label, choice["kernel"], choice["config"], choice["source_digest"], _loads(problem))
@@ -122,6 +127,8 @@ class Tuned:
                 return self._keep(problem, kernel, served)
         if reasons:
             raise UsageError(f"{self._where}: no chosen kernel takes {problem.label()} ({'; '.join(reasons)})")
+        if label := self._narrower.get(_family(problem)):
+            raise UsageError(f"{self._where} has no choice for {problem.label()} but in a narrower format: ask for one like {label}")
         near = sorted({b.label for family in self._families.values() for b in family if b.problem.operator == problem.operator})
         there = ", ".join(near[:5]) + (" ..." if len(near) > 5 else "") or f"nothing for {problem.operator}"
         raise UsageError(f"{self._where} has no choice for {problem.label()} at any size; it has {there}: klab tune or klab choose adds it")

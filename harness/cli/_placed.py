@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from klab.harness.cli._console import emit, out, table, talk
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from klab.harness.cost.estimate import Origin
     from klab.harness.cost.flips import Certainty, Sensitivity
     from klab.harness.cost.place import Option
     from klab.harness.cost.placement import Answer
@@ -92,7 +93,7 @@ def _cells(option: Option) -> tuple[object, ...]:
         _span(option.joules_per_token),
         _figure(fleet.provisioned_kw.mid),
         f"{fleet.busy_share:.0%}",
-        str(option.label),
+        str(option.label) if option.label == option.energy_label else f"{option.label}; J {option.energy_label}",
     )
 
 
@@ -111,8 +112,11 @@ def _words(option: Option) -> str:
 def _label(answer: Answer) -> str:
     shown = answer.ranking.winner or answer.ranking.nearest
     assert shown is not None
-    shares = ", ".join(f"{share:.0%} {origin}" for origin, share in shown.time_shares.items() if share >= 0.005)
-    return f"Its times are {answer.label} ({shares})."
+
+    def told(shares: Mapping[Origin, float]) -> str:
+        return ", ".join(f"{share:.0%} {origin}" for origin, share in shares.items() if share >= 0.005)
+
+    return f"Its times are {answer.label} ({told(shown.time_shares)}), its joules {answer.energy_label} ({told(shown.energy_shares)})."
 
 
 def _counts(answer: Answer) -> None:
@@ -148,7 +152,8 @@ def _flip(one: Sensitivity) -> str:
         elif flip.behind is None and not one.what.startswith("price"):
             behind = " (the present one misses the SLOs there)"
         who = f"{_who(flip.winner)} wins{behind}" if flip.winner else "nothing meets the SLOs"
-        parts.append(f"{side} {_figure(flip.at)}: {who}")
+        kept = f" (not yet at {_figure(flip.kept)})" if flip.kept is not None else ""
+        parts.append(f"{side} {_figure(flip.at)}{kept}: {who}")
     return f"{now}: {'; '.join(parts)}"
 
 
@@ -184,6 +189,7 @@ def emit_all(answer: Answer, top: int) -> None:
         "type": "placement", "model": q.model.name, "chips": [chip.name for chip in q.chips], "workload": vars(q.demand.workload),
         "rate_per_s": q.demand.rate_per_s, "objective": q.demand.objective, "machine_gpus": q.demand.machine_gpus,
         "compared": answer.ranking.compared, "feasible": len(answer.ranking.options), "label": str(answer.label),
+        "energy_label": str(answer.energy_label),
         "winner": _row(winner) if winner else None, "nearest": _row(nearest) if nearest else None,
         "reasons": list(answer.reasons), "verdict": answer.verdict,
         "sure_of_times": _sure(answer.sure_of_times), "sure_of_all": _sure(answer.sure_of_all),
@@ -204,6 +210,7 @@ def emit_all(answer: Answer, top: int) -> None:
                 "winner": f.winner.name if f.winner else None,
                 "behind": f.behind,
                 "behind_unrounded": f.behind_unrounded,
+                "kept": f.kept,
             }
             for f in found.flips
         ]
@@ -242,4 +249,5 @@ def _row(option: Option) -> dict[str, Any]:
             "exposed_s": option.exposed_s.to_json(), "source": way.link.source,
         } if way else None,
         "time_shares": {str(origin): share for origin, share in option.time_shares.items()}, "label": str(option.label),
+        "energy_shares": {str(origin): share for origin, share in option.energy_shares.items()}, "energy_label": str(option.energy_label),
     }  # fmt: skip

@@ -119,7 +119,9 @@ def command(app: typer.Typer) -> None:
             long_name(kv_dtype) if kv_dtype else "", expert_parallel,
             host_us=_range(host_us, "--host-us") if host_us else HOST_US, small_chunks=() if chunk else SMALL_CHUNKS,
         )  # fmt: skip
-        estimators = {chip.name: estimator_for(chip, results=results, reference=_tables(reference)) for chip in found}
+        # Nobody publishes what a chip measures that exists as a datasheet alone: it takes part whichever tables were asked for.
+        tables = {chip.name: False if chip.kind == "datasheet" else _tables(reference) for chip in found}
+        estimators = {chip.name: estimator_for(chip, results=results, reference=tables[chip.name]) for chip in found}
         answer = answer_of(question, estimators, os.cpu_count() or 1)
         if as_json:
             emit_all(answer, top)
@@ -157,7 +159,7 @@ def _range(text: str, option: str) -> Range:
     try:
         parts = [float(part) for part in text.split(",")]
         low, mid, high = parts if len(parts) == 3 else parts * 3
-        if low < 0:
+        if low < 0 or high == float("inf"):
             raise ValueError
         return Range(low, mid, high)
     except (ValueError, TypeError):

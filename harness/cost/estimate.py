@@ -112,13 +112,13 @@ class Estimator:
 
 
 def _first_sure(answers: Iterable[Estimate | None]) -> Estimate | None:
-    """The first answer of little doubt; where none is, the one of least doubt."""
+    """The first answer of little doubt that rests on measurements; where none does, the one of least doubt, models last."""
     unsure: list[Estimate] = []
     for answer in filter(None, answers):
-        if answer.us.doubt <= SURE:
+        if answer.us.doubt <= SURE and answer.origin is not Origin.MODELLED:
             return answer
         unsure.append(answer)
-    return min(unsure, key=lambda one: one.us.doubt, default=None)
+    return min(unsure, key=lambda one: (one.origin is Origin.MODELLED, one.us.doubt), default=None)
 
 
 def label_of(shares: Mapping[Origin, float]) -> Origin:

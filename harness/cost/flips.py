@@ -28,7 +28,7 @@ CONTENDERS, CORNER_CHIPS = 4, 4
 class Flip:
     """From `at` on (`up`) or below it another placement wins: `winner` (None: none meets the SLOs there). `behind`: by what share the
     present shape is then worse, and `behind_unrounded` the same to a fraction of a replica: at 0 or below it is the rounding that flips.
-    None where it misses the SLOs.
+    None where it misses the SLOs. `kept`: where only some values were tried, the last on the way to `at` at which the present one wins.
     """
 
     at: float
@@ -36,6 +36,7 @@ class Flip:
     winner: Option | None
     behind: float | None = None
     behind_unrounded: float | None = None
+    kept: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ def by_latency(sides: Sequence[Side], ranking: Ranking, terms: Mapping[str, Term
     return found
 
 
-def by_length(builder: Builder, ranking: Ranking, terms: Mapping[str, Terms]) -> Sensitivity | None:
-    """At which prompt lengths another of the contenders wins (the best of each shape, with their chips and tensor-parallel sizes)."""
+def by_length(builder: Builder, sides: Sequence[Side], ranking: Ranking, terms: Mapping[str, Terms]) -> Sensitivity | None:
+    """At which prompt lengths another of the contenders wins (the best of each shape, with their chips and tensor-parallel sizes; prompts
+    are also tried on all others of `sides` of the chips that prefill in them: longer ones take more GPUs).
+    """
     demand, base = ranking.demand, ranking.winner
     if base is None:
         return None
@@ -148,8 +151,10 @@ def by_length(builder: Builder, ranking: Ranking, terms: Mapping[str, Terms]) ->
     roles: dict[Side, set[str]] = {}
     for pool in (pool for option in contenders for pool in option.pools):
         roles.setdefault(pool.side, set()).add(pool.role)
-    # Those that do both keep the steps that are best for them here.
-    chunks = {pool.side: pool.point.chunk_tokens for option in contenders for pool in option.pools if pool.role == "both"}
+    prefilling = {side.deployment.chip.name for side, wanted in roles.items() if "prefill" in wanted}
+    for side in sides:
+        if side.deployment.chip.name in prefilling:
+            roles.setdefault(side, set()).add("prefill")
     model = base.pools[0].side.deployment.model
     longest = (model.max_tokens or math.inf) - demand.workload.osl
     factors = [factor for factor in LENGTHS if 16 <= factor * demand.workload.isl <= longest]
@@ -160,7 +165,7 @@ def by_length(builder: Builder, ranking: Ranking, terms: Mapping[str, Terms]) ->
         made = []
         for side, wanted in roles.items():
             with suppress(UsageError):  # longer prompts may not fit
-                made.append(builder.side(side.deployment, workload, wanted, chunks.get(side, workload.chunk_tokens)))
+                made.append(builder.side(side.deployment, workload, wanted, rough=True))
         return made
 
     def ask(factor: float, count: str) -> Ranking:
@@ -187,7 +192,8 @@ def _sweep(
                     between = ask(middle, count)
                     last, factor, found = (last, middle, between) if _flipped(between, base) else (middle, factor, found)
                 unrounded = _behind(ask(factor, "fractions"), base, found.winner)
-                flips.append(Flip(now * factor, factor > 1, found.winner, _behind(found, base, found.winner), unrounded))
+                behind, kept = _behind(found, base, found.winner), None if exact else now * last
+                flips.append(Flip(now * factor, factor > 1, found.winner, behind, unrounded, kept))
                 break
             last = factor
     return Sensitivity(what, unit, now, now * tried[0], now * tried[-1], tuple(flips))

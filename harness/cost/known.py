@@ -35,6 +35,8 @@ LEAST_DOUBT = 0.03
 MOST_DOUBT = math.log(2)
 # One known power says nothing of another size's.
 LEAST_POWERS = 2
+# Neither does one known time of a size further away than this many powers of two: such an answer is a model of its own.
+ALONE_REACH = 0.3
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,11 @@ class Members:
         us = limit_us(problem, self._modelled) * Range(*(math.exp(-log) for log in logs_of_share))
         joules, origin = _joules(near.points, facts, inside, us), _weakest(facts)
         how = f"{facts[0].how or origin} at {len(facts)} sizes near this one, which tell it within {math.expm1(error):.0%}"
-        how += f"; the nearest is {2**outside:.1f} times off" if outside else ""
+        if len(facts) == 1:
+            away = float(np.linalg.norm(near.points[0] - logs))
+            origin = origin if away <= ALONE_REACH else Origin.MODELLED
+            how = f"as near the roofline as the one size that is known ({facts[0].how or facts[0].origin}), {2**away:.2g} times off"
+        how += f"; the nearest is {2**outside:.1f} times off" if outside and len(facts) > 1 else ""
         how += f"; {self._differs(problem, kin)}" if kin else ""
         energy = _weakest([fact for fact in facts if fact.joules]) if joules else Origin.MODELLED
         return Estimate(us, origin, how, joules, energy, facts[0].kernel, facts[0].config)

@@ -135,9 +135,27 @@ class Option:
         return {origin: sum(weight * shares.get(origin, 0.0) for weight, shares in weights) / whole for origin in Origin}
 
     @property
+    def energy_shares(self) -> dict[Origin, float]:
+        """Of what the boards draw, by what it rests on; what they draw while they wait is modelled."""
+        work = [(self.demand.rate_per_s * pool.point.busy_joules.mid, pool.point.energy_shares) for pool in self.pools]
+        all_w = self.fleet.board_w.mid
+        found = {origin: sum(watts * shares.get(origin, 0.0) for watts, shares in work) / all_w for origin in Origin}
+        return found | {Origin.MODELLED: max(0.0, 1.0 - sum(share for origin, share in found.items() if origin != Origin.MODELLED))}
+
+    @property
     def label(self) -> Origin:
         """What its times may be called."""
-        return label_of(self.time_shares)
+        return self._label(self.time_shares)
+
+    @property
+    def energy_label(self) -> Origin:
+        """What its joules may be called."""
+        return self._label(self.energy_shares)
+
+    def _label(self, shares: Mapping[Origin, float]) -> Origin:
+        """Of a model that is not wholly understood, measured kernels are not the whole."""
+        model = self.pools[0].side.deployment.model
+        return label_of(shares) if model.covered_share == 1 else Origin.MODELLED
 
     @property
     def usd_per_mtok(self) -> Range | None:

@@ -97,9 +97,15 @@ class Answer:
 
     @property
     def label(self) -> Origin:
-        """What the winner's figures may be called. Of a model that is not wholly understood, measured kernels are not the whole."""
+        """What the winner's times may be called."""
         shown = self.ranking.winner or self.ranking.nearest
-        return Origin.MODELLED if shown is None or self.question.model.covered_share != 1 else shown.label
+        return shown.label if shown else Origin.MODELLED
+
+    @property
+    def energy_label(self) -> Origin:
+        """What the winner's joules may be called."""
+        shown = self.ranking.winner or self.ranking.nearest
+        return shown.energy_label if shown else Origin.MODELLED
 
     @property
     def verdict(self) -> str:
@@ -138,7 +144,7 @@ def place(question: Question, estimators: Mapping[str, Estimator], jobs: int = 1
         raise UsageError(f"nothing here both prefills and decodes: {'; '.join(left_out) or ', '.join(chip.name for chip in q.chips)}")
     found = [
         *by_price(ranking, q.terms),
-        by_length(builder, ranking, q.terms),
+        by_length(builder, sides, ranking, q.terms),
         by_link(sides, ranking, q.terms),
         by_rate(sides, ranking, q.terms),
         *by_latency(sides, ranking, q.terms),

@@ -9,7 +9,7 @@ from typing import Any
 
 from klab.harness.cost.estimate import Estimator, Origin
 from klab.harness.cost.fit import fit_of
-from klab.harness.cost.mix import Mix, energy, idle_joules
+from klab.harness.cost.mix import Mix, energy, idle_joules, shares
 from klab.harness.cost.pools import PoolPoint
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.serving import OperatingPoint, Replica, decode_pool, meets, prefill_pool
@@ -36,7 +36,7 @@ GAP = 1.1
 class Point:
     """What one replica does in a role. TTFT without any transfer; TPOT 0 for one that only prefills, TTFT 0 for one that only decodes.
 
-    `busy_s` of the replica and `busy_joules` of its boards per request, waiting apart.
+    `busy_s` of the replica and `busy_joules` of its boards per request, waiting apart; `energy_shares`: of these, by what they rest on.
     """
 
     role: str
@@ -49,6 +49,7 @@ class Point:
     time_shares: Mapping[Origin, float]
     limit: str = ""
     chunk_tokens: int = 0
+    energy_shares: Mapping[Origin, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Builder:
         self.estimators, self.host_us, self.small_chunks = estimators, host_us, small_chunks
         self._steps: dict[tuple[str, int], Steps] = {}
 
-    def side(self, deployment: Deployment, workload: Workload, roles: Iterable[str] = ROLES, chunk_tokens: int | None = None) -> Side:
-        """With `chunk_tokens` roughly: of replicas that do both only these, and no point right at the SLOs but those between others.
+    def side(self, deployment: Deployment, workload: Workload, roles: Iterable[str] = ROLES, *, rough: bool = False) -> Side:
+        """With `rough` fewer points are worked out near the SLOs.
 
         UsageError when it cannot be planned, or not one request fits.
         """
@@ -99,9 +100,9 @@ class Builder:
         if "prefill" in roles:
             found["prefill"] = tuple(_prefilling(point) for point in prefill)
         if "decode" in roles:
-            found["decode"] = between([_decoding(point) for point in self._decoding(steps, workload, fit.requests, chunk_tokens)])
+            found["decode"] = between([_decoding(point) for point in self._decoding(steps, workload, fit.requests, rough)])
         if "both" in roles:
-            found["both"] = between([_both(point) for point in self._both(steps, workload, fit.requests, chunk_tokens)])
+            found["both"] = between([_both(point) for point in self._both(steps, workload, fit.requests, rough)])
         d = deployment
         return Side(d, found, fit.requests, prompt_s, idle_joules(steps, Range.exact(1.0)), d.kv_dtype or steps.dtype)
 
@@ -111,14 +112,13 @@ class Builder:
             self._steps[key] = Steps(deployment, self.estimators[deployment.chip.name], self.host_us)
         return self._steps[key]
 
-    def _both(self, steps: Steps, workload: Workload, most: int, chunk_tokens: int | None) -> list[OperatingPoint]:
+    def _both(self, steps: Steps, workload: Workload, most: int, rough: bool) -> list[OperatingPoint]:
         """With the steps that were asked for, and with smaller ones around the most requests that meet the SLOs: these may let more in."""
-        replica = Replica(steps, replace(workload, chunk_tokens=chunk_tokens or workload.chunk_tokens), most)
-        rough = chunk_tokens is not None
+        replica = Replica(steps, workload, most)
         found = list(climb(replica.point, lambda point: _late(workload, point.ttft_s, point.tpot_s), most, rough=rough).values())
         last = max((point.concurrency for point in found if meets(point)), default=1)
         for tokens in self.small_chunks:
-            if not rough and tokens < workload.chunk_tokens and _hurried(workload):
+            if tokens < workload.chunk_tokens and _hurried(workload):
                 smaller = Replica(steps, replace(workload, chunk_tokens=tokens), most)
                 found.append(smaller.point(last))
                 late = _late(workload, found[-1].ttft_s, found[-1].tpot_s)
@@ -127,19 +127,19 @@ class Builder:
                     found.append(smaller.point(min(most, max(last + 1, int(last / late)))))
         return found
 
-    def _decoding(self, steps: Steps, workload: Workload, most: int, chunk_tokens: int | None) -> list[PoolPoint]:
+    def _decoding(self, steps: Steps, workload: Workload, most: int, rough: bool) -> list[PoolPoint]:
         found = climb(
             lambda n: decode_pool(steps, workload, [n])[0],
             lambda point: _late(workload, ZERO, point.latency_s),
             most,
-            rough=chunk_tokens is not None,
+            rough=rough,
         )
         return [found[n] for n in sorted(found)]
 
 
 def climb(at: Callable[[int], Any], late: Callable[[Any], float], most: int, *, rough: bool = False) -> dict[int, Any]:
     """Points by their number of requests: 1, 4, 16, ... up to `most`, or until one is PAST what is allowed; then closer and closer (CLOSE)
-    to the last that is not late, unless `rough`. `late`: its latency over what is allowed.
+    to the last that is not late (`rough`: two tries). `late`: its latency over what is allowed.
     """
     found: dict[int, Any] = {}
     for n in sorted({*(4**power for power in range(1 + most.bit_length() // 2) if 4**power <= most), most}):
@@ -148,7 +148,7 @@ def climb(at: Callable[[int], Any], late: Callable[[Any], float], most: int, *, 
             break
     low = max((n for n, point in found.items() if late(point) <= 1), default=0)
     high = min((n for n in found if n > low), default=0)
-    while not rough and low and high - low > max(1, CLOSE * low):
+    while low and high - low > max(1, CLOSE * low):
         # As if it grew evenly between both.
         share = (1 - late(found[low])) / (late(found[high]) - late(found[low]))
         middle = min(high - 1, max(low + 1, round(low + share * (high - low))))
@@ -159,6 +159,8 @@ def climb(at: Callable[[int], Any], late: Callable[[Any], float], most: int, *, 
         if low < beside < high:
             found[beside] = at(beside)
             low, high = (beside, high) if late(found[beside]) <= 1 else (low, beside)
+        if rough:
+            break
     return found
 
 
@@ -184,13 +186,16 @@ def _mixed(low: Point, high: Point, n: int) -> Point:
     def even(first: Range, second: Range) -> Range:
         return first * (1 - share) + second * share
 
+    def mixed(first: Mapping[Origin, float], second: Mapping[Origin, float]) -> dict[Origin, float]:
+        return {origin: (1 - share) * first.get(origin, 0.0) + share * second.get(origin, 0.0) for origin in Origin}
+
     joules = even(low.busy_joules * low.concurrency, high.busy_joules * high.concurrency) * (1 / n)
     rounds = [Range(*(point.concurrency / rate for rate in _ends(point))) for point in (low, high)]
     round_s = even(*rounds)
     rate = Range(n / round_s.high, n / round_s.mid, n / round_s.low)
-    shares = {origin: (1 - share) * low.time_shares.get(origin, 0.0) + share * high.time_shares.get(origin, 0.0) for origin in Origin}
     times = (even(low.ttft_s, high.ttft_s), even(low.tpot_s, high.tpot_s), rate, 1 / rate.mid)
-    return Point(low.role, n, *times, joules, shares, chunk_tokens=low.chunk_tokens)
+    by_time, by_energy = mixed(low.time_shares, high.time_shares), mixed(low.energy_shares, high.energy_shares)
+    return Point(low.role, n, *times, joules, by_time, chunk_tokens=low.chunk_tokens, energy_shares=by_energy)
 
 
 def _ends(point: Point) -> tuple[float, float, float]:
@@ -234,21 +239,22 @@ def sides_of(
 def _prefilling(point: PoolPoint) -> Point:
     busy_s = point.load / point.requests_per_s.mid
     times = (point.latency_s, ZERO, point.requests_per_s, busy_s)
-    return Point("prefill", point.concurrency, *times, _joules(point), point.time_shares, point.limit)
+    return _point("prefill", point, times)
 
 
 def _decoding(point: PoolPoint) -> Point:
     busy_s = 1 / point.requests_per_s.mid
     times = (ZERO, point.latency_s, point.requests_per_s, busy_s)
-    return Point("decode", point.concurrency, *times, _joules(point), point.time_shares, point.limit)
+    return _point("decode", point, times)
 
 
 def _both(point: OperatingPoint) -> Point:
-    busy_s, chunk = 1 / point.requests_per_s.mid, point.workload.chunk_tokens
+    busy_s = 1 / point.requests_per_s.mid
     times = (point.ttft_s, point.tpot_s, point.requests_per_s, busy_s)
-    return Point("both", point.concurrency, *times, _joules(point), point.time_shares, point.limit, chunk)
+    return _point("both", point, times, point.workload.chunk_tokens)
 
 
-def _joules(point: PoolPoint | OperatingPoint) -> Range:
+def _point(role: str, point: PoolPoint | OperatingPoint, times: tuple[Range, Range, Range, float], chunk_tokens: int = 0) -> Point:
     mix: Mix = point.mix
-    return energy(mix) * point.deployment.tp
+    joules, by_energy = energy(mix) * point.deployment.tp, shares(mix, energy=True)
+    return Point(role, point.concurrency, *times, joules, point.time_shares, point.limit, chunk_tokens, by_energy)

@@ -11,7 +11,7 @@ from klab.harness.cost.estimate import Origin, label_of
 from klab.harness.cost.mix import Mix, energy, idle_joules, inverse, shares
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.steps import Steps
-from klab.harness.cost.workload import Deployment
+from klab.harness.cost.workload import LEAST_UTILISATION, Deployment
 from klab.harness.plan.scenario import WHISPER_PROMPT
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.errors import UsageError
@@ -50,7 +50,10 @@ class Task:
             (self.tokens >= 0, f"--tokens is at least 1 (or 0: the model's usual number), not {self.tokens}"),
             (self.denoise_steps >= 1, f"--steps is at least 1, not {self.denoise_steps}"),
             (self.window_tokens >= 0, f"--window-tokens is at least 0, not {self.window_tokens}"),
-            (0 < self.utilisation <= 1, f"--utilisation is a share above 0 and at most 1, not {self.utilisation:g}"),
+            (
+                LEAST_UTILISATION <= self.utilisation <= 1,
+                f"--utilisation is a share above 0 and at most 1 (from {LEAST_UTILISATION:g} on), not {self.utilisation:g}",
+            ),
             (self.slo_s is None or 0 < self.slo_s < math.inf, f"--slo is a positive time, not {self.slo_s}"),
         )
         for good, words in checks:

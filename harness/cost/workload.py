@@ -15,6 +15,8 @@ from klab.kernels.errors import UsageError
 CHUNK_TOKENS = 8192
 # Of a GPU's memory, what engines give to weights and cache (vLLM's gpu_memory_utilization, SGLang's mem_fraction_static).
 MEMORY_SHARE = 0.9
+# Beyond these a figure is a slip of the pen, and no float holds what follows from it.
+LEAST_UTILISATION, MOST_DRAFT_COST = 1e-6, 1e3
 # Up to so many generated tokens the steps that speculation takes are counted exactly.
 COUNTED = 256
 
@@ -50,8 +52,14 @@ class Workload:
             (self.chunk_tokens >= 16, f"--chunk is at least 16 tokens per step, not {self.chunk_tokens}"),
             (0 <= self.draft_tokens <= 16, f"--draft is 0 to 16 speculated tokens per step, not {self.draft_tokens}"),
             (0 <= self.acceptance <= 1, f"--acceptance is a probability, not {self.acceptance:g}"),
-            (0 <= self.draft_cost < math.inf, f"--draft-cost is a share of a decode step, not {self.draft_cost:g}"),
-            (0 < self.utilisation <= 1, f"--utilisation is a share above 0 and at most 1, not {self.utilisation:g}"),
+            (
+                0 <= self.draft_cost <= MOST_DRAFT_COST,
+                f"--draft-cost is a share of a decode step, at most {MOST_DRAFT_COST:g}, not {self.draft_cost:g}",
+            ),
+            (
+                LEAST_UTILISATION <= self.utilisation <= 1,
+                f"--utilisation is a share above 0 and at most 1 (from {LEAST_UTILISATION:g} on), not {self.utilisation:g}",
+            ),
             (self.slo_ttft_s is None or 0 < self.slo_ttft_s < math.inf, f"--slo-ttft is a positive time, not {self.slo_ttft_s}"),
             (self.slo_tpot_s is None or 0 < self.slo_tpot_s < math.inf, f"--slo-tpot is a positive time, not {self.slo_tpot_s}"),
         )

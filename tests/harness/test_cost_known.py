@@ -129,6 +129,14 @@ def test_a_few_own_measurements_of_one_weight_serve_its_other_batches():
 def test_one_measurement_says_little_and_wild_ones_nothing():
     alone = Interpolated([fact(Norm(64, 4096))], H200)
     assert alone.launch(Norm(128, 4096)).us.doubt >= 0.2 and alone.launch(Norm(8192, 4096)) is None
+    assert alone.launch(Norm(65, 4096)).origin is Origin.MEASURED
+    # So it is not called measured there, and does not stand before published measurements.
+    further = alone.launch(Norm(100, 4096))
+    assert further.origin is Origin.MODELLED and "the one size that is known" in further.how and "1.6 times off" in further.how
+    published = Says(12, 0.2, Origin.REFERENCE)
+    assert Estimator(H200, [alone, published]).launch(Norm(80, 4096)).origin is Origin.REFERENCE
+    assert Estimator(H200, [alone]).launch(Norm(80, 4096)).us == alone.launch(Norm(80, 4096)).us
+    assert Estimator(H200, [alone, published]).launch(Norm(65, 4096)).origin is Origin.MEASURED
     wild = Interpolated([fact(Matmul(m, 4096, 4096), us=10 * 5 ** (at % 2)) for at, m in enumerate((1, 2, 4, 8, 16, 32))], H200)
     assert wild.launch(Matmul(6, 4096, 4096)) is None and "within a factor of 2" in wild.why_not(Matmul(6, 4096, 4096))
 

@@ -13,7 +13,8 @@ from klab.kernels.errors import UsageError
     ("fields", "says"),
     [({"isl": 0}, "--isl"), ({"osl": -1}, "--osl"), ({"prefix_hit": 1.0}, "--prefix-hit"), ({"chunk_tokens": 8}, "--chunk"),
      ({"draft_tokens": 17}, "--draft"), ({"acceptance": 1.1}, "--acceptance"), ({"draft_cost": -1}, "--draft-cost"),
-     ({"utilisation": 0}, "--utilisation"), ({"slo_ttft_s": 0}, "--slo-ttft"), ({"slo_tpot_s": -1}, "--slo-tpot")],
+     ({"utilisation": 0}, "--utilisation"), ({"utilisation": 1e-310}, "--utilisation"), ({"draft_cost": 1e305}, "--draft-cost"),
+     ({"slo_ttft_s": 0}, "--slo-ttft"), ({"slo_tpot_s": -1}, "--slo-tpot")],
 )  # fmt: skip
 def test_impossible_workloads(fields, says):
     with pytest.raises(UsageError, match=says):

@@ -18,6 +18,7 @@ from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
 from klab.kernels.prefill_attention.problem import PrefillAttention
+from klab.kernels.scaled_matmul.problem import ScaledMatmul
 
 FEW, MANY = {"block_n": 32, "block_k": 16}, {"block_m": 64, "block_n": 32}
 
@@ -126,6 +127,22 @@ def test_the_very_problem_comes_before_one_with_the_same_mean_length():
         uneven = dataclasses.replace(even, kv_lens=kv_lens)
         tuned = lengths("cpu_split_kv", even, uneven)
         assert [tuned.served(p).measured_at for p in (even, uneven)] == [even.label(), uneven.label()]
+
+
+def test_a_choice_in_a_narrower_format_says_what_to_ask_for():
+    chip, catalogue = find_chip("cpu"), discover(only=("matmul", "scaled_matmul"))
+    wide, narrow = Matmul(64, 256, 256), ScaledMatmul(64, 256, 256)
+    kernel = catalogue.kernels["scaled_matmul/cpu_blocked"]
+    config = kernel.default(narrow, chip).to_json_full()
+    row = made(narrow, "cpu_blocked", chip="cpu", config=config, source_digest=kernel.source_digest, backend="cpu")
+    rows = [dataclasses.replace(row, wide_key=wide.key, wide_error=0.01), made(wide, "torch_matmul", chip="cpu", level_us=900.0)]
+    profile = decide(rows, None, "cpu", catalogue=catalogue, limits=chip, max_error=0.05)
+    tuned = apply(json.loads(profile.to_text()))
+    assert tuned.served(narrow).kernel == "scaled_matmul/cpu_blocked"
+    [said] = tuned.skipped
+    assert wide.label() in said and narrow.label() in said
+    with pytest.raises(UsageError, match=f"ask for one like {narrow.label()}"):
+        tuned.launch(wide)
 
 
 def test_a_launch_that_another_thread_forgets_at_once_is_returned(pack):
