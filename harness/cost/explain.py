@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from klab.harness.cost.estimate import Origin, label_of
+from klab.harness.cost.flow import flows
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.serving import OperatingPoint
 from klab.harness.cost.single_pass import PassPoint
@@ -158,12 +159,15 @@ def commands(point: OperatingPoint, model: str, chip: str, lacking: list[Missing
         new = min(w.new_tokens, w.chunk_tokens)
         prefix = w.cached_tokens + (w.new_tokens - new) // 2
         before = f" --with prefix_len={prefix}" if prefix else ""
+        # Short prompts share a step: its launches see all their tokens as one heap.
+        together = max((kind.prompts for kind in flows(w, point.concurrency)[-1].kinds), default=1)
+        before += f" --with prefill_batch={together}" if together > 1 else ""
         batches = ",".join(map(str, sorted({max(1, point.concurrency // 2), point.concurrency})))
         verify = f" --with q_len={w.draft_tokens + 1}" if w.draft_tokens else ""
         decode = f"--isl {w.isl} --osl {w.osl} --batch {batches} {shared}{with_}{verify}"
         prefill = f"--isl {new + prefix} --osl {w.osl} {shared}{with_}{before}"
         if w.osl > 1 and not (prefix or verify) and new == w.isl:
-            found.append(f"klab run {base} {decode}")
+            found.append(f"klab run {base} {decode}{before}")
         else:
             found.append(f"klab run {base} {prefill} --phase prefill")
             found += [f"klab run {base} {decode} --phase decode"] if w.osl > 1 else []
