@@ -178,29 +178,32 @@ class Parameters:
     routed: int = 0
 
 
-def parameters(model: Model) -> Parameters:
-    """Count the weights of every part that klab understands."""
-    always = _stack_weights(model.stack)
-    encoder = _stack_weights(model.encoder) if model.encoder else 0
+def parameters(model: Model, tp: int = 1) -> Parameters:
+    """Count the weights of every part that klab understands; with `tp` those of one GPU of a group, which holds some matrices whole (latent
+    projections, routers, keys and values of heads that GPUs share). UsageError when tp divides the heads or features of a layer unevenly.
+    """
+    always = _stack_weights(model.stack, tp)
+    encoder = _stack_weights(model.encoder, tp) if model.encoder else 0
     visited = idle = 0
     for group in model.stack.groups:
         if isinstance(group.mlp, Experts):
-            one = group.count * sum(m.weights for m in expert_matrices(group.mlp, model.stack.hidden))
+            # Slices of every expert, or whole experts of a share: as many weights.
+            one = group.count * sum(m.weights for m in expert_matrices(group.mlp, model.stack.hidden)) // tp
             visited += one * group.mlp.top_k
             idle += one * (group.mlp.experts - group.mlp.top_k)
-    table = model.vocab * model.stack.hidden
+    table = model.vocab * model.stack.hidden // tp
     head = 0 if model.kind in ("encoder", "diffusion_transformer") else table
     embedding = 0 if model.tied and head else table
     active = always + encoder + visited + head + embedding
     return Parameters(total=active + idle, active=active, per_token=always + visited + head, routed=visited + idle)
 
 
-def _stack_weights(stack: Stack) -> int:
+def _stack_weights(stack: Stack, tp: int) -> int:
     """Weights of a stack without its routed experts."""
-    layers = sum(group.count * _group_weights(group, stack.hidden) for group in stack.groups)
+    layers = sum(group.count * _group_weights(group, stack.hidden, tp) for group in stack.groups)
     return layers + sum(p.n * p.k * p.count for p in stack.projections)
 
 
-def _group_weights(group: LayerGroup, hidden: int) -> int:
-    mixers = sum(m.weights for mixer in group.mixers for m in mixer_matrices(mixer, hidden))
-    return mixers + sum(m.weights for m in mlp_matrices(group.mlp, hidden))
+def _group_weights(group: LayerGroup, hidden: int, tp: int) -> int:
+    mixers = sum(m.weights for mixer in group.mixers for m in mixer_matrices(mixer, hidden, tp))
+    return mixers + sum(m.weights for m in mlp_matrices(group.mlp, hidden, tp))

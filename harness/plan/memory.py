@@ -19,11 +19,11 @@ def weight_bytes(model: Model, dtype: str, tp: int = 1, quantization: str = "") 
     """
     size = float(SIZE_BYTES[dtype])
     narrow = FORMAT_BYTES.get(quantization, 1.0)
-    counted = parameters(model)
-    tables = min(counted.total, model.vocab * model.stack.hidden * (1 if model.tied else 2))
+    counted = parameters(model, tp)
+    tables = min(counted.total, model.vocab * model.stack.hidden * (1 if model.tied else 2) // tp)
     layers = narrow if quantization in formats_of("matmul") else size
     experts = narrow if quantization in formats_of("fused_moe") else size
-    return ((counted.total - tables - counted.routed) * layers + counted.routed * experts + tables * size) / tp
+    return (counted.total - tables - counted.routed) * layers + counted.routed * experts + tables * size
 
 
 def kv_bytes_per_token(model: Model, dtype: str) -> float:

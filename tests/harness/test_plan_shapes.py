@@ -351,6 +351,15 @@ def test_a_format_of_experts_alone():
     assert (kimi["experts"].operator, kimi["q_b_proj"].operator) == ("weight_only_moe", "weight_only_matmul")
 
 
+def test_weights_that_every_gpu_holds_whole():
+    """DeepSeek V3's first projection (2112 x 7168) and its router (256 x 7168) are not divided; nor are the keys and values of 8 heads by 16."""
+    whole, eighth = (planned("deepseek-v3", tp=tp, quantization="fp8_block").weight_bytes for tp in (1, 8))
+    latent, router = 61 * 2112 * 7168, 58 * 256 * 7168
+    assert eighth - whole / 8 == pytest.approx(7 / 8 * (latent + router), rel=0.01)
+    plain, sixteenth = (planned("llama-3.1-70b", tp=tp).weight_bytes for tp in (1, 16))
+    assert sixteenth - plain / 16 == pytest.approx(80 * 2 * 128 * 8192 * 2 / 2, rel=0.01)  # half of one head's, in 2 bytes
+
+
 def test_occurrences():
     made = planned("llama-3.1-8b", batches=(1, 8))
     for problem in made.problems():
