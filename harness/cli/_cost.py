@@ -140,52 +140,55 @@ def _workload(found: Answer) -> str:
 
 
 _OPTIONS = (
-    "tp",
-    "format",
-    "GB weights",
-    "GB/request",
-    "fit",
-    "in flight",
-    "TTFT",
-    "TPOT",
-    "out tok/s/GPU",
-    "$/Mtok",
-    "J/tok",
-    "SLO",
-    "why not more",
-)
+    "tp", "format", "GB weights\n+ a request", "in flight\nof most", "TTFT", "TPOT", "out\ntok/s\n/GPU", "$/Mtok", "J/tok", "SLO",
+    "stopped\nby",
+)  # fmt: skip
 
 
 def _show_options(found: Answer) -> None:
     many = len(found.question.formats) > 1
     first = found.question.formats[0]
-    rows = []
+    rows, unfit = [], []
     for option, priced in zip(found.options, found.shown, strict=True):
         d = option.deployment
         if many and d.quantization != first and option is not found.chosen:
             continue
         fit = option.fit
-        memory = (f"{fit.weight_bytes / 1e9:.1f}", g(fit.request_bytes / 1e9), fit.requests or "")
-        start = (d.tp, d.quantization or d.dtype or option.steps.dtype, *memory)
-        rows.append((*start, *_cells(priced)) if priced else (*start, *[""] * 7, option.why_not))
-    table("Deployments (per GPU; each at its best point, or the nearest)", _OPTIONS, rows, right=("tp", *_OPTIONS[2:11]))
+        start = (d.tp, d.quantization or d.dtype or option.steps.dtype, f"{fit.weight_bytes / 1e9:.1f} + {g(fit.request_bytes / 1e9)}")
+        rows.append((*start, *_cells(priced, fit.requests, found)) if priced else (*start, *[""] * 7, "memory"))
+        if option.why_not:
+            unfit.append(f"tp {d.tp}: {option.why_not}")
+    table("Deployments (per GPU; each at its best point, or the nearest)", _OPTIONS, rows, right=("tp", *_OPTIONS[2:9]))
+    for line in unfit:
+        say(line)
 
 
-def _cells(one: Priced) -> tuple[object, ...]:
+def _cells(one: Priced, most: int, found: Answer) -> tuple[object, ...]:
     p, money = one.point, one.money
     return (
-        p.concurrency,
+        f"{p.concurrency} of {most}",
         seconds(p.ttft_s.mid),
         seconds(p.tpot_s.mid or None),
         f"{p.output_tokens_per_s_per_gpu.mid:,.0f}",
         g(money.usd_per_mtok_total.mid) if money else "",
         g(one.efficiency.joules_per_token.mid),
-        "kept" if one.meets() else "missed",
-        _LIMITS.get(p.limit, p.limit),
+        _slo(one),
+        _LIMITS.get(p.limit) or ("engines" if p.concurrency == most else found.question.objective),
     )
 
 
-_LIMITS = {"slo_tpot": "TPOT", "slo_ttft": "TTFT", "": "1,024 in flight or the next power of two"}
+def _slo(one: Priced) -> str:
+    """Whether the SLOs are kept; empty where none was promised."""
+    w = one.point.workload
+    if w.offline or not (w.slo_ttft_s or w.slo_tpot_s):
+        return ""
+    return "kept" if one.meets() else "missed"
+
+
+# The wait for the host is told from this share of the time on.
+HOST_TOLD = 0.01
+# What stops more requests in flight; "": as many as engines take ("engines"), or the objective prefers fewer.
+_LIMITS = {"slo_tpot": "TPOT", "slo_ttft": "TTFT", "memory": "memory", "chunk": "--chunk", "prefill": "prompts"}
 
 
 def _show_figures(found: Answer) -> None:
@@ -211,12 +214,13 @@ def _show_figures(found: Answer) -> None:
         ]
         if m.gross_margin:
             rows.append(_row("gross margin", m.gross_margin * 100, "%", time))
+    of_boards = one.efficiency.megawatt != "provisioned"
     e, boards = one.efficiency, "GPU boards" if found.question.chip.kind != "cpu" else "chip"
     rows += [
         _row(f"joules per token, all ({boards})", e.joules_per_token, "J", energy),
         _row(f"joules per output token ({boards})", e.joules_per_output_token, "J", energy),
         _row(f"power per {boards.removesuffix('s')} at work", p.power_w, "W", energy),
-        _row(f"tokens/s per MW ({e.megawatt})", e.tokens_per_s_per_mw, "", time if e.megawatt == "provisioned" else energy),
+        _row(f"tokens/s per MW ({boards if of_boards else e.megawatt})", e.tokens_per_s_per_mw, "", energy if of_boards else time),
     ]
     table("What it takes", ("figure", "low", "middle", "high", "", "rests on"), rows, right=("low", "middle", "high"))
 
@@ -239,16 +243,21 @@ def _show_doubt(found: Answer) -> None:
 
 
 def _show_coverage(found: Answer) -> None:
+    from klab.harness.cost.explain import spent
+
     assert found.priced is not None
     p = found.priced.point
     say(coverage(p.time_shares, p.energy_shares, found.question.chip.name))
+    host = next((one.share for one in spent(p) if one.operator == "host"), 0.0)
+    if host >= HOST_TOLD:
+        say(f"{host:.1%} of the time is the wait for the host between steps, which counts as modelled (--host-us)")
     share = found.question.model.covered_share
     if share != 1:
         known = "an unknown share" if share is None else f"{share:.1%}"
         say(f"{known} of the model's flops is understood: its totals lack the rest", "yellow")
 
 
-_FORMATS = ("format", "tp", "in flight", "TPOT", "$/Mtok", "J/tok", "GB weights", "SLO", "error (median, worst)", "rests on", "native")
+_FORMATS = ("format", "tp", "in\nflight", "TPOT", "$/Mtok", "J/tok", "GB", "SLO", "error (median, worst)", "rests on", "native")
 
 
 def _show_formats(found: Answer) -> None:
@@ -267,9 +276,8 @@ def _show_formats(found: Answer) -> None:
             continue
         p, money = priced.point, priced.money
         cost = (g(money.usd_per_mtok_total.mid) if money else "", g(priced.efficiency.joules_per_token.mid))
-        kept = "kept" if priced.meets() else "missed"
-        rows.append((*start, p.concurrency, seconds(p.tpot_s.mid), *cost, weights, kept, told, str(p.label), _native(option)))
-    title = "Formats (error: ||out - wide|| / ||wide|| of the format's kernels, klab's own measurements)"
+        rows.append((*start, p.concurrency, seconds(p.tpot_s.mid), *cost, weights, _slo(priced), told, str(p.label), _native(option)))
+    title = "Formats (error: ||out - wide|| / ||wide|| of the format's kernels, measured by klab; GB: weights per GPU)"
     table(title, _FORMATS, rows, right=_FORMATS[1:7])
     if any(o.deployment.quantization not in (found.errors or {}) for o in found.options if o.deployment.quantization):
         say("klab run ... --with quantization=FORMAT measures an error; the format decides it, so any chip will do")
@@ -278,7 +286,7 @@ def _show_formats(found: Answer) -> None:
 def _native(option: Option) -> str:
     from klab.harness.cost.answer import native
 
-    return "yes" if native(option.deployment) else "no: computed wide"
+    return "yes" if native(option.deployment) else "no: wide"
 
 
 def _show_front(found: Answer) -> None:
@@ -294,9 +302,7 @@ def _show_front(found: Answer) -> None:
             seconds(p.tpot_s.mid),
             f"{p.output_tokens_per_s_per_gpu.mid:,.0f}",
         )
-        rows.append(
-            (p.deployment.tp, p.concurrency, *figures, cost, g(one.efficiency.joules_per_token.mid), "kept" if one.meets() else "missed")
-        )
+        rows.append((p.deployment.tp, p.concurrency, *figures, cost, g(one.efficiency.joules_per_token.mid), _slo(one)))
     assert found.chosen is not None
     title = "Speed against throughput: of the points looked at, those that none beats in both"
     table(title, columns, rows, right=columns[:8])
@@ -312,13 +318,20 @@ def _show_contracts(found: Answer) -> None:
     if rows:
         columns = ("price", "$/Mtok, all", "input", "output", "gross margin")
         table("By contract", columns, rows)
-    if found.offline and found.priced and not q.workload.offline:
+    if not found.offline or not found.priced or q.workload.offline:
+        return
+    if (
+        found.offline.point.concurrency == found.priced.point.concurrency
+        and found.offline.point.deployment == found.priced.point.deployment
+    ):
+        say("without a promise of latency (--offline) no more tokens per GPU would be gained")
+    else:
         a, b = found.offline, found.priced
         gain = a.point.requests_per_s.mid / a.point.deployment.tp / (b.point.requests_per_s.mid / b.point.deployment.tp)
         cost = f": ${g(a.money.usd_per_mtok_total.mid)} per million tokens" if a.money else ""
         say(
             f"without a promise of latency (--offline): {a.point.deployment.label}, {a.point.concurrency} in flight give {gain:.2f} times "
-            f"the tokens per GPU{cost}, TPOT {seconds(a.point.tpot_s.mid)}"
+            f"the tokens per GPU{cost}" + (f", TPOT {seconds(a.point.tpot_s.mid)}" if a.point.tpot_s.mid else "")
         )
 
 

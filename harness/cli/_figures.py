@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from klab.harness.cost.serving import OperatingPoint
     from klab.harness.cost.single_pass import PassPoint
 
+# Narrower terminals are shown where the time goes without the words on the longest launch, which fill lines.
+WIDE = 140
 # Launches that were not measured are listed down to this share of the time, and at most so many.
 LISTED_SHARE, LISTED = 0.005, 12
 
@@ -43,7 +45,8 @@ def show_operators(point: OperatingPoint | PassPoint, unit: str = "request") -> 
         kernels = ", ".join(kernel.partition("/")[2] or kernel for kernel in one.kernels[:2])
         rows.append((one.operator, g(one.seconds.mid * 1e3), f"{one.share:.1%}", g(one.joules.mid), origins, kernels, one.how))
     columns = ("operator", f"ms per {unit}", "of the time", f"J per {unit}", "rests on", "kernels", "the longest launch")
-    table("Where the time goes", columns, rows, right=columns[1:4])
+    shown = len(columns) if not out.is_terminal or out.width >= WIDE else len(columns) - 1
+    table("Where the time goes", columns[:shown], [row[:shown] for row in rows], right=columns[1:4])
 
 
 def show_launches(point: OperatingPoint | PassPoint, chip: str) -> list[Missing]:

@@ -40,6 +40,8 @@ def emit_units(found: UnitAnswer, model: str, chip: str) -> None:
             emit({"type": "contract", "price": vars(price), "money": money.to_json()})
     for note in found.notes:
         emit({"type": "note", "text": note})
+    for remedy in found.remedies:
+        emit({"type": "remedy", "text": remedy})
     emit({
         "type": "answer", "feasible": found.feasible, "label": str(found.label), "energy_label": str(found.energy_label),
         "point": _point_json(found, found.point) if found.point else None,
@@ -82,6 +84,8 @@ def show_units(found: UnitAnswer, model: str, chip: str) -> None:
     p = found.point
     where = f"{p.deployment.label}, {p.batch} at once"
     say(f"\nAnswer: {where}." if found.feasible else f"\nNothing ends in time. The fastest: {where}.", None if found.feasible else "red")
+    for line in found.remedies:
+        say(f"  {line}")
     _show_figures(found, p)
     say(coverage(p.time_shares, p.energy_shares, q.chip.name))
     contracts = [(price.label, span(money.usd_per_unit)) for price, money in found.contracts]

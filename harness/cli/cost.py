@@ -135,6 +135,7 @@ def command(app: typer.Typer) -> None:
         Exit 1 where no configuration fits or keeps the SLOs.
         """
         from klab.harness.catalog import find_chip, find_model
+        from klab.harness.catalog.architecture import Experts
         from klab.harness.cost.answer import HOST_US, Question, answer, formats_for, stored_format
         from klab.harness.cost.ranges import ZERO
         from klab.harness.cost.single_pass import serves
@@ -168,8 +169,12 @@ def command(app: typer.Typer) -> None:
             "--slo-ttft": slo_ttft, "--slo-tpot": slo_tpot, "--prefix-hit": prefix_hit or None, "--chunk": chunk, "--draft": draft or None,
             "--max-error": max_error, "--kv-dtype": kv_dtype or None, "--expert-parallel": expert_parallel or None,
         }  # fmt: skip
+        if expert_parallel and not any(isinstance(group.mlp, Experts) for group in found_model.stack.groups):
+            raise UsageError(f"--expert-parallel: {found_model.name} has no experts")
         if serves(found_model):
             _refuse(for_tokens, f"{found_model.name} is not billed by the token")
+            if found_model.kind != "diffusion_transformer":
+                _refuse({"--steps": steps, "--guidance": guidance}, f"{found_model.name} draws nothing")
             question = replace(base, sell_unit=_sell_unit(sell))
             task = _task(isl, osl, steps, guidance=guidance, utilisation=utilisation, slo_s=duration(slo, "--slo") if slo else None)
         else:

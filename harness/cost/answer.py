@@ -37,8 +37,8 @@ EXPERTS_FORMAT = "fp8_block"
 CLOSE = 0.01
 PATIENCE = 10
 # What a GPU waits between two steps of an engine. A guess: engines that prepare the next step meanwhile lose next to nothing, others some
-# milliseconds. Of published deployments the sums of published launches lack 0.6 ms per step in the median, with quartiles of -0.5 and
-# 1.4 ms (docs/validation.md), which holds the errors of the launches' times too.
+# milliseconds. Of published deployments the sums of published launches lack half a millisecond per step in the median; half of them lie
+# between -1.4 and 1.8 ms (docs/validation.md), which holds the errors of the launches' times too.
 HOST_US = Range(0.0, 600.0, 2000.0)
 
 
@@ -353,6 +353,14 @@ def _money(q: Question, point: OperatingPoint, price: Price, cached_ratio: float
     return money_of(point, usd, q.provisioned_kw, q.sell, cached_ratio=cached_ratio)
 
 
+def host_note(host: Range) -> list[str]:
+    """What is assumed between two steps, and whether somebody said so."""
+    if host == ZERO:
+        return []
+    whose = "a guess (--host-us), near what published launches lack per step (docs/validation.md)" if host == HOST_US else "as given"
+    return [f"between steps a GPU waits for the host for {host.mid:g} us ({host.low:g} to {host.high:g}): {whose}"]
+
+
 def _notes(q: Question, estimator: Estimator, option: Option, point: OperatingPoint | None) -> list[str]:
     """What a reader must know: of the sources, of the plan, of what was assumed."""
     d, w = option.deployment, q.workload
@@ -376,9 +384,7 @@ def _notes(q: Question, estimator: Estimator, option: Option, point: OperatingPo
             least = least_acceptance(option.steps, w, point.concurrency)
             when = "at no acceptance" if least is None else f"from an acceptance of {least:.0%} on"
             found.append(f"with {point.concurrency} in flight these drafts give more requests per second than none {when}")
-    if q.host_us != ZERO:
-        host = q.host_us
-        found.append(f"between steps a GPU waits for the host for {host.mid:g} us ({host.low:g} to {host.high:g}): a guess (--host-us)")
+    found += host_note(q.host_us)
     if q.objective == "energy":
         found.append("the kernels are the fastest known ones; klab choose --objective energy makes a profile of the thriftiest (--profile)")
     if q.sell and w.cached_tokens and q.sell.cached_input is None:

@@ -115,7 +115,7 @@ def spent(point: OperatingPoint | PassPoint) -> list[Spent]:
         for part in step.parts:
             sums.setdefault(part.operator, _Sum()).add(part, count, point.deployment.tp)
         if step.host_us.high:
-            host = sums.setdefault("host", _Sum(how="a guess"))
+            host = sums.setdefault("host", _Sum(how="the wait between two steps (--host-us)"))
             host.seconds += step.host_us * (count * 1e-6)
             host.origins[Origin.MODELLED] += step.host_us.mid * count * 1e-6
     whole = sum(one.seconds.mid for one in sums.values())
@@ -159,18 +159,18 @@ def commands(point: OperatingPoint, model: str, chip: str, lacking: list[Missing
         new = min(w.new_tokens, w.chunk_tokens)
         prefix = w.cached_tokens + (w.new_tokens - new) // 2
         before = f" --with prefix_len={prefix}" if prefix else ""
-        # Short prompts share a step: its launches see all their tokens as one heap.
-        together = max((kind.prompts for kind in flows(w, point.concurrency)[-1].kinds), default=1)
-        before += f" --with prefill_batch={together}" if together > 1 else ""
         batches = ",".join(map(str, sorted({max(1, point.concurrency // 2), point.concurrency})))
         verify = f" --with q_len={w.draft_tokens + 1}" if w.draft_tokens else ""
         decode = f"--isl {w.isl} --osl {w.osl} --batch {batches} {shared}{with_}{verify}"
         prefill = f"--isl {new + prefix} --osl {w.osl} {shared}{with_}{before}"
         if w.osl > 1 and not (prefix or verify) and new == w.isl:
-            found.append(f"klab run {base} {decode}{before}")
+            found.append(f"klab run {base} {decode}")
         else:
             found.append(f"klab run {base} {prefill} --phase prefill")
             found += [f"klab run {base} {decode} --phase decode"] if w.osl > 1 else []
+        # Short prompts share a step: its launches see all their tokens as one heap.
+        together = max((kind.prompts for kind in flows(w, point.concurrency)[-1].kinds), default=1)
+        found += [f"klab run {base} {prefill} --with prefill_batch={together} --phase prefill"] if together > 1 else []
     if any(m.operator in KINDS for m in lacking):
         out = f"links-{d.chip.name}-{d.tp}.json"
         found.append(f"klab communication --chip {shlex.quote(chip)} --gpus {d.tp} --out {out}   (then: klab cost ... --table {out})")

@@ -58,10 +58,11 @@ def least_tp(deployment: Callable[[int], Deployment], workload: Workload, sizes:
     """The least of these tensor-parallel sizes that has the room and divides the model, or None."""
     for tp in sizes:
         one = deployment(tp)
-        if holds(one, workload):
-            try:
-                Steps(one, Estimator(one.chip)).decode(1, 1)
-            except UsageError:  # this size does not divide the model, or the chip has no link
+        try:
+            if not holds(one, workload):
                 continue
-            return tp
+            Steps(one, Estimator(one.chip)).decode(1, 1)
+        except UsageError:  # this size does not divide the model, or the chip has no link
+            continue
+        return tp
     return None

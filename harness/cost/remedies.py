@@ -110,13 +110,13 @@ def _promise(point: OperatingPoint) -> str:
     w: Workload = point.workload
     words = []
     if w.slo_ttft_s and point.ttft_s.mid > w.slo_ttft_s:
-        words.append(f"--slo-ttft {_up(point.ttft_s.mid)}")
+        words.append(f"--slo-ttft {rounded_up(point.ttft_s.mid)}")
     if w.slo_tpot_s and point.tpot_s.mid > w.slo_tpot_s:
-        words.append(f"--slo-tpot {_up(point.tpot_s.mid)}")
+        words.append(f"--slo-tpot {rounded_up(point.tpot_s.mid)}")
     return " ".join(words)
 
 
-def _up(seconds: float) -> str:
+def rounded_up(seconds: float) -> str:
     """Two digits, rounded up, as the options read it."""
     step = 10.0 ** (math.floor(math.log10(seconds)) - 1)
     return _seconds(math.ceil(seconds / step - 1e-9) * step)

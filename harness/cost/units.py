@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from klab.harness.catalog.prices import Price
-from klab.harness.cost.answer import BOARD_TPS, Question
+from klab.harness.cost.answer import BOARD_TPS, Question, host_note
 from klab.harness.cost.estimate import Estimator, Origin, label_of
 from klab.harness.cost.ranges import Range
+from klab.harness.cost.remedies import rounded_up
 from klab.harness.cost.single_pass import PassPoint, Task, pass_points
 from klab.harness.cost.steps import Steps
 from klab.kernels.contract import Json
@@ -61,6 +62,11 @@ class UnitAnswer:
     notes: tuple[str, ...] = ()
 
     @property
+    def remedies(self) -> list[str]:
+        """What would make it feasible."""
+        return [] if self.point is None or self.feasible else [f"--slo {rounded_up(self.point.latency_s.mid)} would be met"]
+
+    @property
     def label(self) -> Origin:
         """What its times and dollars may be called."""
         return self._label("time_shares")
@@ -108,7 +114,7 @@ def answer_units(question: Question, task: Task, estimator: Estimator, others: S
     own = [one for one in options if one.steps.deployment.quantization == q.formats[0]]
     best = _choose((one.best for one in own if one.best), q.objective)
     point = best or _choose((one.fastest for one in own if one.fastest), "latency")
-    notes = [*estimator.notes, *(point.notes if point else ())]
+    notes = [*estimator.notes, *(point.notes if point else ()), *host_note(q.host_us)]
     if point is None:
         return UnitAnswer(q, task, tuple(options), None, False, None, notes=tuple(notes))
     return UnitAnswer(

@@ -153,7 +153,12 @@ def test_where_the_time_goes_adds_up():
 
 @pytest.mark.parametrize(
     "workload",
-    [SHORT, Workload(isl=3000, osl=100, chunk_tokens=1024, prefix_hit=0.2, slo_tpot_s=0.01), dataclasses.replace(SHORT, draft_tokens=2)],
+    [
+        SHORT,
+        Workload(isl=3000, osl=100, chunk_tokens=1024, prefix_hit=0.2, slo_tpot_s=0.01),
+        dataclasses.replace(SHORT, draft_tokens=2),
+        Workload(isl=32, osl=8, slo_tpot_s=0.02),  # many prompts share a step
+    ],
 )
 def test_the_commands_measure_what_is_missing(workload, tmp_path):
     """Results of the plans that the commands name make nine tenths of the answer measured (all but what drafting costs)."""

@@ -4,12 +4,16 @@ import dataclasses
 import itertools
 
 import pytest
-from made_sides import ASKED, TERMS, made_up, point, side, terms_of
+from made_sides import ASKED, H200, MODEL, TERMS, made_up, point, side, terms_of
 
-from klab.harness.cost.flips import by_link, by_price, by_rate, certainty
+from klab.harness.catalog import find_chip, find_model
+from klab.harness.cost.estimate import Estimator
+from klab.harness.cost.flips import by_length, by_link, by_price, by_rate, certainty
 from klab.harness.cost.place import Demand, ranked
 from klab.harness.cost.ranges import Range
+from klab.harness.cost.sides import Builder, sides_of
 from klab.harness.cost.staffing import Terms
+from klab.harness.cost.workload import Deployment
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,6 +81,33 @@ def test_rounding_is_told_from_what_would_flip_anyway():
         shapes = {option.shape: option.value for option in reversed(base.options)}
         expected = shapes[ranking.winner.shape] / shapes[flip.winner.shape] - 1
         assert flip.behind > 0 and flip.behind_unrounded == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("model", [MODEL, find_model("deepseek-v3")], ids=lambda model: model.name)
+def test_lengths_flip_as_when_asked_for_anew(model):
+    """Against all sides built for the other length: longer prompts want larger steps and more GPUs, experts do not slow down evenly."""
+    chips = [H200, find_chip("b200")]
+    terms = {"h200": Terms(Range.exact(4.24), 1.0), "b200": Terms(Range.exact(7.25), 1.0)}
+    builder = Builder({chip.name: Estimator(chip) for chip in chips})
+    like = Deployment(model, H200, 1, quantization="fp8_block" if "deepseek" in model.name else "")
+
+    def at(isl):
+        w = dataclasses.replace(ASKED, isl=isl, slo_tpot_s=0.025)
+        sides = [one for chip in chips for one in sides_of(chip, None, like, w, builder)[0]]
+        return sides, ranked(sides, Demand(w, 20.0), terms)
+
+    sides, ranking = at(8192)
+    flips = {flip.up: flip for flip in by_length(builder, sides, ranking, terms).flips}
+    for up in (False, True):
+        flip = flips.get(up)
+        for isl in (16384, 32768) if up else (4096, 2048):
+            anew = at(isl)[1]
+            base = next((option.value for option in anew.options if option.shape == ranking.winner.shape), None)
+            if flip is None or (isl < flip.at if up else isl > flip.at):
+                assert base == pytest.approx(anew.winner.value)
+            elif isl == flip.at:
+                assert flip.winner.shape == anew.winner.shape and flip.behind == pytest.approx(base / anew.winner.value - 1, abs=0.02)
+                assert flip.kept == (isl // 2 if up else isl * 2)
 
 
 def test_corners():

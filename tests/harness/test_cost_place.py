@@ -9,7 +9,7 @@ import pytest
 from made_sides import ASKED, CARD, MODEL, TERMS, about, made_up, point, side, terms_of
 
 from klab.harness.catalog import find_chip, find_model
-from klab.harness.cost.estimate import Estimator
+from klab.harness.cost.estimate import Estimator, Origin
 from klab.harness.cost.place import COUNTS, Demand, _with_room, ranked
 from klab.harness.cost.serving import decode_pool, operating_points
 from klab.harness.cost.sides import Builder, climb, sides_of
@@ -79,6 +79,21 @@ def test_shares_of_prefill_and_decode_follow_their_rates():
     assert best.fleet.usd_per_hour.low == pytest.approx(24 * (2 / 4.4 * 3.0 * 0.7 + 4 / 6.6 * 5.0 * 0.7))
     # Boards: 1 kJ per request each, and idle power for what is not busy (nothing here).
     assert best.fleet.board_w.mid == pytest.approx(24 * 2000.0)
+
+
+def test_joules_are_called_by_what_they_rest_on():
+    """Published times need not come with published powers; what waits is modelled; of a model half understood all is."""
+    told = {Origin.REFERENCE: 0.95, Origin.MODELLED: 0.05}
+    both = dataclasses.replace(point("both", 0.1, 0.01, 10.0), time_shares=told, energy_shares=told)
+    demand = Demand(ASKED, 10.0, count="fractions")
+    (full,) = ranked([side("a", 2, [both])], demand, TERMS).options
+    assert full.label == full.energy_label == Origin.REFERENCE and full.energy_shares == pytest.approx(full.time_shares)
+    (idle,) = ranked([side("a", 2, [both])], dataclasses.replace(demand, rate_per_s=1.0, count="machines"), TERMS).options
+    # 1 kW of work and 780 W of waiting.
+    assert (idle.label, idle.energy_label) == (Origin.REFERENCE, Origin.MODELLED)
+    assert idle.energy_shares[Origin.REFERENCE] == pytest.approx(0.95 * 1000 / 1780) and sum(idle.energy_shares.values()) == pytest.approx(1)
+    (powerless,) = ranked([side("a", 2, [dataclasses.replace(both, energy_shares={Origin.MODELLED: 1.0})])], demand, TERMS).options
+    assert (powerless.label, powerless.energy_label) == (Origin.REFERENCE, Origin.MODELLED)
 
 
 def test_what_waits_draws_power():

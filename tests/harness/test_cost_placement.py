@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from made_sides import ASKED, CARD, H200, MODEL
@@ -89,7 +90,17 @@ def test_the_verb():
     assert head["type"] == "placement" and head["label"] == "modelled" and head["winner"]["value"] == options[0]["value"]
     assert [option["value"] for option in options] == sorted(option["value"] for option in options)
     assert {line["type"] for line in lines} == {"placement", "option", "role", "sensitivity", "note"}
-    assert all(option["label"] == "modelled" for option in options)
+    assert all(option["label"] == option["energy_label"] == "modelled" for option in options)
+
+
+def test_tables_that_were_asked_for_are_not_asked_of_a_datasheet(monkeypatch):
+    """Nobody publishes measurements of a chip that is not there."""
+    asked = {}
+    monkeypatch.setattr(
+        "klab.harness.cost.sources.estimator_for", lambda chip, **given: asked.update({chip.name: given["reference"]}) or Estimator(chip)
+    )
+    ran = klab("--chips", f"h200,{CARD}", "-p", "decode-card=1", "--rate", "300", "--tp", "1", "--reference", "tables")
+    assert ran.exit_code == 0 and asked == {"h200": Path("tables"), "decode-card": False}
 
 
 def test_the_verb_for_people():
@@ -114,6 +125,8 @@ def test_the_verb_for_people():
         (("--chips", "h200", "--rate", "1", "--quantization", "fp3"), "quantization is one of"),
         (("--chips", "h200", "--rate", "1", "--kw-per-gpu", "h200=0"), "--kw-per-gpu"),
         (("--chips", "h200", "--rate", "1", "--contract", "stolen"), "--contract is"),
+        (("--chips", "h200", "--rate", "1", "--host-us", "inf"), "--host-us"),
+        (("--chips", "h200", "--rate", "1", "--kw-per-gpu", "h200=inf"), "--kw-per-gpu"),
         (("--chips", "h200", "--rate", "1", "--isl", "90000000"), "exceed"),
     ],
 )

@@ -1,10 +1,13 @@
 """`klab cost` as a user types it."""
 
+import io
 import json
 import sys
 
 import pytest
+from rich.console import Console
 
+from klab.harness.cli import _console, _figures
 from klab.harness.cli.main import main
 from klab.harness.cost.single_pass import DENOISE_STEPS
 
@@ -135,6 +138,8 @@ def test_what_cannot_be_ends_in_1_with_an_answer(klab):
         (("--max-error", "2"), "--max-error 2"),
         (("--offline", "--slo-tpot", "25ms"), "contradict each other"),
         (("--steps", "20"), "--steps: qwen3-0.6b generates text"),
+        (("--expert-parallel",), "--expert-parallel: qwen3-0.6b has no experts"),
+        (("--reference", "nowhere"), "klab: nowhere holds no tables"),
         (("--profile", "nowhere.json"), "nowhere.json does not exist"),
     ],
 )
@@ -145,11 +150,30 @@ def test_bad_input_is_one_line_and_2(klab, options, words):
 
 def test_formats_are_compared_with_what_they_lose(klab):
     code, out, _ = klab(*QUICK, "-q", "all", "--offline")
-    assert code == 0 and "Formats (error" in out and "not measured" in out and "0 (unquantised)" in out and "no: computed wide" in out
+    assert code == 0 and "Formats (error" in out and "not measured" in out and "0 (unquantised)" in out and "no: wide" in out
     rows = lines(klab(*QUICK, "--max-error", "0.1", "--offline", "--json")[1])
     formats = [row for row in rows if row["type"] == "format"]
     assert [row["format"] for row in formats][:2] == ["none", "fp8_block"] and all(row["wide_error"] is None for row in formats)
     assert rows[-1]["deployment"] == "h200"
+
+
+def test_what_stops_a_point_and_what_the_host_takes_is_told(klab):
+    rows = [line for line in klab(*QUICK, "--objective", "latency", "--host-us", "500")[1].splitlines() if "kept" in line]
+    assert "1 of " in rows[0] and rows[0].rstrip("│ ").endswith("latency")
+    out = klab(*QUICK, "--slo-ttft", "none", "--slo-tpot", "none", "--host-us", "500")[1]
+    assert "kept" not in out and "missed" not in out and "no more tokens per GPU" in out
+    assert "of the time is the wait for the host" in out and "the wait for the host" not in klab(*QUICK, "--host-us", "0")[1]
+
+
+def test_a_narrow_terminal_is_enough(klab, monkeypatch):
+    monkeypatch.setattr(_console, "out", narrow := Console(highlight=False, force_terminal=True, color_system=None, width=110))
+    monkeypatch.setattr(_figures, "out", narrow)
+    narrow.file = io.StringIO()
+    klab("cost", "-m", "llama-3.1-70b", "-c", "h200", "--reference", "no", "--isl", "1024", "--osl", "64")
+    shown = narrow.file.getvalue()
+    assert "bfloat16" in shown and "prefill_attention" in shown and "35.3 + " in shown and "the longest launch" not in shown
+    tables = [line for line in shown.splitlines() if line[:1] in "│┃┏└"]
+    assert max(map(len, tables)) <= 110 and "tp 1: 141 GB of weights per GPU exceed" in shown
 
 
 def test_a_batch_job_promises_nothing(klab):
@@ -164,8 +188,12 @@ def test_pictures_and_speech(klab):
     assert code == 0 and "$ per image" in out and "images per GPU-hour" in out and "gross margin" in out and "per other" not in out
     one, half = (lines(klab(*line, "--steps", n, "--json")[1])[-1]["point"] for n in (DENOISE_STEPS, DENOISE_STEPS // 2))
     assert half["joules_per_unit"]["mid"] == pytest.approx(one["joules_per_unit"]["mid"] / 2, rel=0.01)
-    assert klab(*line, "--slo", "1ms")[0] == 1
+    code, out, err = klab(*line, "--slo", "1ms")
+    nearest = out.partition("--slo ")[2].split()[0]
+    assert code == 1 and "would be met" in out and klab(*line, "--slo", nearest)[0] == 0 and "waits for the host" in err
     code, _, err = klab(*line, "--slo-tpot", "25ms")
     assert code == 2 and "flux.1-dev is not billed by the token" in err
-    code, out, _ = klab("cost", "-m", "whisper-large-v3", "-c", "h200", "--reference", "no", "--tp", "1", "--json")
+    speech = ("cost", "-m", "whisper-large-v3", "-c", "h200", "--reference", "no", "--tp", "1")
+    assert klab(*speech, "--steps", "3")[0] == 2 and "draws nothing" in klab(*speech, "--no-guidance")[2]
+    code, out, _ = klab(*speech, "--json")
     assert code == 0 and lines(out)[-1]["point"]["unit"] == "audio hour"

@@ -352,7 +352,7 @@ def test_a_format_of_experts_alone():
 
 
 def test_weights_that_every_gpu_holds_whole():
-    """DeepSeek V3's first projection (2112 x 7168) and its router (256 x 7168) are not divided; nor are the keys and values of 8 heads by 16."""
+    """DeepSeek V3: the first projection (2112 x 7168) and the router (256 x 7168). Llama: keys and values of 8 heads on 16 GPUs."""
     whole, eighth = (planned("deepseek-v3", tp=tp, quantization="fp8_block").weight_bytes for tp in (1, 8))
     latent, router = 61 * 2112 * 7168, 58 * 256 * 7168
     assert eighth - whole / 8 == pytest.approx(7 / 8 * (latent + router), rel=0.01)

@@ -57,10 +57,8 @@ def available(given: Path | str | None = None) -> Path | None:
         for inside in (folder, folder / "systems", folder / MODULE / "systems"):
             if (inside / "data").is_dir():
                 return inside
-        source = "--data" if given else VARIABLE
-        raise UsageError(
-            f"{source}: {folder} holds no tables (a folder data/ with one folder per system), as {PACKAGE} has them in systems/"
-        )
+        source = "" if given else f"{VARIABLE}: "
+        raise UsageError(f"{source}{folder} holds no tables (a folder data/ with one folder per system), as {PACKAGE} has them in systems/")
     spec = importlib.util.find_spec(MODULE)
     places = spec.submodule_search_locations if spec else None
     folders = (Path(place) / "systems" for place in places or ())
@@ -71,7 +69,7 @@ def require(given: Path | str | None = None) -> Path:
     """`available`, or UsageError with how to get the tables."""
     folder = available(given)
     if folder is None:
-        raise UsageError(f"no reference tables are here: {INSTALL} installs {PACKAGE}, or name a folder of them (--data, {VARIABLE})")
+        raise UsageError(f"no reference tables are here: {INSTALL} installs {PACKAGE}, or name a folder of them ({VARIABLE})")
     return folder
 
 
