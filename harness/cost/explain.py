@@ -159,7 +159,10 @@ def commands(point: OperatingPoint, model: str, chip: str, lacking: list[Missing
         new = min(w.new_tokens, w.chunk_tokens)
         prefix = w.cached_tokens + (w.new_tokens - new) // 2
         before = f" --with prefix_len={prefix}" if prefix else ""
-        batches = ",".join(map(str, sorted({max(1, point.concurrency // 2), point.concurrency})))
+        # While prompts wait or are computed, fewer sequences decode than are in flight.
+        decoding = [max(1, round(kind.decoding)) for kind in flows(w, point.concurrency)[-1].kinds if kind.decoding]
+        sizes = {*decoding, max(1, min(decoding) // 2), point.concurrency} if decoding else {point.concurrency}
+        batches = ",".join(map(str, sorted(sizes)))
         verify = f" --with q_len={w.draft_tokens + 1}" if w.draft_tokens else ""
         decode = f"--isl {w.isl} --osl {w.osl} --batch {batches} {shared}{with_}{verify}"
         prefill = f"--isl {new + prefix} --osl {w.osl} {shared}{with_}{before}"

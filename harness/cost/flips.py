@@ -21,7 +21,7 @@ RATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0, 8.0, 16.0)
 LATENCIES = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0, 4.0)
 LENGTHS = (0.25, 0.5, 2.0, 4.0)
 # Arrangements (by shape) that are worked out again at other lengths, and corners of the ranges that are looked at.
-CONTENDERS, CORNER_CHIPS = 6, 4
+CONTENDERS, CORNER_CHIPS = 4, 4
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,11 @@ def sides_of_all(
 ) -> tuple[list[Side], list[str]]:
     """`sides_of` every chip, in their order, by up to `jobs` processes; the builder's estimators know afterwards what was asked.
 
-    One process where there is one chip, or the system cannot fork.
+    One process where there is one chip, or the system cannot fork. Nor is a process forked in which DuckDB (the reader of published tables)
+    may run: its threads would be missing in the fork, which would wait for them for ever.
     """
     global _task
-    jobs = min(jobs, len(chips)) if sys.platform == "linux" else 1
+    jobs = min(jobs, len(chips)) if sys.platform == "linux" and "duckdb" not in sys.modules else 1
     _task = (chips, sizes, like, workload, builder)
     try:
         if jobs > 1:

@@ -75,6 +75,10 @@ class Side:
         return self.by_role.get(role, ())
 
 
+class NoRoom(UsageError):
+    """A deployment whose memory holds not one request."""
+
+
 class Builder:
     """Makes sides of deployments; keeps the estimators and the steps, so that another workload costs only what is new."""
 
@@ -90,7 +94,7 @@ class Builder:
         steps = self._steps_of(deployment)
         fit = fit_of(steps, workload)
         if fit.why_not:
-            raise UsageError(fit.why_not)
+            raise NoRoom(fit.why_not)
         phases = deployment.chip.phases
         roles = {role for role in roles if role in phases or (role == "both" and len(phases) == 2)}
         prefill = prefill_pool(steps, workload, LOADS)
@@ -222,17 +226,18 @@ def sides_of(
     Also in a line each: why a size that was asked for, or the chip, is not among them.
     """
     found: list[Side] = []
-    reasons: dict[int, str] = {}
+    reasons: dict[int, UsageError] = {}
     for tp in sizes or (*TENSOR_PARALLEL, *BEYOND):
         if sizes is None and (len(found) == SIZES or (found and tp in BEYOND)):
             break
         try:
             found.append(builder.side(replace(like, chip=chip, tp=tp), workload))
         except UsageError as error:
-            reasons[tp] = str(error)
+            reasons[tp] = error
     if sizes is None:
-        # Of sizes that were only tried, the last tells why the chip is left out.
-        reasons = {} if found else dict(list(reasons.items())[-1:])
+        # Of sizes that were only tried, the last tells why the chip is left out: the last without room, as others may just not divide.
+        short = {tp: error for tp, error in reasons.items() if isinstance(error, NoRoom)}
+        reasons = {} if found else dict(list((short or reasons).items())[-1:])
     return found, [f"{chip.name} x {tp}: {reason}" for tp, reason in reasons.items()]
 
 

@@ -161,29 +161,33 @@ def test_where_the_time_goes_adds_up():
     ],
 )
 def test_the_commands_measure_what_is_missing(workload, tmp_path):
-    """Results of the plans that the commands name make nine tenths of the answer measured (all but what drafting costs)."""
-    question = asked(workload=workload, tps=(1,))
-    found = answer(question, estimator_for(H200, results=[], reference=False))
-    point, model = found.priced.point, Estimator(H200)
-    lines = commands(point, "qwen3-0.6b", "h200", missing(point))
-    assert lines and all(line.startswith("klab run --model qwen3-0.6b --chip h200") for line in lines)
+    """Results of the plans that the commands name make nine tenths of the answer measured (all but what drafting costs); a second time
+    where the better times moved the answer to another load.
+    """
+    question, model = asked(workload=workload, tps=(1,)), Estimator(H200)
+    point = first = answer(question, estimator_for(H200, results=[], reference=False)).priced.point
     rows = []
-    for line in lines:
-        told = dict(re.findall(r"--(isl|osl|batch|tp) (\S+)", line))
-        fields = dict(one.split("=") for one in re.findall(r"--with (\S+)", line))
-        batches = tuple(map(int, told.get("batch", "1").split(",")))
-        lengths = {"isl": int(told["isl"]), "osl": int(told["osl"]), "batches": batches, "tp": int(told["tp"])}
-        made_plan = plan(SMALL, H200, scenario_for(SMALL, H200, **lengths, **{name: int(value) for name, value in fields.items()}))
-        phase = re.search(r"--phase (\w+)", line)
-        for row in made_plan.rows:
-            if row.problem and (phase is None or row.phase == phase[1]):
-                us = model.launch(row.problem).us.mid
-                rows.append(made(row.problem, "triton_x", level_us=us, noise=0.002))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in {r.key: r for r in rows}.values()))
-    measured = answer(question, estimator_for(H200, results=[tmp_path], reference=False)).priced.point
-    drafts = sum(s.share for s in spent(measured) if s.operator == "draft")
-    assert measured.time_shares[Origin.MEASURED] > 0.95 * (1 - drafts)
-    assert measured.tpot_s.mid == pytest.approx(point.tpot_s.mid, rel=0.15)
+    for _ in range(2):
+        lines = commands(point, "qwen3-0.6b", "h200", missing(point))
+        assert lines and all(line.startswith("klab run --model qwen3-0.6b --chip h200") for line in lines)
+        for line in lines:
+            told = dict(re.findall(r"--(isl|osl|batch|tp) (\S+)", line))
+            fields = dict(one.split("=") for one in re.findall(r"--with (\S+)", line))
+            batches = tuple(map(int, told.get("batch", "1").split(",")))
+            lengths = {"isl": int(told["isl"]), "osl": int(told["osl"]), "batches": batches, "tp": int(told["tp"])}
+            made_plan = plan(SMALL, H200, scenario_for(SMALL, H200, **lengths, **{name: int(value) for name, value in fields.items()}))
+            phase = re.search(r"--phase (\w+)", line)
+            for row in made_plan.rows:
+                if row.problem and (phase is None or row.phase == phase[1]):
+                    us = model.launch(row.problem).us.mid
+                    rows.append(made(row.problem, "triton_x", level_us=us, noise=0.002))
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row.to_json()) + "\n" for row in {r.key: r for r in rows}.values()))
+        point = answer(question, estimator_for(H200, results=[tmp_path], reference=False)).priced.point
+        drafts = sum(s.share for s in spent(point) if s.operator == "draft")
+        if point.time_shares[Origin.MEASURED] > 0.95 * (1 - drafts):
+            break
+    assert point.time_shares[Origin.MEASURED] > 0.95 * (1 - drafts)
+    assert point.tpot_s.mid == pytest.approx(first.tpot_s.mid, rel=0.15)
 
 
 def test_the_commands_name_the_very_steps():

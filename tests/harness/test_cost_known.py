@@ -1,5 +1,6 @@
 """Known facts and the sizes between them: against a chip whose every time is known."""
 
+import dataclasses
 import math
 import random
 
@@ -70,7 +71,7 @@ def test_between_known_sizes_the_error_is_small_and_the_interval_tells_it(grid):
 
 def test_the_interval_is_no_narrower_than_what_its_neighbours_were_measured_to():
     sure, unsure = (Interpolated([fact(p, doubt=d) for p in GRID], H200).launch(Matmul(100, 4096, 4096)) for d in (0.01, 0.3))
-    assert unsure.us.doubt > 0.25 > 0.1 > sure.us.doubt >= 0.029
+    assert unsure.us.doubt > 0.25 > 0.12 > sure.us.doubt >= 0.099
     assert sure.us.mid == unsure.us.mid
 
 
@@ -249,3 +250,24 @@ def test_of_relatives_of_one_size_the_very_problem_is_told():
     unusable = Members(np.array([family.size_of(p) for p in pages], dtype=float), [facts[0], None, facts[2]].__getitem__, family, LIMITS)
     assert unusable.launch(pages[1]).us.mid != 101 and "page_size" in unusable.launch(pages[1]).how
     assert Members(np.array([[1.0, 2, 3, 4]]), [None].__getitem__, family, LIMITS).launch(pages[0]) is None
+
+
+def test_far_beyond_all_that_is_known_is_a_model() -> None:
+    """Four times the largest known size is answered from its neighbours' share of the roofline, and is not called measured."""
+    known = Interpolated([fact(p) for p in GRID], H200)
+    largest = max(p.m for p in GRID)
+    for times, origin in ((1, Origin.MEASURED), (2, Origin.MEASURED), (4, Origin.MODELLED)):
+        found = known.launch(Matmul(times * largest, 4096, 4096))
+        assert found is not None and found.origin is origin, times
+
+
+def test_where_nobody_measured_a_slow_chip_stays_slow() -> None:
+    """Every measured matmul took five times what the model says: so do the sizes that are too far from all of them."""
+    model, far = Modelled(H200), Matmul(1_000_000, 64, 64)
+    slow = [Known(p, 5 * Range.exact(model.us(p)[0].mid), Origin.MEASURED) for p in GRID]
+    plain, scaled = Estimator(H200).launch(far), Estimator(H200, [Interpolated(slow, H200)]).launch(far)
+    assert scaled.origin is Origin.MODELLED and "times as long as usual" in scaled.how
+    assert scaled.us.mid == pytest.approx(5 * plain.us.mid) and scaled.us.low < scaled.us.mid < scaled.us.high
+    published = [dataclasses.replace(one, origin=Origin.REFERENCE) for one in slow]
+    assert Estimator(H200, [Interpolated(published, H200)]).launch(far).us == plain.us  # the model is fitted to those
+    assert Estimator(H200, [Interpolated(slow[:3], H200)]).launch(far).us == plain.us

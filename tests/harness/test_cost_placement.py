@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,8 @@ def test_real_points_agree_with_the_search():
     assert {one.what for one in answer.sensitivities} >= {"price of h200", "prompt length", "rate", "TTFT allowed", "TPOT allowed"}
 
 
-def test_a_process_per_chip_says_the_same():
+def test_a_process_per_chip_says_the_same(monkeypatch):
+    monkeypatch.delitem(sys.modules, "duckdb", raising=False)
     chips = [H200, find_chip(CARD)]
     w = Workload(512, 64, slo_tpot_s=0.005)
     like = Deployment(find_model("qwen3-0.6b"), H200, memory_share=0.05)
@@ -74,6 +76,16 @@ def test_a_process_per_chip_says_the_same():
         made.append((*sides_of_all(chips, (1, 5), like, w, builder, jobs), builder.estimators["h200"].answers))
     assert made[0] == made[1] and len(made[0][0]) == 2 and "tensor parallelism of 5" in made[0][1][0]
     assert len(made[1][2][0]) > 20
+
+
+def test_nothing_is_forked_beside_a_reader_of_tables(monkeypatch):
+    """A fork lacks the threads of DuckDB: a second answer in one process would never end."""
+    monkeypatch.setitem(sys.modules, "duckdb", object())
+    monkeypatch.setattr("klab.harness.cost.side_jobs.ProcessPoolExecutor", lambda *_: pytest.fail("forked"))
+    chips = [H200, find_chip(CARD)]
+    builder = Builder({chip.name: Estimator(chip) for chip in chips})
+    like = Deployment(find_model("qwen3-0.6b"), H200, memory_share=0.05)
+    assert len(sides_of_all(chips, (1,), like, Workload(512, 64), builder, 2)[0]) == 2
 
 
 def klab(*arguments):
