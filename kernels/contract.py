@@ -117,6 +117,11 @@ class Chip:
     phases: tuple[str, ...] = ("prefill", "decode")
     provenance: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """The chip of its fields as JSON has them: lists become tuples, so that it stays hashable."""
+        return cls(**{name: _frozen(value) for name, value in data.items()})
+
     @property
     def target(self) -> int:
         """Compute capability as Triton writes it: 90 for Hopper, 100 for Blackwell, 0 for a CPU."""

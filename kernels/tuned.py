@@ -192,8 +192,7 @@ def _chip(profile: Mapping[str, Json], where: str) -> Chip:
     if not limits:
         raise UsageError(f"{where} does not say for which chip its kernels were built (an older klab wrote it): choose again")
     known = {f.name for f in dataclasses.fields(Chip)}
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in limits.items() if name in known}
-    return Chip(**fields)
+    return Chip.from_json({name: value for name, value in limits.items() if name in known})
 
 
 def _check_device(chip: Chip, measured_on: str, where: str, any_device: bool) -> None:

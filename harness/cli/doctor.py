@@ -41,8 +41,7 @@ def command(app: typer.Typer) -> None:
             for finding in findings:
                 emit(finding.to_json())
         else:
-            marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[bold red]fail[/]"}
-            rows = [(marks[f.level], f.topic, f.finding, f.remedy) for f in findings]
+            rows = [(f.level, f.topic, f.finding, f.remedy) for f in findings]
             table("This machine", ("", "topic", "finding", "remedy"), rows)
         counts = {level: sum(f.level == level for f in findings) for level in ("ok", "warn", "fail")}
         verdict = "usable" if usable(findings) else "not usable"

@@ -29,11 +29,6 @@ from klab.kernels.errors import CannotMeasure, KlabError
 ORPHAN_CHECK_S = 1.0
 
 
-def chip_from(data: Mapping[str, Json]) -> Chip:
-    """The inverse of `dataclasses.asdict` through JSON."""
-    return Chip(**{**data, "compute_capability": tuple(data["compute_capability"])})
-
-
 class Worker:
     """Answers requests: `hello` first, then those of Session."""
 
@@ -60,7 +55,7 @@ class Worker:
         import torch
 
         torch.set_grad_enabled(False)
-        chosen = chip_from(chip)
+        chosen = Chip.from_json(chip)
         facts: dict[str, Any] = {**environment.software(), **environment.host()}
         if chosen.kind == "cuda":
             properties = torch.cuda.get_device_properties(0)

@@ -108,9 +108,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe = _private_stdout()
     hello = json.loads(sys.stdin.readline())
-    chip_fields = hello["chip"]
-    chip_fields["compute_capability"] = tuple(chip_fields["compute_capability"])
-    chip = Chip(**chip_fields)
+    chip = Chip.from_json(hello["chip"])
     catalogue = discover(hello["kernel_dirs"])
     _limit_memory(hello["memory_bytes"])
 

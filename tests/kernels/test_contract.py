@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from klab.kernels.contract import Config, NoConfig, digest
+from klab.harness.catalog import find_chip
+from klab.kernels.contract import Chip, Config, NoConfig, digest
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
@@ -248,3 +250,10 @@ def test_every_form_of_import_is_followed(line, tmp_path):
     alone = tmp_path / "alone.py"
     alone.write_text("x = 1\n")
     assert [file.name for file in sources_of(alone)] == ["alone.py"] and source_digest(alone) != source_digest(path)
+
+
+def test_a_chip_survives_json_and_stays_hashable():
+    """Workers get the chip as JSON, and kernels keep what they compiled by chip."""
+    for chip in (find_chip("h200"), find_chip("b200")):
+        again = Chip.from_json(json.loads(json.dumps(dataclasses.asdict(chip))))
+        assert again == chip and hash(again) == hash(chip)
