@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -26,6 +28,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """
     os.environ["KLAB_CACHE"] = str(tmp_path_factory.mktemp("klab-cache"))
     os.environ["KLAB_LOCK_DIR"] = str(tmp_path_factory.mktemp("klab-locks"))
+
+
+@pytest.fixture
+def klab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int | str, str, str]]:
+    """Run a command line; returns (exit code, stdout, stderr)."""
+    from klab.harness.cli.main import main
+
+    def run(*args: object) -> tuple[int | str, str, str]:
+        monkeypatch.setattr(sys, "argv", ["klab", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
 
 
 @pytest.hookimpl(tryfirst=True)

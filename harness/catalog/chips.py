@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any
 
 from klab.harness.catalog.cpu import detect_cpu
 from klab.harness.catalog.models import PROFILES
+from klab.harness.catalog.toml_file import read_toml
 from klab.kernels.contract import Chip
 from klab.kernels.errors import CannotMeasure, UsageError
 
@@ -65,7 +65,7 @@ def find_real_chip(name: str) -> Chip:
 def chip_of_device(device: str) -> Chip | None:
     """The chip of the catalog that CUDA calls `device` ("NVIDIA H200"), or None."""
     for path in sorted((PROFILES / "chips").glob("*.toml")):
-        if device.strip().lower() in (str(known).lower() for known in _read(path).get("devices", ())):
+        if device.strip().lower() in (str(known).lower() for known in read_toml(path).get("devices", ())):
             return chip_from_toml(path)
     return None
 
@@ -95,7 +95,7 @@ def _cuda_device() -> str | None:
 
 def chip_from_toml(path: Path) -> Chip:
     """Read a chip file. UsageError names a missing, malformed or unknown field."""
-    data = _read(path)
+    data = read_toml(path)
     numbered = _DATASHEET if data.get("kind") == "datasheet" else _NUMBERS
     missing = [field for field in ("name", "kind", "peak_tflops", *numbered) if field not in data]
     if missing:
@@ -144,14 +144,3 @@ def _number(path: Path, field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise UsageError(f"{path}: {field} is {value!r}; it must be a positive number")
     return float(value)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not TOML: it is no UTF-8 text") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error

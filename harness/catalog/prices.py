@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date as day
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from klab.harness.catalog.models import PROFILES
+from klab.harness.catalog.toml_file import read_toml
 from klab.kernels.errors import UsageError
 
 CONTRACTS = ("on_demand", "reserved", "owned")
@@ -237,11 +237,11 @@ def _facts(root: Path | None, name: str) -> tuple[Path, dict[str, Any]]:
     path = root if root and not root.is_dir() else (root or PROFILES / "prices") / name
     if root and root.is_dir() and not path.exists():
         path = PROFILES / "prices" / name
-    return path, _read(path)
+    return path, read_toml(path)
 
 
 def _prices_in(path: Path) -> list[Price]:
-    data = _read(path)
+    data = read_toml(path)
     _only(path, data, ("price",))
     tables = data.get("price")
     if not isinstance(tables, list) or not tables:
@@ -363,14 +363,3 @@ def _only(where: Path | str, table: Mapping[str, Any], known: tuple[str, ...]) -
     unknown = sorted(set(table) - set(known))
     if unknown:
         raise UsageError(f"{where}: unknown field {', '.join(unknown)}; it has {', '.join(known)}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not TOML: it is no UTF-8 text") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error

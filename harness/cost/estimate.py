@@ -140,3 +140,20 @@ def label_of(shares: Mapping[Origin, float]) -> Origin:
     if measured >= ENOUGH:
         return Origin.MEASURED
     return Origin.REFERENCE if measured + shares.get(Origin.REFERENCE, 0.0) >= ENOUGH else Origin.MODELLED
+
+
+class Labelled:
+    """What has shares of its time and energy by what they rest on."""
+
+    time_shares: Mapping[Origin, float]
+    energy_shares: Mapping[Origin, float]
+
+    @property
+    def label(self) -> Origin:
+        """What its times may be called."""
+        return label_of(self.time_shares)
+
+    @property
+    def energy_label(self) -> Origin:
+        """What its energy may be called."""
+        return label_of(self.energy_shares)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from klab.harness.cost.estimate import Origin, label_of
+from klab.harness.cost.estimate import Labelled, Origin
 from klab.harness.cost.mix import Mix, decode_step, energy, grid, idle_joules, inverse, most_concurrent, most_scheduled, shares
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.steps import Steps
@@ -17,7 +17,7 @@ LOADS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
-class PoolPoint:
+class PoolPoint(Labelled):
     """A replica that only prefills or only decodes (`role`).
 
     `latency_s`: mean TTFT without any transfer, or TPOT; `requests_per_s` at this point; `load`: share of the time in which the replica
@@ -36,16 +36,6 @@ class PoolPoint:
     load: float = 1.0
     limit: str = ""
     mix: Mix = field(default=(), compare=False, repr=False)
-
-    @property
-    def label(self) -> Origin:
-        """What its times may be called."""
-        return label_of(self.time_shares)
-
-    @property
-    def energy_label(self) -> Origin:
-        """What its energy may be called."""
-        return label_of(self.energy_shares)
 
 
 def prefill_pool(steps: Steps, workload: Workload, loads: Sequence[float] = LOADS) -> list[PoolPoint]:

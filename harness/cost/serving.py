@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from klab.harness.cost.estimate import Origin, label_of
+from klab.harness.cost.estimate import Labelled, Origin
 from klab.harness.cost.flow import Flow, Kind, flows
 from klab.harness.cost.mix import (
     MOST_REQUESTS,
@@ -37,7 +37,7 @@ CLOSE = 0.03
 
 
 @dataclass(frozen=True)
-class OperatingPoint:
+class OperatingPoint(Labelled):
     """A replica in steady state with `concurrency` requests in flight.
 
     Latencies are means over requests, as `concurrency` clients see them who each send the next request when one ends; TTFT includes the
@@ -88,16 +88,6 @@ class OperatingPoint:
         """Of one GPU's board while there is work."""
         busy = Range.of(lambda all_j, idle_j: all_j - idle_j, self.joules_per_request, self.idle_joules_per_request)
         return Range.of(lambda j, s: j / s / self.deployment.tp, busy, inverse(self.requests_per_s))
-
-    @property
-    def label(self) -> Origin:
-        """What its times may be called."""
-        return label_of(self.time_shares)
-
-    @property
-    def energy_label(self) -> Origin:
-        """What its energy may be called."""
-        return label_of(self.energy_shares)
 
     def by_operator(self) -> dict[str, Range]:
         """Seconds of the replica's time per request and operator, longest first; "host" is the time between steps."""

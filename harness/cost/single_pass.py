@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from klab.harness.catalog.architecture import Model
-from klab.harness.cost.estimate import Origin, label_of
+from klab.harness.cost.estimate import Labelled, Origin
 from klab.harness.cost.mix import Mix, energy, idle_joules, inverse, shares
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.steps import Steps
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class PassPoint:
+class PassPoint(Labelled):
     """A replica that works on `batch` of a `unit` at once: "image", "video", "audio hour" (its windows), or "request".
 
     `latency_s`: from the start of a batch to its end (of an audio hour: of one batch of windows). `units_per_s` at full load.
@@ -87,16 +87,6 @@ class PassPoint:
     def units_per_gpu_hour(self) -> Range:
         """At full load."""
         return self.units_per_s * (3600 / self.deployment.tp)
-
-    @property
-    def label(self) -> Origin:
-        """What its times may be called."""
-        return label_of(self.time_shares)
-
-    @property
-    def energy_label(self) -> Origin:
-        """What its energy may be called."""
-        return label_of(self.energy_shares)
 
     @property
     def meets(self) -> bool:

@@ -2,14 +2,12 @@
 
 import json
 import random
-import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from klab.harness.catalog.prices import find_price, load_facility, load_ownership, load_prices
-from klab.harness.cli.main import main
 from klab.harness.cost.price import (
     HOURS_PER_MONTH,
     NEVER,
@@ -195,20 +193,6 @@ def test_terms_that_no_contract_has():
 def test_annuity():
     assert annuity(48, 0.0) == 48 and annuity(12, 0.1) == pytest.approx(sum(1.1 ** (-k / 12) for k in range(1, 13)))
     assert load_ownership().cost_of_capital.high < 1 and load_facility().pue.low >= 1
-
-
-@pytest.fixture
-def klab(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["klab", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def test_the_verb(klab, tmp_path):

@@ -2,13 +2,11 @@
 
 import io
 import json
-import sys
 
 import pytest
 from rich.console import Console
 
 from klab.harness.cli import _console, _figures
-from klab.harness.cli.main import main
 from klab.harness.cost.single_pass import DENOISE_STEPS
 
 QUICK = (
@@ -34,20 +32,6 @@ QUICK = (
 def _no_results(monkeypatch, tmp_path):
     monkeypatch.setenv("KLAB_RESULTS", str(tmp_path))
     monkeypatch.delenv("KLAB_REFERENCE", raising=False)
-
-
-@pytest.fixture
-def klab(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["klab", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def lines(text):

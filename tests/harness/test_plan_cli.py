@@ -2,25 +2,8 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
-
-from klab.harness.cli.main import main
-
-
-@pytest.fixture
-def klab(monkeypatch, capsys):
-    """Run a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["klab", *map(str, args)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 def lines(text):
