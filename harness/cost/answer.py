@@ -172,10 +172,7 @@ class Answer:
         return self._label("energy_shares")
 
     def _label(self, shares: str) -> Origin:
-        # Of a model that is not wholly understood, measured kernels are not the whole.
-        if self.priced is None or self.question.model.covered_share != 1:
-            return Origin.MODELLED
-        return label_of(getattr(self.priced.point, shares))
+        return label_of(getattr(self.priced.point, shares), self.question.model.covered_share) if self.priced else Origin.MODELLED
 
 
 def answer(

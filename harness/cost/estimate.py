@@ -134,8 +134,13 @@ def _first_sure(answers: Iterable[Estimate | None]) -> Estimate | None:
     return min(unsure, key=lambda one: (one.origin is Origin.MODELLED, one.us.doubt), default=None)
 
 
-def label_of(shares: Mapping[Origin, float]) -> Origin:
-    """What a total may be called: measured or reference only when 90% of it is (measured counts towards reference)."""
+def label_of(shares: Mapping[Origin, float], understood: float | None = 1.0) -> Origin:
+    """What a total may be called: measured or reference only when 90% of it is (measured counts towards reference).
+
+    `understood`: the model's covered share; of one that is not wholly understood, measured kernels are not the whole.
+    """
+    if understood != 1:
+        return Origin.MODELLED
     measured = shares.get(Origin.MEASURED, 0.0)
     if measured >= ENOUGH:
         return Origin.MEASURED

@@ -159,8 +159,9 @@ def commands(point: OperatingPoint, model: str, chip: str, lacking: list[Missing
         new = min(w.new_tokens, w.chunk_tokens)
         prefix = w.cached_tokens + (w.new_tokens - new) // 2
         before = f" --with prefix_len={prefix}" if prefix else ""
+        kinds = flows(w, point.concurrency)[-1].kinds
         # While prompts wait or are computed, fewer sequences decode than are in flight.
-        decoding = [max(1, round(kind.decoding)) for kind in flows(w, point.concurrency)[-1].kinds if kind.decoding]
+        decoding = [max(1, round(kind.decoding)) for kind in kinds if kind.decoding]
         sizes = {*decoding, max(1, min(decoding) // 2), point.concurrency} if decoding else {point.concurrency}
         batches = ",".join(map(str, sorted(sizes)))
         verify = f" --with q_len={w.draft_tokens + 1}" if w.draft_tokens else ""
@@ -172,7 +173,7 @@ def commands(point: OperatingPoint, model: str, chip: str, lacking: list[Missing
             found.append(f"klab run {base} {prefill} --phase prefill")
             found += [f"klab run {base} {decode} --phase decode"] if w.osl > 1 else []
         # Short prompts share a step: its launches see all their tokens as one heap.
-        together = max((kind.prompts for kind in flows(w, point.concurrency)[-1].kinds), default=1)
+        together = max((kind.prompts for kind in kinds), default=1)
         found += [f"klab run {base} {prefill} --with prefill_batch={together} --phase prefill"] if together > 1 else []
     if any(m.operator in KINDS for m in lacking):
         out = f"links-{d.chip.name}-{d.tp}.json"

@@ -153,9 +153,7 @@ class Option:
         return self._label(self.energy_shares)
 
     def _label(self, shares: Mapping[Origin, float]) -> Origin:
-        """Of a model that is not wholly understood, measured kernels are not the whole."""
-        model = self.pools[0].side.deployment.model
-        return label_of(shares) if model.covered_share == 1 else Origin.MODELLED
+        return label_of(shares, self.pools[0].side.deployment.model.covered_share)
 
     @property
     def usd_per_mtok(self) -> Range | None:

@@ -77,9 +77,7 @@ class UnitAnswer:
         return self._label("energy_shares")
 
     def _label(self, shares: str) -> Origin:
-        if self.point is None or self.question.model.covered_share != 1:
-            return Origin.MODELLED
-        return label_of(getattr(self.point, shares))
+        return label_of(getattr(self.point, shares), self.question.model.covered_share) if self.point else Origin.MODELLED
 
     def money_of(self, point: PassPoint) -> UnitMoney:
         """Of any of its points, at the question's price."""
