@@ -36,6 +36,10 @@ With = Annotated[
     ),
 ]
 Candidates = Annotated[str, typer.Option("--candidates", help="default, sample:N or all configurations of each kernel.")]
+FleetKind = Annotated[
+    str, typer.Option("--fleet", help="Who runs the trials: local (the devices of this machine) or ray (a cluster; kernel-lab[ray]).")
+]
+Address = Annotated[str | None, typer.Option("--address", help="With --fleet ray: the cluster's address, as ray.init takes it.")]
 Budget = Annotated[str | None, typer.Option("--budget", help="Time for everything: 90s, 8m, 1.5h. Default: until done.")]
 
 MaxError = Annotated[

@@ -73,6 +73,7 @@ def run_trials(
     fleet: Fleet | None = None,
     guests: Mapping[str, Trial] | None = None,
     keep_data: bool = False,
+    anchors: Sequence[str] = (),
 ) -> Summary:
     """Measure all trials on every device here that is this chip; `on_result` is called in this thread, once per trial that ended.
 
@@ -82,12 +83,12 @@ def run_trials(
     note. CannotMeasure when the chip is not here or all its devices are locked; what `on_result` raises ends the run.
 
     With a `fleet` its workers are used and stay; otherwise they live for this call. `guests` maps a problem's key to the baseline that
-    runs along in its contests for comparison, and gives no Result. `keep_data` as for a Contest.
+    runs along in its contests for comparison, and gives no Result. `keep_data` and `anchors` as for a Contest.
     """
     if fleet is not None:
-        return fleet.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data)
+        return fleet.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data, anchors=anchors)
     with Fleet(chip, run_id, only_devices=only_devices, kernel_dirs=kernel_dirs, limits=limits) as made:
-        return made.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data)
+        return made.run(trials, on_result, deadline=deadline, stop=stop, guests=guests, keep_data=keep_data, anchors=anchors)
 
 
 class Fleet:
@@ -137,6 +138,7 @@ class Fleet:
         stop: threading.Event | None = None,
         guests: Mapping[str, Trial] | None = None,
         keep_data: bool = False,
+        anchors: Sequence[str] = (),
     ) -> Summary:
         """As `run_trials`, with the workers that are there."""
         began = time.monotonic()
@@ -148,7 +150,7 @@ class Fleet:
             on_result(result)
 
         def contest(seat: Seat, group: Sequence[Trial]) -> Contest:
-            return self._contest(seat, group, (guests or {}).get(group[0].problem.key), keep_data)
+            return self._contest(seat, group, (guests or {}).get(group[0].problem.key), keep_data, anchors)
 
         run = _Run(trials, deadline, stop, contest)
         try:
@@ -192,7 +194,7 @@ class Fleet:
     def _worker(self, device: Device) -> WorkerClient:
         return WorkerClient(self.chip, cuda_device=device.cuda_visible, kernel_dirs=self.kernel_dirs)
 
-    def _contest(self, seat: Seat, group: Sequence[Trial], guest: Trial | None, keep_data: bool) -> Contest:
+    def _contest(self, seat: Seat, group: Sequence[Trial], guest: Trial | None, keep_data: bool, anchors: Sequence[str]) -> Contest:
         return Contest(
             seat.client,
             group,
@@ -202,7 +204,13 @@ class Fleet:
             quarantine=self._quarantine,
             guest=guest,
             keep_data=keep_data,
+            anchors=anchors,
         )
+
+    def refresh(self) -> None:
+        """End the workers; the next run starts fresh ones. The devices stay locked."""
+        for seat in self._seats or []:
+            seat.client.kill()
 
     def close(self) -> None:
         """End the workers and unlock the devices; calling it twice is fine."""

@@ -50,9 +50,11 @@ class Contest:
         quarantine: Quarantine | None = None,
         guest: Trial | None = None,
         keep_data: bool = False,
+        anchors: Sequence[str] = (),
     ) -> None:
         """guest: a baseline measured before, which runs along in every group and gives no Result. keep_data: leave the problem's data in
-        the worker for the next contest of the problem, and use what the last one left; making it takes up to seconds."""
+        the worker for the next contest of the problem, and use what the last one left; making it takes up to seconds. anchors: names of
+        measure/anchor.py that have a round in every lap; a Result's `build["anchors"]` holds their samples beside its own."""
         if len({contest_key(trial) for trial in trials}) != 1:
             raise UsageError("a contest is about one problem under one policy")
         self.client = client
@@ -70,6 +72,7 @@ class Contest:
         self._open_failures = 0
         self._baseline = guest
         self._keep_data = keep_data
+        self._anchors = tuple(anchors)
         self._groups = 0
         self._told: set[int] = set()
 

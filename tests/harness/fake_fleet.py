@@ -34,7 +34,7 @@ class FakeFleet:
     def environment(self):
         return EPOCH_FACTS
 
-    def run(self, trials, on_result, *, deadline=None, stop=None, guests=None, keep_data=False):
+    def run(self, trials, on_result, *, deadline=None, stop=None, guests=None, keep_data=False, anchors=()):
         from klab.harness.measure import environment
 
         self.asked.append(list(trials))

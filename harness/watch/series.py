@@ -1,0 +1,200 @@
+"""What is watched night after night: Series, the Point that a night gives it, and the Verdict on that point."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from klab.harness.store.result import Status
+from klab.kernels.contract import Json, Record
+from klab.kernels.errors import UsageError
+
+
+class Role(StrEnum):
+    """Which contestant of a problem is watched: the one that the profile chose, or the best library."""
+
+    CHOSEN = "chosen"
+    LIBRARY = "library"
+
+
+class Metric(StrEnum):
+    """What of it is watched."""
+
+    TIME = "time"
+    ENERGY = "energy"
+
+    @property
+    def unit(self) -> str:
+        """Of a Point's values: microseconds or joules per launch."""
+        return "us" if self is Metric.TIME else "J"
+
+
+class Call(StrEnum):
+    """What a night says of a series. The list is closed.
+
+    unknown: there is no history of this epoch yet, or too little. missing: it was tracked and gave no value tonight. broken: it crashed,
+    hung or was numerically wrong. suspect: beyond the limit, and not confirmed.
+    """
+
+    OK = "ok"
+    FASTER = "faster"
+    SUSPECT = "suspect"
+    SLOWER = "slower"
+    UNKNOWN = "unknown"
+    MISSING = "missing"
+    BROKEN = "broken"
+
+    @property
+    def fails(self) -> bool:
+        """Does it fail a night?"""
+        return self in (Call.SLOWER, Call.MISSING, Call.BROKEN)
+
+
+@dataclass(frozen=True)
+class Series(Record):
+    """One curve over the nights. Its identity is the role, not the kernel: when another kernel is chosen, its curve goes on."""
+
+    chip: str
+    operator: str
+    problem_key: str
+    label: str
+    role: str
+    metric: str
+    models: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people, and unique: "h200 matmul m16 n14336 k4096 bf16 chosen time"."""
+        return " ".join((self.chip, self.operator, self.label, self.role, self.metric))
+
+    @property
+    def identity(self) -> str:
+        """What two nights must share to be points of one curve."""
+        return "/".join((self.chip, self.problem_key, self.role, self.metric))
+
+
+@dataclass(frozen=True)
+class Point(Record):
+    """What a night found for a series. One entry of `values`, `anchored` and `cycles` per fresh process, in the order they were run.
+
+    values: medians, in the metric's unit. anchored: the same over the anchor's time in the same laps (dimensionless; empty where there is
+    no anchor). cycles: values times the SM clock in MHz (empty where no clock is read). `looks`: how often it was measured tonight; more
+    than once where it was a suspect. `status` is ok, or what the failing trial ended with; `reason` says more of it.
+    """
+
+    values: tuple[float, ...] = ()
+    anchored: tuple[float, ...] = ()
+    cycles: tuple[float, ...] = ()
+    anchor: str = ""
+    status: str = Status.OK.value
+    reason: str = ""
+    looks: int = 1
+    kernel: str = ""
+    config: Mapping[str, Json] = field(default_factory=dict)
+    source_digest: str = ""
+    device_uuid: str = ""
+    epoch: str = ""
+    error: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """The median over the processes, or None where nothing was measured."""
+        return _median(self.values)
+
+    @property
+    def anchored_value(self) -> float | None:
+        """The median of the anchored values; None without an anchor."""
+        return _median(self.anchored)
+
+    @property
+    def judged_value(self) -> float | None:
+        """What is compared over the nights: anchored where there is an anchor, else the value."""
+        return self.anchored_value if self.anchored else self.value
+
+    @property
+    def cycles_value(self) -> float | None:
+        """The median of the cycles; None without a clock."""
+        return _median(self.cycles)
+
+
+@dataclass(frozen=True)
+class Verdict(Record):
+    """What is said of a series tonight, and why, in one line.
+
+    `ratio` is tonight's judged value over the baseline's, with its 95% interval; above 1 is worse. `nights` is the number of nights that
+    the baseline rests on. `waiver` names the owner and the expiry of a waiver that covers a failing verdict (it then fails no night).
+    """
+
+    series: Series
+    call: str
+    reason: str
+    point: Point | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    nights: int = 0
+    new_epoch: bool = False
+    waiver: str = ""
+
+    @property
+    def fails(self) -> bool:
+        """Does it fail the night?"""
+        return Call(self.call).fails and not self.waiver
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """The inverse of `to_json`; UsageError for what is no verdict."""
+        inside: dict[str, Any] = {"series": Series.from_json(data.get("series") or {})}
+        if data.get("point") is not None:
+            inside["point"] = Point.from_json(data["point"])
+        return cls(**{**_known(cls, data), "call": Call(data["call"]).value, **inside})
+
+
+@dataclass(frozen=True)
+class Night(Record):
+    """One night on one chip: when and on what it was made, and its verdicts (each with its point).
+
+    `at` is UTC, ISO 8601; `identity` sorts by time. `epochs`: what each epoch in the points stands for (driver, CUDA, Triton, torch, power
+    limit, GPU). `devices`: per device UUID what is known of it. `notes`: lines for people (what was not measured and why).
+    """
+
+    identity: str
+    at: str
+    chip: str
+    commit: str = ""
+    dirty: bool = False
+    verdicts: tuple[Verdict, ...] = ()
+    epochs: Mapping[str, Json] = field(default_factory=dict)
+    devices: Mapping[str, Json] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    policy: str = ""
+    schema: int = 1
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Self:
+        """The inverse of `to_json`; UsageError for what is no night."""
+        return cls(**{**_known(cls, data), "verdicts": tuple(Verdict.from_json(v) for v in data.get("verdicts", ()))})
+
+    def points(self) -> dict[str, Point]:
+        """Tonight's points by the identity of their series."""
+        return {v.series.identity: v.point for v in self.verdicts if v.point is not None}
+
+
+def _known(cls: type, data: Mapping[str, Json]) -> dict[str, Any]:
+    """The fields of `data` as constructor arguments; UsageError for a foreign or missing one."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    if set(data) - names or needed - set(data):
+        raise UsageError(f"not a {cls.__name__}: unknown {sorted(set(data) - names)}, missing {sorted(needed - set(data))}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    kept = [v for v in values if math.isfinite(v)]
+    return statistics.median(kept) if kept else None
