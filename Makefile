@@ -39,7 +39,7 @@ gpu-test: $(DONE)
 
 # What tuning costs and how good it is: search overhead, memory, candidates compiled per minute, the scoreboard.
 bench: $(DONE)
-	$(BIN)/python -m pytest -q ci/benchmarks --benchmark-enable -s
+	$(BIN)/python -m pytest -q ci/overheads --benchmark-enable -s
 
 $(DONE): requirements.lock pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "klab needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }

@@ -1,6 +1,6 @@
 """Memory and time of a space of a million configurations of 10 parameters, enumerated lazily in a process of its own.
 
-python -m pytest ci/benchmarks/test_space_memory.py --benchmark-enable -s
+python -m pytest ci/overheads/test_space_memory.py --benchmark-enable -s
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The scoreboard as a benchmark: klab's strategies, and other tuners' where they are installed, on recorded spaces.
 
-KLAB_SPACES=spaces/ python -m pytest ci/benchmarks/test_scoreboard.py --benchmark-enable -s
+KLAB_SPACES=spaces/ python -m pytest ci/overheads/test_scoreboard.py --benchmark-enable -s
 
 KLAB_SPACES: recorded spaces, files and folders, separated by colons; without it a small made space stands in. KLAB_REPEATS: runs per
 strategy and space (50; 3 on the made space). KLAB_RUNS: folder of runs that are not run again (a scratch folder, where all are).
@@ -74,7 +74,7 @@ def test_scoreboard(benchmark: Any, tmp_path: Path) -> None:
     found = board.standings()
     benchmark.extra_info["standings"] = [standing.to_json() for standing in found]
     benchmark.extra_info["absent"] = board.absent
-    print("\n" + markdown(board, command="pytest ci/benchmarks/test_scoreboard.py"))
+    print("\n" + markdown(board, command="pytest ci/overheads/test_scoreboard.py"))
     assert board.missing() == []
     assert len(found) == len(board.contestants)
     assert verdict(board, found)

@@ -1,6 +1,6 @@
 """What `klab.kernels.apply` adds to a call of a kernel, once its launch is built (aim: below 5 us).
 
-pytest ci/benchmarks/test_apply_overhead.py --benchmark-enable --benchmark-columns=median,iqr,rounds
+pytest ci/overheads/test_apply_overhead.py --benchmark-enable --benchmark-columns=median,iqr,rounds
 """
 
 import json

@@ -1,6 +1,6 @@
 """What an estimate costs, and how far off it is where published tables know better.
 
-pytest ci/benchmarks/test_cost_estimates.py --benchmark-enable --benchmark-columns=median,max,rounds -s
+pytest ci/overheads/test_cost_estimates.py --benchmark-enable --benchmark-columns=median,max,rounds -s
 
 Aims: 1e5 facts, the first answer within a second and later ones within 5 ms; rows left out of published tables predicted within 10% at the
 median. The rest needs those tables (pip install -e '.[reference]', or KLAB_REFERENCE) and prints what docs/interpolation.md shows.

@@ -1,6 +1,6 @@
 """What the search itself takes per evaluation, in a space of 20,000 candidates and 11 parameters (aim: below 5 ms over 400 evaluations).
 
-pytest ci/benchmarks/test_search_overhead.py --benchmark-enable --benchmark-columns=min,mean,rounds
+pytest ci/overheads/test_search_overhead.py --benchmark-enable --benchmark-columns=min,mean,rounds
 """
 
 from __future__ import annotations

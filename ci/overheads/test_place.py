@@ -1,6 +1,6 @@
 """What klab place takes over 4 chips x 3 tensor-parallel sizes (aim: below 10 s on 2 cores), with everything that it answers.
 
-pytest ci/benchmarks/test_place.py --benchmark-enable --benchmark-columns=min,mean,rounds
+pytest ci/overheads/test_place.py --benchmark-enable --benchmark-columns=min,mean,rounds
 
 The second case needs published tables (pip install -e '.[reference]', or KLAB_REFERENCE): three of the chips are then estimated from these.
 """

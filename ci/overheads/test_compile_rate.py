@@ -1,6 +1,6 @@
 """How many candidates per minute the farm compiles on this machine's cores, for Hopper and Blackwell: the Triton matmuls, a cold cache.
 
-Run with `pytest ci/benchmarks/test_compile_rate.py -s`. Importing torch and triton in each process is counted.
+Run with `pytest ci/overheads/test_compile_rate.py -s`. Importing torch and triton in each process is counted.
 """
 
 import os

@@ -1,6 +1,6 @@
 """How long `klab cost` takes from the shell, start of Python included (aim: below 2 s on two cores).
 
-pytest ci/benchmarks/test_cost_verb.py --benchmark-enable --benchmark-columns=median,min,max,rounds -s
+pytest ci/overheads/test_cost_verb.py --benchmark-enable --benchmark-columns=median,min,max,rounds -s
 
 With published tables where they are installed, or where KLAB_REFERENCE names them.
 """
