@@ -81,21 +81,27 @@ class WorkerClient:
         if self.alive:
             return
         self.kill()
-        # -P: do not import from the current folder, where a file named random.py may lie.
-        command = [sys.executable, "-P", "-m", "klab.harness.measure.worker"]
-        visible = {"CUDA_VISIBLE_DEVICES": self._cuda_device}
+        command, variables = self.invocation()
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=scrubbed(os.environ) | visible, start_new_session=True
-        )
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=variables, start_new_session=True)
         self._answers.clear()
         self._tail.clear()
         threading.Thread(target=_drain, args=(self._process, self._tail), daemon=True).start()
         try:
-            hello = self.ask("hello", limit_s=limit_s, chip=dataclasses.asdict(self.chip), kernel_dirs=self.kernel_dirs)
+            hello = self.ask("hello", limit_s=limit_s, chip=self.chip_fields(), kernel_dirs=self.kernel_dirs)
         except WorkerDied as error:
             raise CannotMeasure(f"the measuring process does not start: {error}") from error
         self.environment, self.kernels = hello["environment"], hello["kernels"]
+
+    def invocation(self) -> tuple[list[str], dict[str, str]]:
+        """The command line and the whole environment of the process to start."""
+        # -P: do not import from the current folder, where a file named random.py may lie.
+        command = [sys.executable, "-P", "-m", "klab.harness.measure.worker"]
+        return command, scrubbed(os.environ) | {"CUDA_VISIBLE_DEVICES": self._cuda_device}
+
+    def chip_fields(self) -> Json:
+        """The chip as the worker is told of it."""
+        return dataclasses.asdict(self.chip)
 
     def ask(self, operation: str, *, limit_s: float, **fields: Json) -> Answer:
         """Send one request and return its answer.

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from klab.harness.measure.anchor_run import AnchorRun, Anchors
+from klab.harness.measure.calibration import guard_of
 from klab.harness.measure.client import WorkerClient, WorkerDied, WorkerHung
 from klab.harness.measure.energy import RAMP_LIMIT_S, RAMP_S
 from klab.harness.measure.entry import Baseline, Entry, Place
@@ -72,7 +74,7 @@ class Contest:
         self._open_failures = 0
         self._baseline = guest
         self._keep_data = keep_data
-        self._anchors = tuple(anchors)
+        self._anchors = Anchors(anchors if self._policy.max_rounds else (), self._ask, self.limits)
         self._groups = 0
         self._told: set[int] = set()
 
@@ -118,6 +120,7 @@ class Contest:
         if self._baseline is not None and size > 1:
             group.insert(0, Entry(self._baseline, len(self._entries) + self._groups, guest=True, library=True))
         self._groups += 1
+        self._anchors.next_group()
         return group
 
     def _group(self, group: list[Entry]) -> Iterator[Result]:
@@ -169,12 +172,13 @@ class Contest:
         """Have all prepared again in a fresh worker; complete laps are kept."""
         self.client.kill()
         self._is_open = False
-        whole = min((len(e.samples_us) for e in group if e.ready and not e.done), default=0)
+        whole = min((len(e.samples_us) for e in group if e.shape and not e.done), default=None)
         for entry in group:
             if not entry.done:
-                entry.forget_after(whole)
+                entry.forget_after(whole or 0)
             entry.ready = False
             entry.energy = {}
+        self._anchors.start_anew(whole)
 
     def _start(self) -> None:
         remaining = self._remaining()
@@ -240,6 +244,7 @@ class Contest:
     def _prepare(self, group: list[Entry]) -> Iterator[Result]:
         """Make every contestant of the group ready; those that cannot be are told, those that must wait go back to the queue."""
         self._set_up()
+        self._anchors.prepare(self._remaining())
         began, full = time.monotonic(), False
         postponed: list[Entry] = []
         for entry in list(group):
@@ -287,8 +292,8 @@ class Contest:
             return full and not all(e.guest for e in ready)
         now = time.monotonic()
         cost = (now - began) / len(ready)
-        rounds_s = sum(e.trial.policy.min_rounds * (1.5 * e.round_s + 0.005) for e in ready if not e.done)
-        return now + cost + rounds_s > self._deadline
+        lap_s = self._anchors.lap_s + sum(1.5 * e.round_s + 0.005 for e in ready if not e.done)
+        return now + cost + self._policy.min_rounds * lap_s > self._deadline
 
     def _laps(self, group: list[Entry], baseline: Baseline) -> Iterator[Result]:
         """Rounds until nobody needs more. The baseline runs along as long as anybody does, so that every lap can be paired."""
@@ -298,9 +303,8 @@ class Contest:
             if not any(e for e in wanting if not e.guest):
                 return
             began = time.monotonic()
-            for entry in wanting if lap % 2 == 0 else reversed(wanting):
-                if self._policy.max_rounds:
-                    self._sample(entry)
+            for turn in self._anchors.in_turn(wanting, lap) if self._policy.max_rounds else ():
+                self._anchors.sample(turn, self._remaining()) if isinstance(turn, AnchorRun) else self._sample(turn)
             lap += 1
             now = time.monotonic()
             closing = [e for e in wanting if self._enough(e)]
@@ -351,19 +355,22 @@ class Contest:
     def _energies(self, group: list[Entry], baseline: Baseline) -> Iterator[Result]:
         """Sustained runs in passes of alternating order, for those that want them."""
         wanting = [e for e in group if e.trial.policy.energy and not e.guest and e.ready and e.slot not in self._told]
+        guard = guard_of(self.client.environment) if wanting else None
+        fields: dict[str, Json] = {"guard": guard.to_json()} if guard else {}
+        ramp_s = guard.ramp_s if guard else RAMP_S
         for turn in range(ENERGY_PASSES):
             for entry in wanting if turn % 2 == 0 else wanting[::-1]:
                 if turn and not entry.energy.get("power_trace"):
                     continue  # refused for good at the first pass
                 seconds = entry.trial.policy.energy_s
                 # 2 s measure the idle power, once.
-                need_s = seconds / ENERGY_PASSES + RAMP_S + 1.0 + (0.0 if turn else 2.0)
+                need_s = seconds / ENERGY_PASSES + ramp_s + 1.0 + (0.0 if turn else 2.0)
                 if self._stop.is_set() or self._remaining() < need_s:
                     why = "interrupted" if self._stop.is_set() else f"{max(self._remaining(), 0.0):.0f} s were left"
                     entry.energy = {"energy_reason": f"not measured to the end: {why}, a sustained run takes {need_s:.0f} s"}
                     continue
-                limit_s = 3.0 * seconds + RAMP_LIMIT_S + self.limits.sample_s
-                answer = self._ask(entry, "energy", limit_s, need_s, slot=entry.slot, seconds=seconds)
+                limit_s = 3.0 * seconds + max(RAMP_LIMIT_S, ramp_s) + self.limits.sample_s
+                answer = self._ask(entry, "energy", limit_s, need_s, slot=entry.slot, seconds=seconds, **fields)
                 if answer["status"] != Status.OK.value:
                     raise Lost(entry, Status(answer["status"]), answer.get("reason", ""), answer)
                 entry.energy = answer
@@ -372,11 +379,7 @@ class Contest:
 
     def _place(self) -> Place:
         environment = {**self.client.environment, **self._checkout}
-        # Who is skipped before the problem is open belongs to the epoch of those that follow.
-        threads = self._data.get("threads") or (self._policy.threads if environment.get("kind") == "cpu" else 0)
-        if threads:
-            environment["threads"] = threads
-        return Place(self._run_id, environment, self.client.kernels, self._data)
+        return Place.of(self._run_id, environment, self.client.kernels, self._data, self._policy)
 
     def _skip(self, entry: Entry) -> Iterator[Result]:
         """The row of one that hung or crashed before in this run; nothing for the others."""
@@ -396,7 +399,7 @@ class Contest:
 
     def _tell(self, entry: Entry, baseline: Baseline) -> Result:
         self._told.add(entry.slot)
-        return entry.measured(self._place(), baseline.beside(entry))
+        return entry.measured(self._place(), baseline.beside(entry), self._anchors.to_json(len(entry.samples_us)))
 
 
 def contest_key(trial: Trial) -> str:

@@ -6,6 +6,7 @@ many. A single sub-millisecond kernel read naively is off by up to 80% (FinGraV,
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Protocol
 
 from klab.harness.measure.power import PowerMeter
 from klab.harness.measure.stats import block_ratio, is_marked
+from klab.kernels.contract import Record
 
 RAMP_S = 2.0  # dropped: the power sensor's own rise takes 0.9 s on an H100, and the board warms
 RAMP_LIMIT_S = 6.0  # a board that still warms by 1 C a second after this long is measured anyway
@@ -22,8 +24,34 @@ MAX_DISAGREEMENT = 0.05
 MAX_MARKED = 0.1
 TRACE_POINTS = 200
 STATE_EVERY_S = 0.25  # clock, temperature and reasons need not be read at every poll
+# Without a calibration a sensor may see 25 ms of every 100 (as on an A100 or H100): 50 updates are 1.25 s of what was really sampled.
+LEAST_SAMPLED_S = 1.25
+# Two blocks of five updates are the least for an interval; twice as many make it one that is worth having.
+LEAST_UPDATES = 20
 # A window ends at the latest after this many times its length: a counter that stands still must not hold up the run.
 PATIENCE = 2.5
+
+
+@dataclass(frozen=True)
+class Guard(Record):
+    """What an energy window must have on a device: seconds dropped in front, steps of the counter. `source` says where that is from."""
+
+    ramp_s: float = RAMP_S
+    updates: int = MIN_UPDATES
+    source: str = ""
+
+
+def guard_for(sensor_window_s: float | None, counter_period_s: float | None, counter_window_s: float | None, source: str) -> Guard:
+    """The guard of a device whose sensor is known (None: what is not).
+
+    The ramp lasts until two windows of the power reading have passed, and RAMP_S at least, for the board warms too. Of the counter so many
+    updates are wanted that LEAST_SAMPLED_S was really seen: a counter that sees all of its period needs fewer than one that sees a part.
+    """
+    ramp_s = max(RAMP_S, 2.0 * (sensor_window_s or 0.0) + (counter_period_s or 0.0))
+    updates = MIN_UPDATES
+    if counter_period_s and counter_window_s:
+        updates = max(LEAST_UPDATES, math.ceil(LEAST_SAMPLED_S / min(counter_period_s, counter_window_s)))
+    return Guard(round(ramp_s, 3), updates, source)
 
 
 class Load(Protocol):
@@ -78,7 +106,13 @@ def idle_power(
 
 
 def sustain(
-    load: Load, meter: PowerMeter, *, seconds: float, updates: int = MIN_UPDATES, clock: Callable[[], float] = time.perf_counter
+    load: Load,
+    meter: PowerMeter,
+    *,
+    seconds: float,
+    updates: int = MIN_UPDATES,
+    ramp_s: float = RAMP_S,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Window:
     """Run the load until `seconds` and `updates` steps of the counter have passed after the ramp; never raises for the sensor's sake."""
     started = clock()
@@ -103,7 +137,7 @@ def sustain(
             if counter is None:
                 break
             if ramp_ended is None:
-                if now >= RAMP_LIMIT_S or (now >= RAMP_S and not _warming(states)):
+                if now >= max(RAMP_LIMIT_S, ramp_s) or (now >= ramp_s and not _warming(states)):
                     ramp_ended = now
             elif counter != previous:
                 edges.append((now, ended, counter))
@@ -128,8 +162,9 @@ def _warming(states: Sequence[tuple[float, float | None]]) -> bool:
     return not older or last_c - older[-1] > 1.0
 
 
-def judge(windows: Sequence[Window], *, seconds: float, seed: int = 0) -> Energy:
+def judge(windows: Sequence[Window], *, seconds: float, seed: int = 0, guard: Guard | None = None) -> Energy:
     """Energy per launch over all windows together, or why not."""
+    guard = guard or Guard()
     trace = _joined(windows)
     inside = [p for w in windows if len(w.edges) > 1 for at, p in w.trace if w.edges[0][0] <= at <= w.edges[-1][0]]
     median_w = statistics.median(inside) if inside else None
@@ -144,9 +179,9 @@ def judge(windows: Sequence[Window], *, seconds: float, seed: int = 0) -> Energy
     joules = [b[2] - a[2] for b, a in steps]
     launches = [float(b[1] - a[1]) for b, a in steps]
     span_s = sum(w.edges[-1][0] - w.edges[0][0] for w in windows if w.edges)
-    if len(steps) < MIN_UPDATES or span_s < seconds:
+    if len(steps) < guard.updates or span_s < seconds:
         return refuse(
-            f"too short: {len(steps)} steps of the energy counter in {span_s:.1f} s; {MIN_UPDATES} steps and {seconds:.1f} s are needed"
+            f"too short: {len(steps)} steps of the energy counter in {span_s:.1f} s; {guard.updates} steps and {seconds:.1f} s are needed"
         )
     if min(joules) < 0 or not sum(launches):
         return refuse("the energy counter went backwards" if min(joules) < 0 else "no launch ended within the window")
@@ -160,6 +195,8 @@ def judge(windows: Sequence[Window], *, seconds: float, seed: int = 0) -> Energy
         return refuse(f"the counter ({counter_w:.1f} W) and power x time ({median_w:.1f} W) disagree by {disagreement:.1%}")
     value, low, high = block_ratio(joules, launches, seed=seed)
     reason = f"counter over {span_s:.1f} s, {len(steps)} steps; power x time agrees within {disagreement:.1%}"
+    if guard.source:
+        reason += f"; {guard.updates} steps are enough by the {guard.source}"
     return Energy(value, low, high, counter_w, reason, trace)
 
 

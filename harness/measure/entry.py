@@ -27,6 +27,16 @@ class Place:
     kernels: Mapping[str, Mapping[str, Json]]
     data: Mapping[str, Json] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, run_id: str, environment: dict[str, Json], kernels: Mapping[str, Mapping[str, Json]], data: Mapping[str, Json], policy: Policy
+    ) -> Place:
+        """The place where a problem is open. On a CPU the threads belong to its environment, and so to the epoch: those that `open` tells,
+        or (for who is skipped before) the policy's.
+        """
+        threads = data.get("threads") or (policy.threads if environment.get("kind") == "cpu" else 0)
+        return cls(run_id, environment | ({"threads": threads} if threads else {}), kernels, data)
+
     @property
     def rotation(self) -> dict[str, Json]:
         """What shows that the cache was cold: how many sets of how many bytes were walked through, and the cache's size."""
@@ -102,8 +112,8 @@ class Entry:
         found = {name: answer[name] for name in names if answer.get(name) is not None}
         return _row(self, place, status, reason=reason, **found)
 
-    def measured(self, place: Place, contest: Mapping[str, Json]) -> Result:
-        """The Result of a contestant that has its rounds: ok, or throttled.
+    def measured(self, place: Place, contest: Mapping[str, Json], anchors: Mapping[str, Json] | None = None) -> Result:
+        """The Result of a contestant that has its rounds: ok, or throttled. `anchors`: what ran along in the same laps.
 
         Fewer rounds that count than FLOOR_ROUNDS (or none, of a trial that is only checked) give samples and no time: nobody is to be
         chosen for one.
@@ -123,6 +133,7 @@ class Entry:
             }
         clocks = [s["sm_clock_mhz"] for s, mark in zip(self.states, self.marked, strict=True) if not mark and s["sm_clock_mhz"] is not None]
         not_captured = {"not_captured": self.not_captured} if self.not_captured else {}
+        ran_along = {"anchors": dict(anchors)} if anchors else {}
         energy = {name: self.energy[name] for name in ENERGY_FIELDS if self.energy.get(name) is not None}
         if "power_trace" in energy:
             energy["power_trace"] = tuple((at, power) for at, power in energy["power_trace"])
@@ -145,7 +156,7 @@ class Entry:
             launches_per_round=shape.get("launches", 0),
             launch_mode=shape.get("launch_mode", ""),
             l2_state=shape.get("l2_state", ""),
-            build={**shape.get("build", {}), **not_captured, **place.rotation, "contest": dict(contest)},
+            build={**shape.get("build", {}), **not_captured, **place.rotation, "contest": dict(contest), **ran_along},
             **timing,
             **energy,
         )

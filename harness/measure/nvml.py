@@ -7,9 +7,10 @@ from typing import Any
 
 from klab.harness.measure.power import NullMeter, PowerMeter, Reading
 
-# Field values: TOTAL_ENERGY_CONSUMPTION (mJ since the driver was loaded) and POWER_INSTANT (mW). nvmlDeviceGetPowerUsage is a
-# one-second average on Ampere and newer (but for GA100), so it stands in only where 186 is not supported.
+# Field values: TOTAL_ENERGY_CONSUMPTION (mJ since the driver was loaded), POWER_AVERAGE and POWER_INSTANT (mW).
+# nvmlDeviceGetPowerUsage is a one-second average on Ampere and newer (but for GA100), so it stands in only where 186 is not supported.
 FIELD_ENERGY = 83
+FIELD_POWER_AVERAGE = 185
 FIELD_POWER_INSTANT = 186
 CLOCK_SM = 1
 TEMPERATURE_GPU = 0
@@ -90,6 +91,13 @@ class NvmlMeter:
     def power_w(self) -> float | None:
         """POWER_INSTANT, or the one-second average where the board has no such field."""
         milliwatts = self._field(FIELD_POWER_INSTANT)
+        if milliwatts is None:
+            milliwatts = self._ask(lambda: self._nvml.nvmlDeviceGetPowerUsage(self._handle))
+        return None if milliwatts is None else milliwatts / 1e3
+
+    def average_w(self) -> float | None:
+        """The driver's average, over a second on most boards. For `klab calibrate`, which finds out."""
+        milliwatts = self._field(FIELD_POWER_AVERAGE)
         if milliwatts is None:
             milliwatts = self._ask(lambda: self._nvml.nvmlDeviceGetPowerUsage(self._handle))
         return None if milliwatts is None else milliwatts / 1e3

@@ -9,10 +9,11 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from klab.harness.measure import anchor as anchors
 from klab.harness.measure import faults
 from klab.harness.measure.check import Check, attempt, compare, distance, fingerprint, guarded_outputs, poison
 from klab.harness.measure.cuda_timer import CannotCapture, SpoiledByCapture
-from klab.harness.measure.energy import MIN_UPDATES, Window, idle_power, judge, sustain
+from klab.harness.measure.energy import Guard, Window, idle_power, judge, sustain
 from klab.harness.measure.power import PowerMeter
 from klab.harness.measure.rotation import Rotation, plan, set_bytes
 from klab.harness.measure.timer import Batch, Timer
@@ -55,6 +56,8 @@ class Session:
 
     def __init__(self, chip: Chip, catalogue: Catalogue, timer: Timer, meter: PowerMeter) -> None:
         self.chip, self.catalogue, self.timer, self.meter = chip, catalogue, timer, meter
+        # Anchors outlive a problem: their data is the same for all, and making it takes up to a second. By name, threads and round_ms.
+        self._anchors: dict[str, tuple[tuple[int, float], Batch]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -259,9 +262,32 @@ class Session:
 
     def sample(self, slot: int) -> Answer:
         """Time one round."""
-        ready = self._slot(slot)
+        return self._round(self._slot(slot).batch)
+
+    def anchor(self, name: str) -> Answer:
+        """Make an anchor ready for the rounds of the open problem; one that is ready stays as it is."""
+        conditions = (self.policy.threads, self.policy.round_ms)
         try:
-            taken = ready.batch.round()
+            if name not in self._anchors or self._anchors[name][0] != conditions:
+                self._anchors.pop(name, None)
+                self._anchors[name] = conditions, anchors.make(name, self.timer, self.policy)
+        except UsageError:
+            raise
+        except BaseException as error:  # noqa: BLE001  whatever allocation or the library raises
+            return self._failure(error, building=False)
+        shape = self._anchors[name][1].shape
+        what = anchors.work(name, self.chip.kind).what
+        return {"status": Status.OK.value, "what": what, "launches": shape.launches, "estimate_us": shape.estimate_us}
+
+    def sample_anchor(self, name: str) -> Answer:
+        """Time one round of an anchor."""
+        if name not in self._anchors:
+            raise UsageError(f"the anchor {name} is not ready")
+        return self._round(self._anchors[name][1])
+
+    def _round(self, batch: Batch) -> Answer:
+        try:
+            taken = batch.round()
         except BaseException as error:  # noqa: BLE001  as in prepare
             return self._failure(error, building=False)
         state = taken.reading
@@ -289,9 +315,9 @@ class Session:
         ready.checks += 1
         return {"status": Status.OK.value, "error": ready.worst, "tolerance": found.tolerance, "checks": ready.checks}
 
-    def energy(self, slot: int, seconds: float) -> Answer:
-        """One of ENERGY_PASSES sustained runs; the answer covers all runs of this slot so far."""
-        ready = self._slot(slot)
+    def energy(self, slot: int, seconds: float, guard: Json = None) -> Answer:
+        """One of ENERGY_PASSES sustained runs; the answer covers all runs of this slot so far. guard: of this device's calibration."""
+        ready, wanted = self._slot(slot), Guard.from_json(guard or {})
         if ready.batch.shape.l2_state == "flush":
             return _no_energy("the cache is flushed between launches, and the flush's energy cannot be told from the launch's")
         if self.meter.energy_j() is None:
@@ -299,11 +325,11 @@ class Session:
         try:
             if self._idle_w is None:
                 self._idle_w = idle_power(self.meter)
-            updates = -(-MIN_UPDATES // ENERGY_PASSES)
-            ready.windows.append(sustain(ready.batch, self.meter, seconds=seconds / ENERGY_PASSES, updates=updates))
+            updates = -(-wanted.updates // ENERGY_PASSES)
+            ready.windows.append(sustain(ready.batch, self.meter, seconds=seconds / ENERGY_PASSES, updates=updates, ramp_s=wanted.ramp_s))
         except BaseException as error:  # noqa: BLE001  as in prepare
             return self._failure(error, building=False)
-        found = judge(ready.windows, seconds=seconds, seed=self.policy.seed)
+        found = judge(ready.windows, seconds=seconds, seed=self.policy.seed, guard=wanted)
         return {
             "status": Status.OK.value,
             "energy_j": found.energy_j,

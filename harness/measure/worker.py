@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any
 
-from klab.harness.measure import environment
+from klab.harness.measure import calibrate_steps, environment
 from klab.harness.measure.faults import one_line
 from klab.harness.measure.nvml import open_meter
 from klab.harness.measure.power import NullMeter
@@ -30,9 +30,9 @@ ORPHAN_CHECK_S = 1.0
 
 
 class Worker:
-    """Answers requests: `hello` first, then those of Session."""
+    """Answers requests: `hello` first, then those of Session; `calibrate` is of calibrate_steps."""
 
-    OPERATIONS = ("open", "prepare", "sample", "finish", "energy", "drop", "close")
+    OPERATIONS = ("open", "prepare", "sample", "finish", "anchor", "sample_anchor", "energy", "drop", "close", "calibrate")
 
     def __init__(self) -> None:
         self.session: Session | None = None
@@ -47,6 +47,8 @@ class Worker:
             raise KlabError(f"unknown operation {operation!r}")
         if self.session is None:
             raise KlabError("say hello first")
+        if operation == "calibrate":
+            return calibrate_steps.run(self.session.chip, self.session.timer, self.session.meter, **fields)
         answer: Answer = getattr(self.session, operation)(**fields)
         return answer
 

@@ -1,0 +1,287 @@
+"""What a power sensor does, inferred from its readings alone: how often it is updated, and over which window it averages.
+
+A load is switched on and off in pulses of varying length while the sensor is polled (`record`). The period follows from the times between
+changes of the reading. The window is the one for which "share of the window in which the load was on" explains the readings best, by least
+squares over windows and lags. Vendors document neither; on an H100 the instantaneous reading is an average over 25 ms of every 100 ms, the
+other one over a second (arXiv 2312.02741).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from klab.harness.measure.calibration import Figure
+from klab.harness.measure.stats import CONFIDENCE, block_ratio
+from klab.kernels.contract import Json
+
+Floats = NDArray[np.float64]
+
+# Between two polls; NVML answers in 20 us to some ms.
+POLL_S = 0.001
+# Pulses from well below the shortest window that is known (25 ms) to near the longest (1 s), in random order, so that every phase between
+# load and sensor occurs.
+SHORTEST_PULSE_S, LONGEST_PULSE_S = 0.015, 0.7
+LEAST_CHANGES = 20
+# Updates whose reading happens to repeat are missed: the next interval is a multiple. Of the intervals so many must be one.
+REGULAR_SHARE = 0.8
+OFF_BY = 0.25
+# A window must explain so much of the variance: below it the load was not seen, or the sensor is no moving average.
+LEAST_EXPLAINED = 0.8
+WINDOWS_S = np.geomspace(0.004, 2.0, 150)
+LAGS_S = np.concatenate([np.arange(0.0, 0.12, 0.004), np.arange(0.12, 0.5, 0.02)])
+MOST_UPDATES = 600
+BOOTSTRAPS = 200
+
+
+class Pulses(Protocol):
+    """A load that can be switched. `feed` keeps the device busy for the next milliseconds; without it the device falls idle."""
+
+    def feed(self) -> None:
+        """Queue more where little is left; never waits."""
+
+    def idle(self) -> bool:
+        """True when nothing is queued or running."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one sensor showed: (poll before, poll, reading) wherever that differed from the last. Seconds, and watts or joules."""
+
+    changes: tuple[tuple[float, float, float], ...]
+    polls: int
+    seconds: float
+    trouble: str = ""
+
+    @property
+    def gap_s(self) -> float:
+        """Between two polls, on average."""
+        return self.seconds / self.polls if self.polls else 0.0
+
+    @property
+    def at_s(self) -> Floats:
+        """When each new reading appeared: half-way between the two polls."""
+        return np.array([(before + at) / 2 for before, at, _ in self.changes], dtype=np.float64)
+
+    @property
+    def readings(self) -> Floats:
+        """The new readings."""
+        return np.array([value for _, _, value in self.changes], dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All sensors of a device under one load, and when that was on: (from, to) in seconds."""
+
+    sensors: Mapping[str, Observed]
+    busy: tuple[tuple[float, float], ...] = ()
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Json]:
+        """For the way out of a worker."""
+        sensors = {
+            name: {"changes": [[round(x, 6) for x in c] for c in o.changes], "polls": o.polls, "seconds": o.seconds, "trouble": o.trouble}
+            for name, o in self.sensors.items()
+        }
+        return {"sensors": sensors, "busy": [list(span) for span in self.busy], "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Json]) -> Recording:
+        """The inverse of `to_json`."""
+        sensors = {
+            name: Observed(tuple((c[0], c[1], c[2]) for c in o["changes"]), o["polls"], o["seconds"], o["trouble"])
+            for name, o in data["sensors"].items()
+        }
+        return cls(sensors, tuple((a, b) for a, b in data["busy"]), data["seconds"])
+
+
+def pulse_lengths(seconds: float, *, seed: int = 0) -> list[float]:
+    """Lengths of pauses and pulses in turn (a pause first) that add up to about `seconds`, drawn evenly over their logarithm."""
+    draw = np.random.default_rng(seed)
+    lengths: list[float] = []
+    while math.fsum(lengths) < seconds:
+        lengths.append(float(math.exp(draw.uniform(math.log(SHORTEST_PULSE_S), math.log(LONGEST_PULSE_S)))))
+    return lengths
+
+
+@dataclass
+class _Watch:
+    read: Callable[[], float | None]
+    changes: list[tuple[float, float, float]] = field(default_factory=list)
+    last: float | None = None
+    last_s: float = 0.0
+    polls: int = 0
+    trouble: str = ""
+
+
+def record(
+    sensors: Mapping[str, Callable[[], float | None]],
+    load: Pulses,
+    lengths: Sequence[float],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Recording:
+    """Poll every sensor while the load is off and on in turn for these lengths. A sensor that stops answering is noted, not raised."""
+    started = clock()
+    watches = {name: _Watch(read) for name, read in sensors.items()}
+    busy: list[tuple[float, float]] = []
+
+    def poll() -> None:
+        began = clock()
+        for watch in watches.values():
+            _poll(watch, lambda: clock() - started)
+        left = POLL_S - (clock() - began)
+        if left > 0:
+            sleep(left)
+
+    for turn, length in enumerate(lengths):
+        begun = clock() - started
+        if turn % 2:
+            while clock() - started - begun < length:
+                load.feed()
+                poll()
+            while not load.idle():
+                poll()
+            busy.append((begun, clock() - started))
+        else:
+            while clock() - started - begun < length:
+                poll()
+    seconds = clock() - started
+    seen = {name: Observed(tuple(w.changes), w.polls, seconds, w.trouble) for name, w in watches.items()}
+    return Recording(seen, tuple(busy), seconds)
+
+
+def _poll(watch: _Watch, now: Callable[[], float]) -> None:
+    if watch.trouble:
+        return
+    value = watch.read()
+    at = now()
+    if value is None:
+        watch.trouble = f"it stopped answering after {watch.polls} readings" if watch.polls else "it cannot be read"
+        return
+    if watch.last is not None and value != watch.last:
+        watch.changes.append((watch.last_s, at, value))
+    watch.last, watch.last_s, watch.polls = value, at, watch.polls + 1
+
+
+def update_period(seen: Observed) -> Figure:
+    """Milliseconds between updates, or why they cannot be told."""
+    if seen.trouble:
+        return Figure.missing(seen.trouble)
+    if len(seen.changes) < LEAST_CHANGES:
+        return Figure.missing(f"the reading changed {len(seen.changes)} times in {seen.seconds:.0f} s, and {LEAST_CHANGES} are needed")
+    between = np.diff(seen.at_s)
+    polled = f"read every {1e3 * seen.gap_s:.1f} ms"
+    if float(np.median(between)) <= 2 * seen.gap_s:
+        most_ms = 2e3 * seen.gap_s
+        return Figure(None, 0.0, most_ms, f"it changes as often as it is read: every {most_ms:.1f} ms or sooner", polled)
+    short = between[between <= 1.5 * np.percentile(between, 20)]
+    period = float(np.median(short))
+    for _ in range(5):
+        counts = np.maximum(np.rint(between / period), 1.0)
+        good = np.abs(between / period - counts) <= OFF_BY
+        if not good.any():
+            break
+        period = float(between[good].sum() / counts[good].sum())
+    if good.mean() < REGULAR_SHARE:
+        spread = np.percentile(between, (10, 50, 90)) * 1e3
+        return Figure.missing("it changes at no regular interval: {:.1f}, {:.1f}, {:.1f} ms are its 10%, 50% and 90%".format(*spread))
+    value, low, high = (1e3 * x for x in block_ratio(between[good].tolist(), counts[good].tolist()))
+    return Figure(value, low, high, note=f"{len(between)} intervals, {polled}")
+
+
+def averaging_window(seen: Observed, busy: Sequence[tuple[float, float]], *, seed: int = 0) -> Figure:
+    """Milliseconds over which one reading of a power sensor is averaged, or why they cannot be told."""
+    if seen.trouble or len(seen.changes) < LEAST_CHANGES:
+        return update_period(seen)
+    return _window(seen.at_s, seen.readings, busy, resolution_s=2 * seen.gap_s, seed=seed)
+
+
+def counter_window(seen: Observed, busy: Sequence[tuple[float, float]], period: Figure, *, seed: int = 0) -> Figure:
+    """The same for an energy counter: the window whose power one step of the counter holds. Shorter than the period, the counter sees a
+    part of the time only.
+    """
+    if seen.trouble or len(seen.changes) < LEAST_CHANGES or period.value is None:
+        return Figure.missing(period.reason or seen.trouble)
+    at, joules = seen.at_s, seen.readings
+    between = np.diff(at)
+    single = np.abs(between * 1e3 / period.value - 1.0) <= OFF_BY
+    if single.sum() < LEAST_CHANGES:
+        return Figure.missing("its steps are too irregular")
+    watts = np.diff(joules)[single] / (period.value / 1e3)
+    return _window(at[1:][single], watts, busy, resolution_s=2 * seen.gap_s, seed=seed)
+
+
+def _window(at_s: Floats, watts: Floats, busy: Sequence[tuple[float, float]], *, resolution_s: float, seed: int) -> Figure:
+    if not busy:
+        return Figure.missing("no load was run")
+    stride = -(-len(at_s) // MOST_UPDATES)
+    at_s, watts = at_s[::stride], watts[::stride]
+    windows, lags = (grid.ravel() for grid in np.meshgrid(WINDOWS_S, LAGS_S, indexing="ij"))
+    shares = _shares(at_s, busy, windows, lags)
+    ones = np.ones((len(at_s), 1))
+    best = int(_unexplained(shares, watts, ones)[:, 0].argmin())
+    # A finer look around the best of the grid.
+    fine_windows, fine_lags = (
+        grid.ravel()
+        for grid in np.meshgrid(
+            windows[best] * np.geomspace(0.94, 1.06, 25), np.maximum(lags[best] + np.linspace(-0.02, 0.02, 21), 0.0), indexing="ij"
+        )
+    )
+    fine = _unexplained(_shares(at_s, busy, fine_windows, fine_lags), watts, ones)[:, 0]
+    window, lag = fine_windows[fine.argmin()], fine_lags[fine.argmin()]
+    total = float(((watts - watts.mean()) ** 2).sum())
+    explained = 1.0 - float(fine.min()) / total if total else 0.0
+    if explained < LEAST_EXPLAINED:
+        return Figure.missing(f"no averaging window explains the readings: the best explains {explained:.0%} of their variance")
+    # Neighbouring readings share their windows: whole blocks of them are drawn.
+    block = max(1, min(len(at_s) // 10, math.ceil(window / float(np.median(np.diff(at_s))))))
+    draws = np.random.default_rng(seed).integers(0, -(-len(at_s) // block), size=(BOOTSTRAPS, -(-len(at_s) // block)))
+    weights = np.stack([np.bincount(draw, minlength=draws.shape[1]).repeat(block)[: len(at_s)] for draw in draws], axis=1).astype(float)
+    near = np.abs(np.log(windows / window)) < math.log(3.0)
+    picks = windows[near][_unexplained(shares[near], watts, weights).argmin(axis=0)]
+    tail = 50.0 * (1.0 - CONFIDENCE)
+    step = float(WINDOWS_S[1] / WINDOWS_S[0])
+    # The bootstrap's picks lie on the grid: half a step on either side belongs to them.
+    low, high = float(np.percentile(picks, tail)) / step**0.5, float(np.percentile(picks, 100.0 - tail)) * step**0.5
+    low, high = min(low, window), max(high, window)
+    note = f"{len(at_s)} readings, {len(busy)} pulses; explains {explained:.1%} of the variance; ends {1e3 * lag:.0f} ms before it shows"
+    if window <= resolution_s or window <= WINDOWS_S[0] * step:
+        most_ms = 1e3 * max(high, resolution_s)
+        return Figure(None, 0.0, most_ms, f"shorter than can be told here: {most_ms:.0f} ms at most", note)
+    if window >= WINDOWS_S[-1] / step:
+        return Figure(None, 1e3 * low, None, f"longer than can be told here: {1e3 * low:.0f} ms at least", note)
+    return Figure(1e3 * float(window), 1e3 * low, 1e3 * high, note=note)
+
+
+def _shares(at_s: Floats, busy: Sequence[tuple[float, float]], windows: Floats, lags: Floats) -> Floats:
+    """[hypothesis, reading]: the share of the window in which the load was on. Before the recording it was off."""
+    knots = np.array([t for span in busy for t in span], dtype=np.float64)
+    done = np.concatenate([[0.0], np.cumsum([b - a for a, b in busy])]).repeat(2)[1:-1]
+    end = at_s[None, :] - lags[:, None]
+
+    def busy_until(t: Floats) -> Floats:
+        found: Floats = np.interp(t, knots, done, left=0.0)
+        return found
+
+    shares: Floats = (busy_until(end) - busy_until(end - windows[:, None])) / windows[:, None]
+    return shares
+
+
+def _unexplained(shares: Floats, watts: Floats, weights: Floats) -> Floats:
+    """[hypothesis, weighting]: the weighted squares that `watts = idle + b * share` (b >= 0) leaves."""
+    total = weights.sum(axis=0)
+    mean_w = watts @ weights / total
+    var_w = (watts**2 @ weights) / total - mean_w**2
+    mean_s = shares @ weights / total
+    var_s = np.maximum((shares**2) @ weights / total - mean_s**2, 1e-12)
+    both = np.maximum((shares * watts) @ weights / total - mean_s * mean_w, 0.0)
+    left: Floats = (var_w - both**2 / var_s) * total
+    return left
