@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 
 from klab.harness.cli._console import talk
+from klab.harness.cli._urls import accept_urls
 from klab.kernels.errors import CannotMeasure, KlabError
 
 
@@ -42,11 +43,36 @@ def build_app() -> typer.Typer:
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name != "main" and not module.name.startswith("_"):
             importlib.import_module(f"klab.harness.cli.{module.name}").command(app)
+    accept_urls(app)
     return app
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 usage, 4 cannot measure, 130 interrupted, 1 anything else."""
+    code: int | str | None = 0
+    try:
+        _run()
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        left = _upload()
+    sys.exit(left if code in (0, None) and left else code)
+
+
+def _upload() -> int:
+    """What was written behind URLs goes up, however the verb ended; returns an exit code."""
+    from klab.harness.store.remote import settle
+
+    try:
+        for line in settle():
+            talk.print(line, markup=False, soft_wrap=True)
+    except CannotMeasure as error:
+        talk.print(f"klab: {error}", style="red", markup=False, soft_wrap=True)
+        return CannotMeasure.exit_code
+    return 0
+
+
+def _run() -> None:
     try:
         build_app()(standalone_mode=True)
     except KlabError as error:

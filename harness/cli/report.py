@@ -49,6 +49,7 @@ def command(app: typer.Typer) -> None:
         from klab.harness.plan import scenario_for
         from klab.harness.report.write import write_report
         from klab.harness.store.paths import folders_to_read
+        from klab.harness.store.remote import shown
         from klab.kernels.discover import discover
         from klab.kernels.errors import UsageError
 
@@ -73,7 +74,7 @@ def command(app: typer.Typer) -> None:
             talk.print(
                 f"no results in {', '.join(map(str, folders))} for this: the page says so", style="yellow", markup=False, soft_wrap=True
             )
-        talk.print(f"wrote {out.resolve()}", markup=False, soft_wrap=True)
+        talk.print(f"wrote {shown(out.resolve())}", markup=False, soft_wrap=True)
         if show:
             import webbrowser
 

@@ -37,6 +37,8 @@ Delete = Annotated[
 ]
 
 TABLE_ROWS = 50
+# "GPU-" and eight digits, or "cpu-" and eight: enough to tell the boards of a node apart.
+DEVICE_LETTERS = 12
 _COLUMNS = (
     "operator",
     "problem",
@@ -58,7 +60,7 @@ _CSV = (
     "operator", "problem_label", "problem_key", "dtype", "kernel", "backend", "library", "config_label", "chip", "device", "status", "kind",
     "reason", "median_us", "ci_low_us", "ci_high_us", "rounds", "tflops", "gb_per_s", "error", "tolerance", "checks", "l2_state",
     "launch_mode", "sm_clock_mhz", "power_w", "idle_power_w", "energy_j", "energy_reason", "key", "source_digest", "run_id", "recorded_at",
-    "epoch",
+    "epoch", "device_uuid",
 )  # fmt: skip
 
 
@@ -83,6 +85,7 @@ def command(app: typer.Typer) -> None:
         from klab.harness.store.paths import folders_to_read
         from klab.harness.store.query import latest
         from klab.harness.store.read import ReadReport, iter_results
+        from klab.harness.store.remote import mirror_of, shown
         from klab.harness.store.select import Selection
         from klab.kernels.errors import UsageError
 
@@ -91,12 +94,15 @@ def command(app: typer.Typer) -> None:
         if delete_originals and not compact:
             raise UsageError("--delete-originals goes with --compact")
         folders = folders_to_read(where)
+        if delete_originals and any(mirror_of(folder) for folder in folders):
+            raise UsageError("--delete-originals is for folders of this machine: nothing is deleted behind a URL (docs/storage.md)")
         if compact:
             _compact(folders, delete_originals)
             return
         selection = Selection(operator or (), kernel or (), chip or (), status or ())
         report = ReadReport()
-        rows = selection.of(iter_results([folder for folder in folders if folder.exists()], report))
+        there = [folder for folder in folders if folder.exists()]
+        rows = selection.of(iter_results(there, report))
         stands: Iterable[Result] = rows if everything else latest(rows)
         if as_json:
             for row in islice(stands, limit):
@@ -104,13 +110,13 @@ def command(app: typer.Typer) -> None:
         elif as_csv:
             _csv(islice(stands, limit))
         else:
-            _table(list(stands), limit or TABLE_ROWS)
+            _table(list(stands), limit or TABLE_ROWS, there)
         for line in report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
         selection.check_names()
         if not report.rows:
             talk.print(
-                f"no results in {', '.join(map(str, folders))} yet: `klab run --model qwen3-0.6b --chip auto` makes some",
+                f"no results in {', '.join(map(shown, folders))} yet: `klab run --model qwen3-0.6b --chip auto` makes some",
                 markup=False,
                 soft_wrap=True,
             )
@@ -130,14 +136,20 @@ def _compact(folders: list[Path], delete_originals: bool) -> None:
             talk.print(f"kept {why}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _table(rows: list[Result], limit: int) -> None:
+def _table(rows: list[Result], limit: int, folders: list[Path]) -> None:
     if not rows:
         return
+    from klab.harness.measure.calibration import device_of, read_calibrations
+    from klab.harness.measure.correction import Correction
     from klab.harness.store.frame import config_label, gb_per_s, tflops
 
     def number(value: float | None, digits: int = 4) -> str:
         return "" if value is None else f"{value:.{digits}g}"
 
+    # Times of several devices of one kind are compared here too: then each row says whose it is, and what a typical one would need.
+    troubles: list[str] = []
+    correction = Correction(rows, read_calibrations(folders, troubles))
+    several = correction.several
     rows = sorted(rows, key=lambda r: (r.chip, r.operator, r.problem_label, r.median_us or float("inf")))
     shown = [
         (
@@ -145,17 +157,28 @@ def _table(rows: list[Result], limit: int) -> None:
             number(r.median_us, 5),
             "" if r.ci_low_us is None or r.ci_high_us is None else f"{r.ci_low_us:.5g}..{r.ci_high_us:.5g}",
             number(tflops(r)), number(gb_per_s(r)), number(r.error, 2), number(r.power_w), number(r.energy_j, 3), r.recorded_at[:16],
+            *((device_of(r)[:DEVICE_LETTERS], _corrected(correction.apply(r))) if several else ()),
         )
         for r in rows[:limit]
     ]  # fmt: skip
-    table(f"{len(rows)} results", _COLUMNS, shown, _RIGHT)
+    table(f"{len(rows)} results", (*_COLUMNS, *(("device", "corrected us") if several else ())), shown, (*_RIGHT, "corrected us"))
+    for line in (*troubles, *correction.notes()):
+        talk.print(line, style="yellow", markup=False, soft_wrap=True)
     if len(rows) > limit:
         talk.print(f"{len(rows) - limit} more: --limit {len(rows)} shows all, --json and --csv give all", soft_wrap=True)
 
 
+def _corrected(r: Result) -> str:
+    """The time as a typical device of its kind would need it, where that is known."""
+    if "corrected" not in r.build or r.median_us is None:
+        return ""
+    return f"{r.median_us:.5g} ({r.ci_low_us:.5g}..{r.ci_high_us:.5g})"
+
+
 def _status(r: Result) -> str:
     """The status; of a row that klab did not measure (a published one, say), also what it is."""
-    return r.status.value if r.kind in ("measured", r.status.value) else f"{r.status.value} ({r.kind})"
+    imported = " (imported)" if r.build.get("imported") else ""
+    return f"{r.status.value}{imported}" if r.kind in ("measured", r.status.value) else f"{r.status.value} ({r.kind})"
 
 
 def _csv(rows: Iterable[Result]) -> None:

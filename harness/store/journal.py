@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from klab.harness.store.read import ReadReport, iter_results
+from klab.harness.store.remote import mirror_of
 from klab.harness.store.result import Result
 from klab.kernels.contract import Json
 from klab.kernels.errors import CannotMeasure
@@ -23,6 +24,9 @@ __all__ = ["Journal", "ReadReport", "iter_results"]
 # Below this much free space a run does not start: 8 MiB hold about 500 rows with their samples.
 LEAST_FREE_BYTES = 8 << 20
 
+# An object is replaced whole each time it grows: in the mirror of an object store the next part file begins at this size.
+REMOTE_PART_BYTES = 4 << 20
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -31,7 +35,8 @@ class Journal:
     """Appends Results to a part file of its own in `folder`, which appears with the first row.
 
     Each row is one write to a file opened for appending, followed by fsync: no locks, any number of writers, also over NFS. After a
-    fork the child writes to another file. Errors of the disk are CannotMeasure; what was stored before stays whole.
+    fork the child writes to another file. Errors of the disk are CannotMeasure; what was stored before stays whole. In the mirror of an
+    object store the rows are uploaded while they are written.
     """
 
     def __init__(self, folder: Path | str, run_id: str) -> None:
@@ -42,6 +47,7 @@ class Journal:
         self._fd = -1
         self._pid = 0
         self._torn = False
+        self._mirror = mirror_of(self.folder)
         self._lock = threading.Lock()
 
     def ready(self) -> None:
@@ -57,13 +63,16 @@ class Journal:
         # Some network and overlay file systems report no sizes at all.
         if space.f_blocks and space.f_bavail * space.f_frsize < LEAST_FREE_BYTES:
             raise self._cannot(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        if self._mirror is not None:
+            self._mirror.ready()
+            self._mirror.follow()
 
     def append(self, result: Result) -> None:
         """Store one row and return when it is on disk. CannotMeasure on a full or read-only disk; the row is then not stored."""
         line = _line(result)
         with self._lock:
             try:
-                if self._pid != os.getpid():
+                if self._pid != os.getpid() or (self._mirror and os.fstat(self._fd).st_size > REMOTE_PART_BYTES):
                     self._open()
                 try:
                     self._write(line)
@@ -150,6 +159,12 @@ def _line(result: Result) -> bytes:
     except ValueError:
         text = json.dumps(_finite(row), separators=(",", ":"), allow_nan=False)
     return text.encode() + b"\n"
+
+
+def row_of(result: Result) -> dict[str, Json]:
+    """The row as the journal would hold it: plain JSON, without infinities."""
+    row: dict[str, Json] = json.loads(_line(result))
+    return row
 
 
 def _finite(value: Json) -> Json:

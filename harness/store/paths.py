@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import klab.kernels.contract
+from klab.harness.store.remote import local_of, mirror_of, shown
 from klab.kernels.errors import UsageError
 
 VARIABLE = "KLAB_RESULTS"
@@ -21,14 +22,15 @@ def checkout() -> Path | None:
 def folder_to_read(given: Path | str | None = None) -> Path:
     """The folder with all results: `given`, else KLAB_RESULTS, else the checkout's results/, else ./klab-results (which may not exist).
 
-    UsageError when a folder was named and is not there.
+    Of a URL it is the local mirror, synced. UsageError when a folder was named and is not there.
     """
     named = given or os.environ.get(VARIABLE)
     if named:
-        folder = Path(named)
+        folder = local_of(named)
         if not folder.exists():
             source = "--results" if given else VARIABLE
-            raise UsageError(f"{source}: {folder} does not exist; `klab run` makes results, or name the folder or file that has them")
+            absent = "does not exist" if mirror_of(folder) is None else "holds nothing"
+            raise UsageError(f"{source}: {shown(folder)} {absent}; `klab run` makes results, or name the folder or file that has them")
         return folder
     root = checkout()
     return root / "results" if root else Path("klab-results")
@@ -42,11 +44,12 @@ def folders_to_read(given: Sequence[Path | str] | None = None) -> list[Path]:
 def folder_to_write(given: Path | str | None = None) -> Path:
     """The folder for new rows: `given`, else KLAB_RESULTS, else results/local of the checkout (ignored by git), else ./klab-results.
 
-    It need not exist yet. UsageError when it is a file.
+    It need not exist yet; of a URL it is the local mirror, synced. UsageError when it is a file.
     """
     named = given or os.environ.get(VARIABLE)
     root = checkout()
-    folder = Path(named) if named else root / "results" / "local" if root else Path("klab-results")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{'--results' if given else VARIABLE}: {folder} is a file; new results need a folder")
+    folder = local_of(named) if named else root / "results" / "local" if root else Path("klab-results")
+    mirror = mirror_of(folder)
+    if (folder.exists() and not folder.is_dir()) or (mirror is not None and folder == mirror.path and mirror.single):
+        raise UsageError(f"{'--results' if given else VARIABLE}: {shown(folder)} is a file; new results need a folder")
     return folder
