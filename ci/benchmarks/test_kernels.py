@@ -6,6 +6,7 @@ import pytest
 
 from klab.harness.choose.benchmark import DeviceTime, Measured, extra_info, timed, why_no_time
 from klab.harness.plan.trial import Trial
+from klab.harness.store.frame import config_label
 from klab.harness.store.result import Status
 
 
@@ -21,5 +22,6 @@ def test_kernel(trial: Trial, timer: DeviceTime, measured: Measured, benchmark) 
         if row.status is Status.UNSUPPORTED:
             pytest.skip(failure)
         pytest.fail(f"{row.kernel} on {row.problem_label}: {failure}", pytrace=False)
+    benchmark.params = {"problem": row.problem_label, "kernel": row.kernel, "config": config_label(row)}
     benchmark.extra_info.update(extra_info(rows, measured.rows[trial.problem.key], measured.chip))
     benchmark.pedantic(timer.launch, rounds=timer.load(row), iterations=1)

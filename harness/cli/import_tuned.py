@@ -1,7 +1,10 @@
-"""`klab import`: tables of tuned configurations from vLLM or SGLang, as what klab tries first and measures against its own."""
+"""`klab import`: tables of tuned configurations from vLLM or SGLang, as what klab tries first and measures against its own; and the JSON
+of klab's pytest-benchmark suite.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from klab.kernels.contract import Chip
     from klab.kernels.discover import Catalogue
 
-Folder = Annotated[Path, typer.Argument(help="A folder of tables, or one table.")]
+Folder = Annotated[Path, typer.Argument(help="A folder of tables, one table, or the JSON of `pytest ci/benchmarks`.")]
 Engine = Annotated[str, typer.Option("--engine", "-e", help="vllm or sglang. Default: by the look of the files.")]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Whose experts they are: a table does not say the hidden size.")]
 Chip_ = Annotated[str | None, typer.Option("--chip", "-c", help="The chip to try them on. Default: the tables' own; others are left out.")]
@@ -45,12 +48,15 @@ def command(app: typer.Typer) -> None:
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be read, and store nothing.")] = False,
         as_json: _options.AsJson = False,
     ) -> None:
-        """Read tables as warm starts of `klab tune` and as contestants. Their rows are of kind reference and carry no time."""
+        """Read tables as warm starts of `klab tune` and as contestants: rows of kind reference, without a time. Or a file that `pytest
+        ci/benchmarks --benchmark-json` wrote: its measured rows.
+        """
         from klab.harness.catalog import find_model
         from klab.harness.choose.engines import find_dialect
         from klab.harness.choose.engines.contestants import new_rows, read_contestants
         from klab.harness.choose.engines.lint import guess
         from klab.harness.choose.engines.reading import files_of, read_table
+        from klab.harness.store.benchmark_json import is_benchmark_json
         from klab.harness.store.journal import Journal
         from klab.harness.store.paths import folder_to_write
         from klab.harness.store.read import ReadReport, iter_results
@@ -61,6 +67,13 @@ def command(app: typer.Typer) -> None:
             raise UsageError(f"{folder} does not exist; name the folder with the tables, or one of them")
         if (budget or again) and not measure:
             raise UsageError("--budget and --again go with --measure")
+        if is_benchmark_json(folder):
+            if engine != "auto" or model or chip or kernels or measure:
+                raise UsageError(
+                    f"{folder} is pytest-benchmark's: its rows say all themselves, so it goes with --results, --dry-run and --json"
+                )
+            _import_benchmarks(folder, results, dry_run=dry_run, as_json=as_json)
+            return
         dialect = find_dialect(guess(folder) if engine == "auto" else engine)
         tables = [read_table(path) for path in files_of(folder)]
         if not tables:
@@ -84,6 +97,38 @@ def command(app: typer.Typer) -> None:
         _tell(contestants, len(rows), found_chip, where, as_json=as_json)
         if measure:
             _measure(contestants, found_chip, catalogue, kernels, where, budget, again=again, as_json=as_json)
+
+
+def _import_benchmarks(file: Path, results: Path | None, *, dry_run: bool, as_json: bool) -> None:
+    """The rows of klab's own suite, labelled, into the store; those that are there already are not stored twice."""
+    from klab.harness.choose.engines.reading import printable
+    from klab.harness.store.benchmark_json import new_rows, read_benchmarks
+    from klab.harness.store.journal import Journal
+    from klab.harness.store.paths import folder_to_write
+    from klab.harness.store.read import ReadReport, iter_results
+    from klab.harness.store.remote import shown
+    from klab.harness.tune.job import new_run_id
+
+    found = read_benchmarks(file)
+    where = folder_to_write(results)
+    new = new_rows(found.rows, iter_results([where] if where.exists() else [], ReadReport()))
+    if not dry_run:
+        with Journal(where, f"{new_run_id()}-import") as journal:
+            if new:
+                journal.ready()
+            for row in new:
+                journal.append(row)
+    counts = dict(Counter(row.status.value for row in new))
+    if as_json:
+        emit({"type": "import", "stored": 0 if dry_run else len(new), "new": counts, "known": len(found.rows) - len(new),
+              "left_out": found.left_out, "results": shown(where)})  # fmt: skip
+    for name, why in found.left_out.items():
+        talk.print(printable(f"left out: {name}: {why}"), style="yellow", markup=False, soft_wrap=True)
+    said = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "nothing new"
+    known = f"; {len(found.rows) - len(new)} were there" if len(new) < len(found.rows) else ""
+    label = ". `klab results` calls them imported" if new else ""
+    done = "would be stored" if dry_run else "stored"
+    talk.print(f"{said} {done} in {shown(where)}{known}{label}", markup=False, soft_wrap=True)
 
 
 def _chip(chip: str | None, tables: list[Table], dialect: Dialect) -> tuple[Chip, list[Table], list[str]]:
