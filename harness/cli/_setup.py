@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, talk
@@ -13,6 +13,7 @@ from klab.harness.cli.main import START_S
 
 if TYPE_CHECKING:
     from klab.harness.catalog.architecture import Model
+    from klab.harness.fleet.open import Engine
     from klab.harness.plan.rows import Plan
     from klab.harness.plan.trial import Trial
     from klab.harness.plan.trials import Skipped
@@ -84,6 +85,17 @@ def look_up(
     return Setup(found_model, found_chip, plan, catalogue, made.trials, made.skipped, dirs)
 
 
+def look_up_all(model: str, chips: str, engine: Engine, **options: Any) -> list[Setup]:
+    """`look_up` for each of several chips. UsageError as there, and where one name stands for two chips."""
+    from klab.kernels.errors import UsageError
+
+    setups = [look_up(model, name, **options) for name in engine.chips(chips)]
+    names = [setup.chip.name for setup in setups]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--chip {chips}: {', '.join(names)} are not different chips")
+    return setups
+
+
 def matching(problems: Mapping[str, Problem], wanted: Sequence[str] | None) -> dict[str, Problem]:
     """Those of `problems` (by key) whose key or label has one of the texts in it; all without any. UsageError where a text finds none."""
     from klab.kernels.errors import UsageError
@@ -105,6 +117,8 @@ def deadline_of(budget_s: float | None, *, reserve_s: float = 0.0) -> float | No
 
 def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False, again: bool = False) -> None:
     """One line for people on stderr, or one object on stdout."""
+    from klab.harness.store.remote import shown
+
     counts = dict(outcome.by_status)
     if as_json:
         emit(
@@ -115,11 +129,11 @@ def tell_outcome(outcome: Outcome, folder: Path, *, as_json: bool = False, again
                 "left": len(outcome.left),
                 "stopped": outcome.stopped,
                 "seconds": round(outcome.seconds, 2),
-                "results": str(folder),
+                "results": shown(folder),
             }
         )
     said = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "nothing new"
     known = f"; {len(outcome.known)} were known already (--again measures them once more)" if outcome.known else ""
     how = "the same command without --again continues" if again else "the same command continues"
     left = f"; {len(outcome.left)} not reached ({outcome.stopped}): {how}" if outcome.left else ""
-    talk.print(f"{said} in {outcome.seconds:.0f} s{known}{left}. Results in {folder}", markup=False, soft_wrap=True)
+    talk.print(f"{said} in {outcome.seconds:.0f} s{known}{left}. Results in {shown(folder)}", markup=False, soft_wrap=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,7 @@ from klab.harness.cli._console import emit, out, table, talk
 
 if TYPE_CHECKING:
     from klab.harness.cli._setup import Setup
+    from klab.harness.fleet.open import Engine
     from klab.harness.tune.job import Job
 
 Phase = Annotated[str | None, typer.Option("--phase", help="Only prefill, decode or denoise.")]
@@ -27,7 +30,7 @@ def command(app: typer.Typer) -> None:
     @app.command()
     def measure(
         model: _options.Model,
-        chip: _options.Chip = "auto",
+        chip: _options.Chips = "auto",
         kernel: _options.Only = None,
         candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
@@ -39,6 +42,8 @@ def command(app: typer.Typer) -> None:
         further: _options.With = None,
         phase: Phase = None,
         budget: _options.Budget = None,
+        fleet: _options.FleetKind = "local",
+        address: _options.Address = None,
         results: _options.Results = None,
         again: Again = False,
         energy: Energy = True,
@@ -46,12 +51,15 @@ def command(app: typer.Typer) -> None:
         as_json: _options.AsJson = False,
     ) -> None:
         """Measure every kernel on the shapes of a model. What is known already is not measured twice; Ctrl-C keeps what was measured."""
-        from klab.harness.cli._setup import deadline_of, look_up
+        from klab.harness.cli._setup import deadline_of, look_up_all
+        from klab.harness.fleet.open import Engine
 
         deadline = deadline_of(_options.seconds(budget))
-        setup = look_up(
+        engine = Engine(fleet, address)
+        setups = look_up_all(
             model,
             chip,
+            engine,
             isl=isl,
             osl=osl,
             batch=batch,
@@ -64,21 +72,24 @@ def command(app: typer.Typer) -> None:
             phase=phase,
         )
         if dry_run:
-            show_trials(setup, as_json=as_json)
+            for setup in setups:
+                show_trials(setup, as_json=as_json)
         else:
-            measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
+            measure_setups(setups, deadline, engine=engine, results=results, again=again, energy=energy, as_json=as_json)
 
 
-def measure_setup(
-    setup: Setup,
+def measure_setups(
+    setups: Sequence[Setup],
     deadline: float | None,
     *,
+    engine: Engine,
     results: Path | None = None,
     again: bool = False,
     energy: bool = True,
     as_json: bool = False,
 ) -> Job:
-    """Run the trials as one job, then the energy of those that matter; says how it went. KeyboardInterrupt passes when all is stored."""
+    """Run the trials of all chips as one job, then the energy of those that matter; says how it went. KeyboardInterrupt passes when all is
+    stored."""
     from klab.harness.cli._progress import Bars
     from klab.harness.cli._setup import tell_outcome
     from klab.harness.store.paths import folder_to_read, folder_to_write
@@ -88,22 +99,48 @@ def measure_setup(
     folder = folder_to_write(results)
     # Recorded runs that ship with klab make a trial known too, unless a folder was named.
     shipped = [] if results else [folder_to_read()]
+    first, *others = setups
+    kernels = first.catalogue.kernels
     with Bars(as_json=as_json) as bars:
-        job = Job(setup.chip, folder, read_from=shipped, kernel_dirs=setup.kernel_dirs, deadline=deadline, again=again, listener=bars)
+        job = Job(
+            first.chip,
+            folder,
+            read_from=shipped,
+            kernel_dirs=first.kernel_dirs,
+            deadline=deadline,
+            again=again,
+            listener=bars,
+            others=[setup.chip for setup in others],
+            engine=engine,
+        )
         outcomes: list[Outcome] = []
         try:
-            outcomes.append(job.run(setup.trials, setup.catalogue.kernels))
-            if energy and setup.chip.kind == "cuda" and not outcomes[0].left:
-                outcomes.append(job.run(energy_trials(setup.trials, job.stored()), setup.catalogue.kernels))
+            # A cluster's actors serve both runs; a worker of this machine starts in seconds.
+            with nullcontext() if engine.is_local else job.session():
+                outcomes.append(job.run([trial for setup in setups for trial in setup.trials], kernels))
+                metered = [setup for setup in setups if setup.chip.kind == "cuda"]
+                if energy and metered and not outcomes[0].left:
+                    rows = job.stored()
+                    outcomes.append(job.run([trial for setup in metered for trial in energy_trials(setup.trials, rows)], kernels))
         except KeyboardInterrupt:
             bars.stop()
+            tell_notes(job, as_json=as_json)
             tell_outcome(job.outcome, folder, as_json=as_json, again=again)
             raise
+    tell_notes(job, as_json=as_json)
     for line in job.report.lines():
         talk.print(line, style="yellow", markup=False, soft_wrap=True)
     for done in outcomes:
         tell_outcome(done, folder, as_json=as_json, again=again)
     return job
+
+
+def tell_notes(job: Job, *, as_json: bool = False) -> None:
+    """Which devices were left out or lost, and in what they differ."""
+    for note in job.notes:
+        if as_json:
+            emit({"type": "note", "text": note})
+        talk.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
 
 
 def show_trials(setup: Setup, *, as_json: bool = False) -> None:

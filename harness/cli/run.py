@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, talk
 from klab.harness.cli.choose import Objective, UsdPerHour, UsdPerKwh, show_profile, tell_profile
-from klab.harness.cli.measure import Again, DryRun, Energy, Phase, measure_setup, show_trials
+from klab.harness.cli.measure import Again, DryRun, Energy, Phase, measure_setups, show_trials
 
 if TYPE_CHECKING:
     from klab.harness.cli._setup import Setup
@@ -30,7 +31,7 @@ def command(app: typer.Typer) -> None:
     @app.command()
     def run(
         model: _options.Model,
-        chip: _options.Chip = "auto",
+        chip: _options.Chips = "auto",
         kernel: _options.Only = None,
         candidates: _options.Candidates = "default",
         kernels: _options.KernelDirs = None,
@@ -46,6 +47,8 @@ def command(app: typer.Typer) -> None:
         usd_per_hour: UsdPerHour = None,
         usd_per_kwh: UsdPerKwh = None,
         budget: _options.Budget = None,
+        fleet: _options.FleetKind = "local",
+        address: _options.Address = None,
         results: _options.Results = None,
         again: Again = False,
         energy: Energy = True,
@@ -55,14 +58,18 @@ def command(app: typer.Typer) -> None:
         as_json: _options.AsJson = False,
     ) -> None:
         """From a model to measured kernels, a chosen pack and a report. Known results are used, not measured twice; Ctrl-C keeps all."""
-        from klab.harness.cli._setup import deadline_of, look_up
+        from klab.harness.cli._setup import deadline_of, look_up_all
+        from klab.harness.fleet.open import Engine
         from klab.harness.tune import objective as goals
+        from klab.kernels.errors import UsageError
 
         goal = goals.Objective.parse(objective, usd_per_hour, usd_per_kwh)
         deadline = deadline_of(_options.seconds(budget), reserve_s=WRAP_UP_S)
-        setup = look_up(
+        engine = Engine(fleet, address)
+        setups = look_up_all(
             model,
             chip,
+            engine,
             isl=isl,
             osl=osl,
             batch=batch,
@@ -75,14 +82,18 @@ def command(app: typer.Typer) -> None:
             phase=phase,
             narrower=_options.checked_error(max_error) is not None,
         )
-        for note in setup.plan.notes:
-            talk.print(f"{note.level}: {note.text}", style="yellow" if note.level == "warning" else None, markup=False, soft_wrap=True)
+        if out is not None and len(setups) > 1:
+            raise UsageError("--out names one profile, and every chip has its own: leave it out")
+        for level, text in dict.fromkeys((note.level, note.text) for setup in setups for note in setup.plan.notes):
+            talk.print(f"{level}: {text}", style="yellow" if level == "warning" else None, markup=False, soft_wrap=True)
         if dry_run:
-            show_trials(setup, as_json=as_json)
+            for setup in setups:
+                show_trials(setup, as_json=as_json)
             return
-        job = measure_setup(setup, deadline, results=results, again=again, energy=energy, as_json=as_json)
-        _choose(setup, job, goal, out, max_error, as_json=as_json)
-        _report(setup, job, report or job.folder / "report.html", as_json=as_json)
+        job = measure_setups(setups, deadline, engine=engine, results=results, again=again, energy=energy, as_json=as_json)
+        for setup in setups:
+            _choose(setup, job, goal, out, max_error, as_json=as_json)
+        _report(setups, job, report or job.folder / "report.html", as_json=as_json)
 
 
 def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, max_error: float | None, *, as_json: bool) -> None:
@@ -107,11 +118,11 @@ def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, max_error: flo
     tell_profile(profile, path, same_choice(previous, profile) if previous else None)
 
 
-def _report(setup: Setup, job: Job, page: Path, *, as_json: bool) -> None:
+def _report(setups: Sequence[Setup], job: Job, page: Path, *, as_json: bool) -> None:
     from klab.harness.report.write import write_report
 
-    chip = setup.chip.name
-    write_report(job.sources(), page, chips=[chip], plans={chip: setup.plan}, catalogue=setup.catalogue)
+    plans = {setup.chip.name: setup.plan for setup in setups}
+    write_report(job.sources(), page, chips=list(plans), plans=plans, catalogue=setups[0].catalogue)
     if as_json:
         emit({"type": "report", "page": str(page.resolve())})
     talk.print(f"report: {page.resolve()}", markup=False, soft_wrap=True)

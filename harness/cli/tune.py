@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,6 +53,8 @@ def command(app: typer.Typer) -> None:
         kernels: _options.KernelDirs = None,
         strategy: StrategyName = None,
         budget: _options.Budget = None,
+        fleet: _options.FleetKind = "local",
+        address: _options.Address = None,
         evaluations: Evaluations = None,
         gpu_seconds: GpuSeconds = None,
         seed: Seed = 0,
@@ -75,14 +78,16 @@ def command(app: typer.Typer) -> None:
     ) -> None:
         """Tune a model's kernels: the budget goes where it saves most. Safe to stop or kill; the same command goes on where it was."""
         from klab.harness.cli import _clocks
-        from klab.harness.cli._setup import deadline_of, look_up
+        from klab.harness.cli._setup import deadline_of, look_up_all
         from klab.harness.cli._tuning import Narrator
+        from klab.harness.cli.measure import tell_notes
+        from klab.harness.fleet.open import Engine
         from klab.harness.store.paths import folder_to_read, folder_to_write
         from klab.harness.tune import objective as goals
         from klab.harness.tune.allowance import ENERGY_FINAL_S, FINAL_S, Allowance
         from klab.harness.tune.job import Job
         from klab.harness.tune.tuner import Options, Tuner
-        from klab.kernels.errors import CannotMeasure
+        from klab.kernels.errors import CannotMeasure, UsageError
 
         goal = goals.Objective.parse(objective, usd_per_hour, usd_per_kwh)
         seconds = _options.seconds(budget)
@@ -91,10 +96,15 @@ def command(app: typer.Typer) -> None:
         final_s = ENERGY_FINAL_S if goal.needs_energy else FINAL_S
         allowance = Allowance(evaluations, gpu_seconds, None if deadline is None else deadline - later_s, final_s_most=final_s)
         options = Options(strategy or "", seed, goal, allowance)
-        setup = look_up(
-            model, chip, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype,
+        engine = Engine(fleet, address)
+        if allow_clock_control and not engine.is_local:
+            raise UsageError("--allow-clock-control sets the clocks of this machine's device: leave out --fleet")
+        setup, *others = look_up_all(
+            model, chip, engine, isl=isl, osl=osl, batch=batch, tp=tp, dtype=dtype,
             further=further, kernel_dirs=kernels, only=kernel, phase=phase
         )  # fmt: skip
+        if others:
+            raise UsageError(f"tuning is for one chip at a time: --chip {setup.chip.name} or {', '.join(o.chip.name for o in others)}")
         competing = _competing(setup, kernel)
         targets = _targets(setup, phase, problem)
         if pareto and setup.chip.kind == "cpu":
@@ -106,11 +116,16 @@ def command(app: typer.Typer) -> None:
         narrator = Narrator(as_json=as_json)
         # Recorded runs that ship with klab count too, unless a folder was named.
         shipped = [] if results else [folder_to_read()]
-        job = Job(setup.chip, folder, read_from=shipped, kernel_dirs=setup.kernel_dirs, deadline=deadline, listener=narrator)
+        dirs = setup.kernel_dirs
+        job = Job(setup.chip, folder, read_from=shipped, kernel_dirs=dirs, deadline=deadline, listener=narrator, engine=engine)
         if allow_clock_control:
             _clocks.check(job)
         tuner = Tuner(job, competing, targets, options, told=narrator.slice, reweigh=_reweigh(setup, phase))
-        tuned, profile = _run(setup, job, tuner, goal, out_file, export, pareto=pareto, as_json=as_json)
+        try:
+            with nullcontext() if engine.is_local else job.session():
+                tuned, profile = _run(setup, job, tuner, goal, out_file, export, pareto=pareto, as_json=as_json)
+        finally:
+            tell_notes(job, as_json=as_json)
         if allow_clock_control:
             _clocks.run(job, _clocks.winners(tuned, profile, setup.catalogue.kernels), goal, deadline, as_json=as_json)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Status
@@ -37,6 +37,19 @@ class _Work:
     started: bool = False
     found: Screened | None = None
     told: set[str] = field(default_factory=set)
+
+
+class AnyCompiler(Protocol):
+    """What compiles for one thread of a farm: farm_compiler.Compiler, or one on another machine."""
+
+    def ask(self, trial: Trial, timeout_s: float) -> dict[str, Json]:
+        """The answer for a candidate; FarmClosed after `kill`."""
+
+    def kill(self) -> None:
+        """At once and for good, from any thread."""
+
+    def close(self) -> None:
+        """Kill and reap, by the thread that asks."""
 
 
 class Farm:
@@ -73,11 +86,13 @@ class Farm:
         limits: Limits | None = None,
         cache_dir: Path | None = None,
         on_done: Callable[[Screened], None] = lambda _: None,
+        compilers: Sequence[Callable[[], AnyCompiler]] = (),
     ) -> None:
         """`jobs`: default one per core, and no more than the memory that is free now has room for at `limits.memory_bytes` each.
-        `cache_dir`: default $KLAB_CACHE or ~/.cache/klab."""
+        `cache_dir`: default $KLAB_CACHE or ~/.cache/klab. `compilers`: makers of compilers elsewhere, one job each, instead of any here."""
         self.chip, self.limits = chip, limits or Limits()
-        self.jobs = jobs or default_jobs(self.limits)
+        self._makers = list(compilers)
+        self.jobs = len(self._makers) or jobs or default_jobs(self.limits)
         self.compiled = 0
         self.cached = 0
         self._dirs = [str(Path(d).resolve()) for d in kernel_dirs]
@@ -88,7 +103,7 @@ class Farm:
         self._order = itertools.count()
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
-        self._compilers: list[Compiler] = []
+        self._compilers: list[AnyCompiler] = []
         # Threads without work; works not begun; works not done.
         self._idle, self._waiting, self._pending = 0, 0, 0
         self._claimed: dict[tuple[Json, ...], Screened] = {}
@@ -176,7 +191,7 @@ class Farm:
                     work.urgency = urgency
                     heapq.heappush(self._queue, (urgency, next(self._order), identity))
             for _ in range(min(self.jobs - len(self._threads), self._waiting - self._idle)):
-                compiler = Compiler(self.chip, self._dirs, self.limits.memory_bytes)
+                compiler = self._makers[len(self._threads)]() if self._makers else self._compiler()
                 thread = threading.Thread(target=self._serve, args=(compiler,), name=f"klab-farm-{len(self._threads)}", daemon=True)
                 self._compilers.append(compiler)
                 self._threads.append(thread)
@@ -208,7 +223,7 @@ class Farm:
         same = self._identity(first.trial) == self._identity(found.trial)
         return found if same or found.from_default == 0 else as_duplicate(found, first)
 
-    def _serve(self, compiler: Compiler) -> None:
+    def _serve(self, compiler: AnyCompiler) -> None:
         """One thread: take the most urgent, compile it, and again."""
         try:
             while True:
@@ -251,7 +266,7 @@ class Farm:
                 self._changed.wait()
         return None
 
-    def _compile(self, compiler: Compiler, trial: Trial) -> Screened:
+    def _compile(self, compiler: AnyCompiler, trial: Trial) -> Screened:
         answer = self._cache.get(trial)
         if answer is not None:
             return judge(trial, answer, self.chip, self.limits, cached=True)
@@ -275,6 +290,9 @@ class Farm:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+
+    def _compiler(self) -> Compiler:
+        return Compiler(self.chip, self._dirs, self.limits.memory_bytes)
 
     def _identity(self, trial: Trial) -> str:
         """What a trial compiles: the policy of measuring does not count."""

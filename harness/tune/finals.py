@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from klab.harness.fleet.estimate import trial_estimate_s
 from klab.harness.fleet.local import Fleet
+from klab.harness.fleet.open import AnyFleet
 from klab.harness.measure.contest import GROUP_SLOTS, contest_key
 from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.plan.trial import Policy, Trial
@@ -41,7 +42,7 @@ def finals(
     objective: Objective = LATENCY,
     deadline: float | None = None,
     target: float = TARGET,
-    fleet: Fleet | None = None,
+    fleet: AnyFleet | None = None,
     known: Iterable[Result] = (),
 ) -> Final:
     """Decide between trials of one problem on the job's chip. Every row goes to the job's store as it comes.
@@ -65,7 +66,7 @@ def finals(
     told: list[Result] = []
     left_out = [trial for trial in _unique(contenders) if _name(trial) not in names]
     with ExitStack() as stack:
-        used = fleet or stack.enter_context(Fleet(job.chip, job.run_id, kernel_dirs=job.kernel_dirs))
+        used: AnyFleet = fleet or stack.enter_context(Fleet(job.chip, job.run_id, kernel_dirs=job.kernel_dirs))
         for rows in _blocks(job, used, race, names, _times_end(until) if objective.needs_energy else until):
             told += rows
         verdict = race.verdict()
@@ -80,7 +81,7 @@ def finals(
 
 
 def _windows(
-    job: Job, fleet: Fleet, race: Race, names: Mapping[str, Trial], default: str, until: float | None, told: list[Result]
+    job: Job, fleet: AnyFleet, race: Race, names: Mapping[str, Trial], default: str, until: float | None, told: list[Result]
 ) -> tuple[list[str], list[dict[str, Result]], str]:
     """(whose energy was measured, per window the rows that have one, why there are fewer windows than wanted or "").
 
@@ -178,7 +179,7 @@ def _seed(job: Job, default: Trial, number: int) -> int:
     return 1 + int(digest([job.run_id, default.problem.key, time.time_ns()]), 16) % 2**20 * 64 + number
 
 
-def _blocks(job: Job, fleet: Fleet, race: Race, names: Mapping[str, Trial], until: float | None) -> Iterator[list[Result]]:
+def _blocks(job: Job, fleet: AnyFleet, race: Race, names: Mapping[str, Trial], until: float | None) -> Iterator[list[Result]]:
     """Run blocks until the race is over or the time; as many at a time as there are devices."""
     first = _seed(job, next(iter(names.values())), 1)
     number, longest_s = 0, 0.0
@@ -201,7 +202,7 @@ def _blocks(job: Job, fleet: Fleet, race: Race, names: Mapping[str, Trial], unti
             return
 
 
-def _measure(job: Job, fleet: Fleet, trials: Sequence[Trial], until: float | None) -> list[Result]:
+def _measure(job: Job, fleet: AnyFleet, trials: Sequence[Trial], until: float | None) -> list[Result]:
     rows: list[Result] = []
 
     def store(row: Result) -> None:

@@ -17,7 +17,9 @@ from typing import Protocol
 from klab.harness.fleet.devices import devices
 from klab.harness.fleet.estimate import estimate_s
 from klab.harness.fleet.local import Fleet, Summary, run_trials
+from klab.harness.fleet.open import AnyFleet, Engine, open_fleet
 from klab.harness.measure import environment
+from klab.harness.measure.calibration import look_in
 from klab.harness.measure.client import WorkerClient
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.plan.trials import missing
@@ -25,8 +27,9 @@ from klab.harness.store.journal import Journal
 from klab.harness.store.query import age, latest
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result, Status
-from klab.harness.tune.screen import NOT_SCREENED, Screened, screen
-from klab.kernels.contract import Chip, Kernel
+from klab.harness.tune.farm import AnyCompiler
+from klab.harness.tune.screen import NOT_SCREENED, Limits, Screened, screen
+from klab.kernels.contract import Chip, Json, Kernel
 
 DEADLY = (Status.CRASHED, Status.TIMEOUT)
 
@@ -93,24 +96,37 @@ class Job:
         listener: Listener | None = None,
         stop: threading.Event | None = None,
         jobs: int | None = None,
+        others: Sequence[Chip] = (),
+        engine: Engine | None = None,
     ) -> None:
         """`folder` takes the rows; `read_from` (besides it) is searched for results that make a trial known.
 
-        `deadline` is a second of time.monotonic(). With `again`, known trials are measured once more. CannotMeasure, before anything
-        is spent, when the chip is not here or the folder takes no rows.
+        `deadline` is a second of time.monotonic(). With `again`, known trials are measured once more. `engine`: who measures, and with a
+        cluster `others`: further chips whose trials may be among those of a run. CannotMeasure, before anything is spent, when a chip is
+        not there or the folder takes no rows.
         """
-        devices(chip)
         self.chip, self.folder, self.kernel_dirs = chip, folder, list(kernel_dirs)
+        self.chips = {one.name: one for one in (chip, *others)}
+        self.engine = engine or Engine()
+        if self.engine.is_local and len(self.chips) == 1:
+            devices(chip)
         self.deadline, self.again, self.stop = deadline, again, stop or threading.Event()
         self.listener = listener or Silent()
         self.run_id = new_run_id()
         self.journal = Journal(folder, self.run_id)
+        look_in(folder)
         self.journal.ready()
         self.report = ReadReport()
         self._jobs = jobs
         self._read_from = list(read_from)
-        self._environment: dict[str, object] | None = None
-        self._fleet: Fleet | None = None
+        self._environments: dict[str, list[Mapping[str, Json]]] = {}
+        self._notes: list[str] = []
+        self._within = False
+        self._fleet: AnyFleet | None = None
+        if not self.engine.is_local or len(self.chips) > 1:
+            self._fleet = open_fleet(
+                self.engine.kind, list(self.chips.values()), self.run_id, address=self.engine.address, kernel_dirs=self.kernel_dirs
+            )
         # The newest ok row of each key and epoch on this chip: read when first asked for, kept up to date from then on.
         self._fine: dict[str, dict[str, Result]] | None = None
         self.outcome = Outcome()
@@ -119,30 +135,49 @@ class Job:
         self._deadly: set[str] = set()
 
     @contextmanager
-    def session(self) -> Iterator[Fleet]:
-        """Within the block the devices stay locked and their workers alive from one run to the next."""
-        with Fleet(self.chip, self.run_id, kernel_dirs=self.kernel_dirs) as fleet:
-            self._fleet = fleet
+    def session(self) -> Iterator[AnyFleet]:
+        """Within the block the devices stay locked and their workers alive from one run to the next. With a cluster, a job has one."""
+        if self._within:
+            assert self._fleet is not None
+            yield self._fleet
+            return
+        made: AnyFleet = self._fleet or Fleet(self.chip, self.run_id, kernel_dirs=self.kernel_dirs)
+        with made as fleet:
+            self._fleet, self._within = fleet, True
             try:
                 yield fleet
             finally:
-                self._fleet = None
+                self._within = False
+                self._notes += fleet.notes
+                if self.engine.is_local:
+                    self._fleet = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the devices: left out, lost, or unlike one another. Each once."""
+        return list(dict.fromkeys([*self._notes, *(self._fleet.notes if self._fleet is not None else ())]))
 
     def known(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those of the trials that have an ok Result of this epoch: same driver, toolchain, device and threads."""
         return [trial for trial in trials if self.standing(trial) is not None]
 
     def standing(self, trial: Trial) -> Result | None:
-        """The newest ok Result of this trial in this epoch, from this run or an earlier one; None when it is to be measured."""
-        fine = self._rows()
+        """The newest ok Result of this trial in this epoch, from this run or an earlier one; None when it is to be measured.
+
+        Where the devices of a chip differ, that of any of their epochs stands.
+        """
+        fine = self._rows().get(trial.key)
+        if fine is None:
+            return None
         # The epoch costs the start of a worker: it is asked for only where there is something to compare.
-        return fine[trial.key].get(self.epoch(trial.policy.threads)) if trial.key in fine else None
+        standing = [fine[epoch] for epoch in self.epochs(trial.policy.threads, trial.chip) if epoch in fine]
+        return max(standing, key=age, default=None)
 
     def _rows(self) -> dict[str, dict[str, Result]]:
         if self._fine is None:
             self._fine = {}
             for row in iter_results(self.sources(), self.report):
-                if row.chip == self.chip.name:
+                if row.chip in self.chips:
                     self._note(row)
         return self._fine
 
@@ -155,22 +190,30 @@ class Job:
                 rows[row.epoch] = row
 
     def epoch(self, threads: int = 0) -> str:
-        """The epoch of a result measured now. Asked of a worker, so that this process makes no CUDA context."""
-        if self._environment is None:
+        """The epoch of a result measured now, by the first device. Asked of a worker, so that this process makes no CUDA context."""
+        return self.epochs(threads)[0]
+
+    def epochs(self, threads: int = 0, chip: str = "") -> list[str]:
+        """The epochs of results measured now: more than one where the devices of this chip differ in driver or toolchain."""
+        name = chip or self.chip.name
+        if name not in self._environments:
             if self._fleet is not None:
-                self._environment = dict(self._fleet.environment())
+                self._environments[name] = [self._fleet.environment()] if self.engine.is_local else self._fleet.environments(name)
             else:
                 # Unlocked: where all is known, nothing will be measured.
                 client = WorkerClient(self.chip, cuda_device=devices(self.chip)[0].cuda_visible, kernel_dirs=self.kernel_dirs)
                 try:
                     client.start()
-                    self._environment = dict(client.environment)
+                    self._environments[name] = [client.environment]
                 finally:
                     client.kill()
-        facts = dict(self._environment)
-        if self.chip.kind == "cpu":
-            facts["threads"] = threads or facts.get("cores")
-        return environment.epoch(facts)
+        found: list[str] = []
+        for here in self._environments[name]:
+            facts = dict(here)
+            if self.chips[name].kind == "cpu":
+                facts["threads"] = threads or facts.get("cores")
+            found.append(environment.epoch(facts))
+        return list(dict.fromkeys(found))
 
     def measure(
         self,
@@ -248,6 +291,7 @@ class Job:
             outcome.stopped = "interrupted"
             raise
         outcome.left += summary.unfinished
+        self._notes += summary.notes
         outcome.stopped = summary.stopped or outcome.stopped
 
     def dropped(self, row: Result) -> Result:
@@ -266,23 +310,46 @@ class Job:
         compiled = [t for t in trials if kernels[t.kernel].backend in ("triton", "cuda") and t.key not in self._screened]
         if compiled and not self._over():
             self.listener.phase("screening", len(compiled))
-            found = screen(
-                compiled,
-                self.chip,
+            for chip in self.chips.values():
+                own = [trial for trial in compiled if trial.chip == chip.name]
+                self._drop(self._screen_on(chip, own) if own else [], kernels, outcome)
+        return missing(trials, self._dropped)
+
+    def _screen_on(self, chip: Chip, trials: list[Trial]) -> list[Screened]:
+        """For one chip: on the nodes of a cluster that have no GPU, else on the cores of this machine."""
+        with self.compilers(chip) as compilers:
+            return screen(
+                trials,
+                chip,
                 kernel_dirs=self.kernel_dirs,
                 jobs=self._jobs,
                 on_done=self.listener.screened,
                 stop=self.stop,
                 deadline=self.deadline,
+                compilers=compilers,
             )
-            for item in found:
-                if item.rule == NOT_SCREENED:
-                    continue
-                self._screened.add(item.trial.key)
-                if item.status is not Status.OK:
-                    self._dropped.add(item.trial.key)
-                    self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
-        return missing(trials, self._dropped)
+
+    @contextmanager
+    def compilers(self, chip: Chip) -> Iterator[Sequence[Callable[[], AnyCompiler]]]:
+        """Makers of compilers on other machines for a farm; none where this machine compiles."""
+        if self.engine.is_local:
+            yield ()
+            return
+        from klab.harness.fleet.ray_fleet import RayFleet
+        from klab.harness.tune.remote_compiler import remote_compilers
+
+        assert isinstance(self._fleet, RayFleet)
+        with remote_compilers(self._fleet, chip, self.kernel_dirs, Limits().memory_bytes, deadline=self.deadline) as makers:
+            yield makers
+
+    def _drop(self, found: Sequence[Screened], kernels: Mapping[str, Kernel], outcome: Outcome) -> None:
+        for item in found:
+            if item.rule == NOT_SCREENED:
+                continue
+            self._screened.add(item.trial.key)
+            if item.status is not Status.OK:
+                self._dropped.add(item.trial.key)
+                self._store(screened_row(item, kernels[item.trial.kernel], self.run_id), outcome)
 
     def _store(self, result: Result, outcome: Outcome) -> None:
         self.journal.append(result)

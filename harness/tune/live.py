@@ -239,5 +239,8 @@ def compiling(job: Job, kernels: Iterable[Kernel], *, jobs: int | None = None) -
         return
     from klab.harness.tune.farm import Farm
 
-    with Farm(job.chip, kernel_dirs=job.kernel_dirs, jobs=jobs, on_done=job.listener.screened) as farm:
+    with (
+        job.compilers(job.chip) as compilers,
+        Farm(job.chip, kernel_dirs=job.kernel_dirs, jobs=jobs, on_done=job.listener.screened, compilers=compilers) as farm,
+    ):
         yield farm

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from klab.harness.plan.trial import Trial
-from klab.harness.tune.farm import Farm
+from klab.harness.tune.farm import AnyCompiler, Farm
 from klab.harness.tune.screen_rules import (
     NOT_SCREENED,
     Limits,
@@ -35,6 +35,7 @@ def screen(
     deadline: float | None = None,
     kernels: Mapping[str, Kernel] | None = None,
     cache_dir: Path | None = None,
+    compilers: Sequence[Callable[[], AnyCompiler]] = (),
 ) -> list[Screened]:
     """Compile every trial for `chip` on `jobs` processes (default: one per core) and judge it; what an earlier run compiled is known.
 
@@ -42,10 +43,11 @@ def screen(
     crash, a hang or a compile error is that candidate's row. The order of the answer is the order of `trials`; which of several duplicates
     stays says `drop_duplicates`. With `stop` set, or past `deadline` (of time.monotonic()), the rest comes back unscreened (ok,
     "not screened"). With `kernels` (by id) every row has its expected time; `limits.hopeless` drops by it.
+    `compilers`: makers of compilers elsewhere, for the farm.
     """
     limits = limits or Limits()
     dirs = list(kernel_dirs)
-    with Farm(chip, kernel_dirs=dirs, jobs=jobs, limits=limits, cache_dir=cache_dir, on_done=on_done) as farm:
+    with Farm(chip, kernel_dirs=dirs, jobs=jobs, limits=limits, cache_dir=cache_dir, on_done=on_done, compilers=compilers) as farm:
         if stop is None or not stop.is_set():
             farm.submit(trials)
             farm.finish(deadline=deadline, stop=stop)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from klab.harness.fleet.estimate import estimate_s
-from klab.harness.fleet.local import Fleet
+from klab.harness.fleet.open import AnyFleet
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.plan.trials import default_policy, trials
 from klab.harness.store.result import Result, Status
@@ -191,7 +191,7 @@ class Tuner:
         self._judge()
         return tuned
 
-    def _go(self, live: Live, fleet: Fleet) -> None:
+    def _go(self, live: Live, fleet: AnyFleet) -> None:
         tuned = self.tuned
         live.foresee(t for c in tuned.courses for t in (*c.libraries, *c.defaults))
         if self.allowance.left_s() <= 0:
@@ -301,7 +301,7 @@ class Tuner:
 
     # The finals.
 
-    def _finals(self, fleet: Fleet) -> None:
+    def _finals(self, fleet: AnyFleet) -> None:
         """The best of each search against the default and the best library, the heaviest problem first."""
         waiting = [(c, c.finalists(FINALISTS, NEAR_BEST)) for c in self.tuned.courses if c.contested]
         rows = [*self._stored, *self.job.outcome.results]

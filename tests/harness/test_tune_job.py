@@ -41,7 +41,7 @@ def recorded(monkeypatch):
         asked.append([t.kernel for t in todo])
         for trial in todo:
             on_result(Result.of(trial, Status.OK, backend="cpu", library=False, run_id=run_id, median_us=1.0))
-        return type("Summary", (), {"unfinished": [], "stopped": ""})()
+        return type("Summary", (), {"unfinished": [], "stopped": "", "notes": []})()
 
     monkeypatch.setattr(jobs, "run_trials", run_trials)
     return asked
