@@ -74,6 +74,14 @@ def pairs(result: Result, name: str) -> list[tuple[float, float]]:
     ]
 
 
+def anchor_times(result: Result, name: str) -> list[float]:
+    """The anchor's own times beside a result, in microseconds, of its rounds that count."""
+    found = _anchor_of(result, name)
+    times = [float(us) for us in found.get("us", ())]
+    marks = found.get("marked") or [0] * len(times)
+    return [us for us, mark in zip(times, marks, strict=False) if not mark]
+
+
 def anchored(result: Result, name: str) -> list[float]:
     """Each sample over the anchor's of the same lap, for the rounds that count; empty where the anchor was not taken or failed."""
     return [own / other for own, other in pairs(result, name)]

@@ -104,6 +104,9 @@ class Anchors:
             if lost.status is Status.TIMEOUT or run.crashes > 1:
                 run.reason = lost.reason
             raise Again from lost
+        except UsageError as error:  # a worker of an older klab knows no anchors
+            run.reason = str(error)
+            return
         if answer["status"] == Status.OK.value:
             take(answer)
         else:

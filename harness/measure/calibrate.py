@@ -36,8 +36,7 @@ class Calibrator:
 
     def run(self, parts: Sequence[str] = PARTS) -> Calibration:
         """All the figures of `parts`. CannotMeasure when no worker comes up; UsageError for an unknown part."""
-        if unknown := sorted(set(parts) - set(PARTS)):
-            raise UsageError(f"a calibration has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
+        checked_parts(parts)
         began = time.monotonic()
         self._client.start()
         facts = dict(self._client.environment)
@@ -114,6 +113,13 @@ class Calibrator:
         if trouble:
             return {name: Figure.missing(trouble) for name in names}
         return sensor_figures(Recording.from_json(answer["recording"]))
+
+
+def checked_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """These parts in the order in which they are measured; UsageError for an unknown one."""
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise UsageError(f"a calibration has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in parts)
 
 
 def sensor_figures(found: Recording) -> dict[str, Figure]:

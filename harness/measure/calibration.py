@@ -5,6 +5,7 @@ One JSON file per device, `calibration/<device id>.json` below a folder of resul
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any, Self
 from klab.harness.measure.energy import Guard, guard_for
 from klab.harness.store.paths import folder_to_read
 from klab.harness.store.result import Result
-from klab.kernels.contract import Json, Record
+from klab.kernels.contract import Chip, Json, Record
 from klab.kernels.errors import CannotMeasure, KlabError, UsageError
 
 FOLDER = "calibration"
@@ -144,6 +145,24 @@ def _figure(name: str, data: Json) -> Figure:
     return Figure(**numbers, reason=str(data.get("reason", "")), note=str(data.get("note", "")))
 
 
+def measured_chip(chip: Chip, calibration: Calibration) -> Chip:
+    """The chip with the peaks that this device reached in place of the specification's; `provenance` says which are which."""
+    how = f"measured by klab calibrate on {calibration.device_uuid}, {calibration.at[:10]}"
+    peaks, sources = dict(chip.peak_tflops), dict(chip.provenance)
+    for dtype, figure in calibration.matmul_tflops.items():
+        if figure.value and dtype in peaks:
+            peaks[dtype], sources[f"peak_tflops.{dtype}"] = figure.value, f"{how}: {figure.note}"
+    bandwidth = calibration.copy_gb_per_s
+    if bandwidth.value:
+        sources["memory_gb_per_s"] = f"{how}: {bandwidth.note}"
+    return dataclasses.replace(chip, peak_tflops=peaks, memory_gb_per_s=bandwidth.value or chip.memory_gb_per_s, provenance=sources)
+
+
+def is_measured(chip: Chip, dtype: str = "") -> bool:
+    """Is this peak (without a dtype: the memory bandwidth) of a `measured_chip` a measured one?"""
+    return chip.provenance.get(f"peak_tflops.{dtype}" if dtype else "memory_gb_per_s", "").startswith("measured by klab calibrate")
+
+
 def device_id(environment: Mapping[str, Json]) -> str:
     """What a device goes by: a GPU's UUID; of a CPU, which has none, its machine's hash ("cpu-1a2b3c4d")."""
     return str(environment.get("uuid") or f"cpu-{environment.get('host') or 'unknown'}")
@@ -179,7 +198,8 @@ def write_calibration(calibration: Calibration, folder: Path | str) -> Path:
             shutil.copy2(path, _free(earlier / f"{path.stem}-{changed:%Y%m%dT%H%M%SZ}.json"))
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no folder, there is no part either
+            part.unlink()
         raise CannotMeasure(f"{path}: {error.strerror or error}") from None
     return path
 
@@ -212,6 +232,14 @@ def read_calibrations(folders: Iterable[Path | str], troubles: list[str] | None 
 def read_calibration(device_uuid: str, folder: Path | str | None = None) -> Calibration | None:
     """The newest calibration of a device in a folder of results (default: where results are read from), or None."""
     return read_calibrations([folder_to_read(folder)] if folder is None or Path(folder).exists() else []).get(device_uuid)
+
+
+def newest_of(chip: str, folders: Iterable[Path | str]) -> Calibration:
+    """The newest calibration of any device of a chip; UsageError where there is none."""
+    found = [one for one in read_calibrations(folders).values() if one.chip == chip]
+    if not found:
+        raise UsageError(f"no device of {chip} is calibrated here: klab calibrate --chip {chip} does it, on a machine that has one")
+    return max(found, key=_age)
 
 
 # Folders of results besides the usual ones, in which `guard_of` looks too: where the rows of this process go.

@@ -229,14 +229,10 @@ class Contest:
             self._is_open = False
             self._start()
         if not self._is_open:
-            fields: dict[str, Json] = {
-                "operator": self._problem.operator,
-                "problem": self._problem.to_json(),
-                "policy": self._policy.to_json(),
-            }
-            if self._keep_data:
-                fields["reuse"] = True
-            answer = self._ask(None, "open", self.limits.open_s, **fields)
+            p, policy = self._problem, self._policy.to_json()
+            answer = self._ask(
+                None, "open", self.limits.open_s, operator=p.operator, problem=p.to_json(), policy=policy, reuse=self._keep_data
+            )
             if answer["status"] != Status.OK.value:
                 raise NoContest(Status(answer["status"]), f"while the data of the problem was made: {answer.get('reason', '')}")
             self._is_open, self._data = True, answer
@@ -355,7 +351,7 @@ class Contest:
     def _energies(self, group: list[Entry], baseline: Baseline) -> Iterator[Result]:
         """Sustained runs in passes of alternating order, for those that want them."""
         wanting = [e for e in group if e.trial.policy.energy and not e.guest and e.ready and e.slot not in self._told]
-        guard = guard_of(self.client.environment) if wanting else None
+        guard = guard_of(self.client.environment)
         fields: dict[str, Json] = {"guard": guard.to_json()} if guard else {}
         ramp_s = guard.ramp_s if guard else RAMP_S
         for turn in range(ENERGY_PASSES):

@@ -56,7 +56,7 @@ class Session:
 
     def __init__(self, chip: Chip, catalogue: Catalogue, timer: Timer, meter: PowerMeter) -> None:
         self.chip, self.catalogue, self.timer, self.meter = chip, catalogue, timer, meter
-        # Anchors outlive a problem: their data is the same for all, and making it takes up to a second. By name, threads and round_ms.
+        # Anchors outlive a problem: making their data takes up to a second. By name: what of the policy they were made under, the batch.
         self._anchors: dict[str, tuple[tuple[int, float], Batch]] = {}
         self._forget()
 
@@ -275,8 +275,7 @@ class Session:
             raise
         except BaseException as error:  # noqa: BLE001  whatever allocation or the library raises
             return self._failure(error, building=False)
-        shape = self._anchors[name][1].shape
-        what = anchors.work(name, self.chip.kind).what
+        shape, what = self._anchors[name][1].shape, anchors.work(name, self.chip.kind).what
         return {"status": Status.OK.value, "what": what, "launches": shape.launches, "estimate_us": shape.estimate_us}
 
     def sample_anchor(self, name: str) -> Answer:

@@ -50,7 +50,8 @@ class WithAnchors(ScriptedWorker):
         answer = self.script.get(key, {})
         answer = answer(self.counts[key]) if callable(answer) else answer
         if isinstance(answer, Exception):
-            self.kill()
+            if not isinstance(answer, UsageError):
+                self.kill()
             raise answer
         if operation == "anchor":
             self.ready.add(name)
@@ -123,6 +124,7 @@ def test_energy_after_the_laps_may_fail_and_leaves_the_anchors_alone():
         ({("sample_anchor", "copy"): WorkerHung("no answer to sample_anchor within 30 s")}, "no answer", 2),
         ({("sample_anchor", "copy"): WorkerDied("killed by SIGBUS")}, "killed by SIGBUS", 3),
         ({("anchor", "copy"): {"status": "crashed", "reason": "no device", "fatal": True}}, "no device", 3),
+        ({("anchor", "copy"): UsageError("unknown operation 'anchor'")}, "unknown operation", 1),
     ],
 )
 def test_an_anchor_that_fails_costs_no_row_and_says_why(script, reason, starts):
