@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from klab.harness.measure.calibration import Calibration, device_of, is_measured, measured_chip
 from klab.harness.plan.roofline import Roofline
 from klab.harness.store.result import Result
 from klab.kernels.contract import Chip
@@ -12,10 +14,13 @@ from klab.kernels.errors import KlabError
 
 @dataclass(frozen=True)
 class Limits:
-    """The chip whose limits apply, or None with the reason why no limit is known for this device."""
+    """The chip whose limits apply, or None with the reason why no limit is known for this device. `measured`: by device, the chip with the
+    peaks that `klab calibrate` measured on it.
+    """
 
     chip: Chip | None
     reason: str = ""
+    measured: Mapping[str, Chip] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ def limits_of(chip: str, device: str) -> Limits:
     return Limits(found)
 
 
+def with_measured(limits: Limits, calibrations: Mapping[str, Calibration]) -> Limits:
+    """The limits with those of the chip's devices that are calibrated."""
+    chip = limits.chip
+    if chip is None:
+        return limits
+    return replace(limits, measured={uuid: measured_chip(chip, one) for uuid, one in calibrations.items() if one.chip == chip.name})
+
+
 def dtype_of(result: Result) -> str:
     """The dtype whose peak bounds the problem: that of its multiplications, else its field, or that field's default."""
     return result.math_dtype or str(result.problem.get("dtype", "bfloat16"))
@@ -59,3 +72,12 @@ def share_of_bound(result: Result, limits: Limits) -> float | None:
     """The bound over the measured median: 1 is the roofline itself."""
     found = bound(result, limits)
     return found.us / result.median_us if found and result.median_us else None
+
+
+def share_of_measured(result: Result, limits: Limits) -> float | None:
+    """The same by the peaks that were measured on the result's own device; None where that device, or the peak that bounds, was not."""
+    own = limits.measured.get(device_of(result))
+    found = bound(result, replace(limits, chip=own)) if own is not None else None
+    if own is None or found is None or not result.median_us or not is_measured(own, found.peak_dtype if found.by == "compute" else ""):
+        return None
+    return found.us / result.median_us

@@ -38,6 +38,8 @@
       const entries = plot.data.filter((trace) => trace.visible !== false).length;
       layout.height += 18 * Math.max(0, Math.ceil(entries / (narrow ? 1 : 4)) - 3);
       if (narrow) layout.margin = { ...layout.margin, l: 48, r: 8 };
+      // Names of rows would leave no width for the rows; a touch still tells them.
+      if (narrow && layout.yaxis && layout.yaxis.ticktext) layout.yaxis.showticklabels = false;
       Plotly.react(plot.target, themed(plot.data), layout, config);
     }
   }

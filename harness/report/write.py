@@ -8,8 +8,10 @@ from pathlib import Path
 
 from klab.harness.choose.decide import decide
 from klab.harness.choose.profile import Profile, profile_path, read_profile, write_text
+from klab.harness.measure.calibration import Calibration, read_calibrations
+from klab.harness.measure.correction import corrected
 from klab.harness.plan.rows import Plan
-from klab.harness.report.limits import Limits, limits_of
+from klab.harness.report.limits import Limits, limits_of, with_measured
 from klab.harness.report.page import render
 from klab.harness.report.subject import Story, tell
 from klab.harness.store.read import ReadReport, iter_results
@@ -33,8 +35,23 @@ def write_report(
     model. catalogue: the kernels as they are now, to mark stale code. CannotMeasure when `out` cannot be written.
     """
     report = ReadReport()
-    results = list(iter_results([folder for folder in folders if folder.exists()], report))
-    story = story_of(results, chips=chips, plans=plans or {}, catalogue=catalogue, limits=limits, report=report, folders=folders)
+    there = [folder for folder in folders if folder.exists()]
+    results = list(iter_results(there, report))
+    calibrations = read_calibrations(there)
+
+    def known(chip: str, device: str) -> Limits:
+        return with_measured(limits(chip, device), calibrations)
+
+    story = story_of(
+        results,
+        chips=chips,
+        plans=plans or {},
+        catalogue=catalogue,
+        limits=known,
+        report=report,
+        folders=folders,
+        calibrations=calibrations,
+    )
     write_text(out, render(story))
     return story
 
@@ -48,13 +65,15 @@ def story_of(
     limits: Callable[[str, str], Limits],
     report: ReadReport,
     folders: Sequence[Path],
+    calibrations: Mapping[str, Calibration] | None = None,
 ) -> Story:
     """The story of these results, choices settled by the tuned profiles that exist."""
 
     def choice(chip: str, rows: Sequence[Result]) -> Profile:
         plan = plans.get(chip)
         known = plan.chip if plan else limits(chip, "").chip if catalogue else None
-        return decide(rows, plan, chip, catalogue=catalogue, previous=_previous(plan), limits=known)
+        comparable, _ = corrected(rows, calibrations)
+        return decide(comparable, plan, chip, catalogue=catalogue, previous=_previous(plan), limits=known)
 
     story = tell(results, choice, limits, chips=chips or list(plans), keys={chip: _keys(plan) for chip, plan in plans.items()})
     plan = next(iter(plans.values()), None)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from klab.harness.measure.calibration import is_measured
 from klab.harness.report.figures.style import INK, Figure, axis, layout, mark, plain
 from klab.harness.report.limits import Limits, bound, dtype_of, share_of_bound
 from klab.harness.report.units import number, percent, time
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Result
 from klab.kernels.dtypes import SHORT
+
+# More lines of measured peaks would hide the marks; the table of limits has them all.
+MEASURED_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """min(bandwidth x intensity, peak) of one dtype, as corners of a line in (FLOP per byte, TFLOP/s)."""
+    """min(bandwidth x intensity, peak) of one dtype, as corners of a line in (FLOP per byte, TFLOP/s). Specified, or measured."""
 
     name: str
     corners: tuple[tuple[float, float], ...]
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ def data(rows: Sequence[Result], limits: Limits) -> Roofline:
         if dtype == "float32" and without:
             name += f" (also bounds {', '.join(SHORT.get(d, d) for d in without)})"
         ceilings.append(Ceiling(name, ((start, start * chip.memory_gb_per_s / 1e3), (ridge, peak), (end, peak))))
+        for device, own in sorted(limits.measured.items())[:MEASURED_SHOWN]:
+            if is_measured(own) and is_measured(own, dtype):
+                peak, stream = own.peak_tflops[dtype], own.memory_gb_per_s
+                name = f"measured on {device[:12]}, {SHORT.get(dtype, dtype)}: {number(peak)} TFLOP/s, {number(stream)} GB/s"
+                ceilings.append(Ceiling(name, ((start, start * stream / 1e3), (peak * 1e3 / stream, peak), (end, peak)), measured=True))
     return Roofline(points, tuple(ceilings))
 
 
@@ -80,7 +90,8 @@ def draw(found: Roofline, identity: str, colours: dict[str, str]) -> Figure:
     title = "Roofline"
     caption = (
         "Each mark is one kernel's best configuration on one problem: achieved speed over arithmetic intensity (least flops over least "
-        "bytes). The lines are the chip's specified limits; a mark on the line could not be faster."
+        "bytes). The dashed lines are the chip's specified limits; a mark on the line could not be faster. Dotted lines, where there are "
+        "any, are what klab calibrate measured on a device."
     )
     if not found.points:
         return Figure(identity, title, caption, empty="No result has a time yet.")
@@ -91,7 +102,7 @@ def draw(found: Roofline, identity: str, colours: dict[str, str]) -> Figure:
             "name": plain(ceiling.name),
             "x": [x for x, _ in ceiling.corners],
             "y": [y for _, y in ceiling.corners],
-            "line": {"color": INK, "width": 1.5, "dash": "dash"},
+            "line": {"color": INK, "width": 1.5, "dash": "dot" if ceiling.measured else "dash"},
             "hoverinfo": "name",
         }
         for ceiling in found.ceilings

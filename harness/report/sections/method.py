@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import median
 
+from klab.harness.measure.calibration import is_measured
 from klab.harness.report.html import Markup, el, pairs, table
 from klab.harness.report.subject import Story, Subject
 from klab.harness.store.result import Result
@@ -122,6 +123,14 @@ def limits(subject: Subject) -> Markup | None:
         (f"Peak {dtype}", f"{peak:g} TFLOP/s, dense", chip.provenance.get(f"peak_tflops.{dtype}", "not stated"))
         for dtype, peak in chip.peak_tflops.items()
     ]
+    for own in subject.limits.measured.values():
+        if is_measured(own):
+            figures.append(("Memory bandwidth, measured", f"{own.memory_gb_per_s:.4g} GB/s", own.provenance["memory_gb_per_s"]))
+        figures += [
+            (f"Peak {dtype}, measured", f"{peak:.4g} TFLOP/s", own.provenance[f"peak_tflops.{dtype}"])
+            for dtype, peak in own.peak_tflops.items()
+            if is_measured(own, dtype)
+        ]
     shown = table(("Limit", "Value", "Where it is from"), figures, ("Value",))
     return el("details", el("summary", f"Limits of {chip.title} and their sources"), shown)
 

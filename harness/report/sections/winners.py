@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from klab.harness.choose.profile import Choice, Rival, Use
 from klab.harness.report.html import Markup, el, table
-from klab.harness.report.limits import bound
+from klab.harness.report.limits import bound, share_of_measured
 from klab.harness.report.subject import Subject
 from klab.harness.report.units import bandwidth, energy, interval, number, percent, plain_ratio, rate, time, times
 from klab.harness.store.frame import gb_per_s, tflops
@@ -38,7 +38,8 @@ def section(subject: Subject) -> Markup:
         "p",
         "Chosen by the lowest median time. Brackets are 95% intervals. Candidates that cannot be told apart form a tie, settled by lower "
         "energy, then by last time's choice, then by the simpler configuration. The share of the roofline is the least time that the "
-        "chip's specified limits allow over the median; the second figure is at the clock that was measured.",
+        "chip's specified limits allow over the median; further figures are at the clock that was measured, and by the peaks that "
+        "klab calibrate measured on the same device, where it did.",
         class_="note",
     )
     return el("section", el("h3", "Winners"), words, shown, missing)
@@ -53,7 +54,7 @@ def _row(subject: Subject, choice: Choice, why: bool) -> list[object]:
         [choice.wanted.label, uses],
         [el("b", kernel), el("i", " library") if choice.library else None, el("i", " stale code") if choice.stale else None,
          _small(_label(choice.config))],
-        [time(evidence.median_us), _small(interval(*evidence.interval_us))],
+        [time(evidence.median_us), _small(interval(*evidence.interval_us)), _corrected(evidence.measured_us)],
         _speed(row),
         _of_roofline(subject, row),
         _library(choice),
@@ -70,6 +71,10 @@ def _use(use: Use) -> str:
 
 def _small(text: object) -> Markup | None:
     return el("small", text) if text else None
+
+
+def _corrected(measured_us: float | None) -> Markup | None:
+    return None if measured_us is None else _small(f" corrected for its device; measured {time(measured_us)}")
 
 
 def _label(config: object) -> str:
@@ -96,6 +101,9 @@ def _of_roofline(subject: Subject, row: Result | None) -> object:
     if chip is not None and found.by == "compute" and row.sm_clock_mhz and chip.kind == "cuda":
         at_clock = found.us * chip.spec_clock_mhz / row.sm_clock_mhz / row.median_us
         by += f"; {percent(at_clock)} at {row.sm_clock_mhz:.0f} MHz"
+    own = share_of_measured(row, subject.limits)
+    if own is not None:
+        by += f"; {percent(own)} of what this device was measured to reach"
     return [percent(found.us / row.median_us), _small(by)]
 
 
