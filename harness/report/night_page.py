@@ -11,6 +11,7 @@ from klab.harness.report.html import el
 from klab.harness.report.sections import night as night_section
 from klab.harness.report.sections import night_changes, night_verdicts
 from klab.harness.report.shell import document, framed, plotly_js
+from klab.harness.watch.changes import change_points
 from klab.harness.watch.series import Call, Night
 from klab.harness.watch.wording import headline, line, ordered
 
@@ -22,7 +23,7 @@ LATELY = 14
 NIGHTS, POINTS, LEAST_NIGHTS = 120, 40_000, 30
 
 
-def night_page(night: Night, earlier: Sequence[Night], changes: Historian | None = None, *, strict: bool = False) -> str:
+def night_page(night: Night, earlier: Sequence[Night], changes: Historian = change_points, *, strict: bool = False) -> str:
     """The page as text. earlier: the nights of the same chip before this one, oldest first.
 
     changes: the historian of change points (default: `watch.changes.change_points`). Without plotly installed the tables are there and
@@ -31,7 +32,7 @@ def night_page(night: Night, earlier: Sequence[Night], changes: Historian | None
     most = max(LEAST_NIGHTS, min(NIGHTS, POINTS // max(len(night.verdicts), 1)))
     before = [one for one in earlier if one.identity != night.identity][-(most - 1) :]
     nights = [*before, night]
-    found = curves(nights, changes or _historian())
+    found = curves(nights, changes)
     drawing = plotly_js() if night.verdicts else ""
     figures = [framed(figure, bool(drawing)) for figure in _figures(night, nights, found)]
     waived = night_changes.waivers(night)
@@ -68,12 +69,3 @@ def _figures(night: Night, nights: Sequence[Night], found: dict[str, Curve]) -> 
         title = f"{line(operator, 60)}: {'the other series' if own else 'all series'}"
         drawn.append(history.draw_menu(group, f"history-operator-{n}", title))
     return drawn
-
-
-def _historian() -> Historian:
-    try:
-        from klab.harness.watch.changes import change_points
-    except ModuleNotFoundError:
-        return lambda values: ()
-
-    return change_points
