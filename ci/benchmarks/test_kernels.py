@@ -8,12 +8,16 @@ from klab.harness.choose.benchmark import DeviceTime, Measured, extra_info, time
 from klab.harness.plan.trial import Trial
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Status
+from klab.kernels.errors import KlabError
 
 
 def test_kernel(trial: Trial, timer: DeviceTime, measured: Measured, benchmark) -> None:
     if benchmark.disabled:
         pytest.skip("benchmarks are switched off (--benchmark-disable, or pytest-xdist runs): pytest ci/benchmarks --benchmark-enable")
-    rows = measured.of(trial)
+    try:
+        rows = measured.of(trial)
+    except KlabError as error:  # the devices are somebody else's, say
+        pytest.fail(f"klab: {error}", pytrace=False)
     row = timed(rows)
     if row is None:
         pytest.skip(f"not reached: {measured.stopped[trial.problem.key] or 'no worker took it'}")

@@ -47,7 +47,7 @@ class Measured:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._fleet.close()
+        self._fleet.__exit__(kind, error, trace)
 
     @property
     def notes(self) -> list[str]:

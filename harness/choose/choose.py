@@ -11,6 +11,7 @@ from klab.harness.choose.profile import Choice, Evidence, Open, Profile, Rival, 
 from klab.harness.choose.select import Selection
 from klab.harness.choose.settle import Defaults, settle
 from klab.harness.choose.steps import steps_of, with_shares
+from klab.harness.measure.correction import measured_us
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY, Objective, as_objective, energy, latency
 from klab.kernels.contract import Json, canonical_json
@@ -76,6 +77,8 @@ def choose(
     unknown = sum(choice.kernel not in sources for choice in choices) if sources else 0
     if unknown:
         notes.append(f"{unknown} choices are of kernels that are not here or cannot be imported: whether their code changed is not known")
+    if moved := sum(choice.evidence.measured_us is not None for choice in choices):
+        notes.append(f"{moved} choices rest on times that are corrected for the device they were taken on (its anchors over its peers')")
     if len(epochs := {choice.evidence.epoch for choice in choices}) > 1:
         notes.append(f"the choices rest on {len(epochs)} epochs (driver or toolchain changed in between)")
     return Profile(
@@ -156,6 +159,7 @@ def _choose_one(
         versions={name: row.environment[name] for name in VERSIONS if row.environment.get(name)},
         final_reason=final[2] if final and winner is not None else "",
         wide_error=row.wide_error,
+        measured_us=measured_us(row) if "corrected" in row.build else None,
     )
     narrower = row.problem_key != wanted.problem_key
     stale = (sources or {}).get(row.kernel, row.source_digest) != row.source_digest

@@ -23,7 +23,8 @@ class Ratio:
     """One candidate's value over another's, with its 95% interval.
 
     `how`: "same rounds" (the median of the ratios of rounds taken in the same laps), "same baseline" (two groups of one contest, each
-    compared with the same library kernel in its own laps) or "separate" (the two intervals at their worst).
+    compared with the same library kernel in its own laps), "separate" (the two intervals at their worst) or "separate, corrected" (the
+    same, of times that were corrected for the device they were taken on: measure/correction.py).
     """
 
     ratio: float
@@ -44,7 +45,8 @@ def ratio(a: Candidate, b: Candidate, objective: Objective = LATENCY) -> Ratio:
         if found is not None:
             return found
     top, bottom = value(a.row, objective), value(b.row, objective)
-    return Ratio(top.median / bottom.median, top.low / bottom.high, top.high / bottom.low, "separate")
+    how = "separate, corrected" if "corrected" in a.row.build or "corrected" in b.row.build else "separate"
+    return Ratio(top.median / bottom.median, top.low / bottom.high, top.high / bottom.low, how)
 
 
 def _laps(row: Result) -> Hashable:

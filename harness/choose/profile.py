@@ -47,7 +47,7 @@ class Wanted:
 class Rival:
     """Another candidate beside the chosen one. `ratio` is its value over the chosen one's: above 1, the chosen one is better.
 
-    `how` it was compared: "same rounds", "same baseline" or "separate" (see `compare.Ratio`).
+    `how` it was compared: "same rounds", "same baseline", "separate" or "separate, corrected" (see `compare.Ratio`).
     """
 
     kernel: str
@@ -63,6 +63,7 @@ class Rival:
 class Evidence:
     """Why a choice stands. Intervals are 95%. `settled_by`: "alone", "energy", "latency", "previous choice", "simplicity"
     or "final" (a final of `klab tune` decided; `final_reason` is what it said). `wide_error`: distance from the unquantised output.
+    `measured_us`: the median as it was measured, where `median_us` is corrected for the device that it was taken on.
 
     `tied` are the others that could not be told apart (`tied_count` of them, the nearest listed). `library` is the best library
     kernel; `library_reason` says why there is none to compare with.
@@ -94,6 +95,7 @@ class Evidence:
     versions: Mapping[str, Json] = field(default_factory=dict)
     final_reason: str = ""
     wide_error: float | None = None
+    measured_us: float | None = None
 
 
 @dataclass(frozen=True)

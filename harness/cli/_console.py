@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-talk = Console(stderr=True, highlight=False)
-out = Console(highlight=False, soft_wrap=False)
+talk = Console(stderr=True, highlight=False, emoji=False)
+out = Console(highlight=False, soft_wrap=False, emoji=False)
 
 
 def emit(row: dict[str, Any]) -> None:
@@ -34,4 +34,4 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     if out.is_terminal:
         out.print(shown)
     else:
-        Console(highlight=False, width=400).print(shown)
+        Console(highlight=False, width=400, emoji=False).print(shown)

@@ -13,6 +13,10 @@ from klab.kernels.errors import UsageError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model's name (klab models), or a path to a Hugging Face config.json.")]
 Chip = Annotated[str, typer.Option("--chip", "-c", help="A chip's name (klab chips), or auto: the one of this machine.")]
+Chips = Annotated[
+    str,
+    typer.Option("--chip", "-c", help="A chip's name (klab chips), or auto: the one of this machine. With --fleet ray several: h200,b200."),
+]
 Results = Annotated[
     Path | None, typer.Option("--results", help="Folder of the store. Default: $KLAB_RESULTS, or results/local in the checkout.")
 ]

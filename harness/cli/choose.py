@@ -75,6 +75,8 @@ def command(app: typer.Typer) -> None:
         from klab.harness.catalog import find_chip, find_model
         from klab.harness.choose.decide import decide, same_choice
         from klab.harness.choose.profile import profile_path, read_profile, write_text
+        from klab.harness.measure.calibration import read_calibrations
+        from klab.harness.measure.correction import corrected
         from klab.harness.plan import plan as make_plan
         from klab.harness.plan import scenario_for
         from klab.harness.store.paths import folders_to_read
@@ -107,7 +109,11 @@ def command(app: typer.Typer) -> None:
         path = out or (profile_path(found_chip.name, plan.model.name, goal.name) if plan else None)
         previous = read_profile(path) if path else None
         report = ReadReport()
-        rows = iter_results([folder for folder in folders if folder.exists()], report)
+        there = [folder for folder in folders if folder.exists()]
+        troubles: list[str] = []
+        rows, said = corrected(iter_results(there, report), read_calibrations(there, troubles))
+        for line in (*troubles, *said):
+            talk.print(line, style="yellow", markup=False, soft_wrap=True)
         profile = decide(
             rows,
             plan,
@@ -141,6 +147,8 @@ def show_profile(profile: Profile, *, as_json: bool) -> None:
 
 def tell_profile(profile: Profile, path: Path | None, changed: list[str] | None) -> None:
     """What a person must know besides, on stderr. `path`: the file written (None: none); `changed`: what differs from last time."""
+    from klab.harness.store.remote import shown
+
     for line in profile.notes:
         talk.print(line, style="yellow", markup=False, soft_wrap=True)
     for one in profile.open[:OPEN_SHOWN]:
@@ -154,7 +162,7 @@ def tell_profile(profile: Profile, path: Path | None, changed: list[str] | None)
         names = f": {', '.join(changed[:5])}{' ...' if len(changed) > 5 else ''}" if changed else ""
         talk.print(f"{len(changed)} choices differ from last time's{names}", markup=False, soft_wrap=True)
     if path is not None and profile.choices:
-        talk.print(f"profile: {path}", markup=False, soft_wrap=True)
+        talk.print(f"profile: {shown(path)}", markup=False, soft_wrap=True)
     elif profile.choices:
         talk.print("not written: --model M names a profile, --out FILE any other file", markup=False)
 

@@ -7,16 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from klab.harness.cli import _options
-from klab.harness.cli._console import emit, out, table
+from klab.harness.cli._console import emit, out, table, talk
 from klab.harness.cli._options import AsJson
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from klab.harness.plan import Plan, Row
+    from klab.kernels.contract import Chip
 
 Prefix = Annotated[int | None, typer.Option("--prefix", help="Prompt tokens that are in the cache already (part of --isl).")]
 PrefillBatch = Annotated[int | None, typer.Option("--prefill-batch", help="Sequences per prefill (or samples per denoising step).")]
 Page = Annotated[int | None, typer.Option("--page-size", help="Tokens per page of the KV cache.")]
 QLen = Annotated[int | None, typer.Option("--q-len", help="Tokens per sequence and decode step: above 1 to verify speculated tokens.")]
+Measured = Annotated[
+    bool, typer.Option("--measured", help="Bounds by the peaks that klab calibrate measured on a device of this chip (the newest).")
+]
 Ep = Annotated[bool, typer.Option("--expert-parallel", help="Spread whole experts over the --tp GPUs instead of slices of each.")]
 
 
@@ -38,6 +44,8 @@ def command(app: typer.Typer) -> None:
         q_len: QLen = None,
         expert_parallel: Ep = False,
         further: _options.With = None,
+        measured: Measured = False,
+        results: _options.Results = None,
         as_json: AsJson = False,
     ) -> None:
         """Show what a model computes on a chip: every operator and shape, how often, its flops, bytes and roofline bound."""
@@ -46,6 +54,8 @@ def command(app: typer.Typer) -> None:
         from klab.harness.plan import scenario_for
 
         found_model, found_chip = find_model(model), find_chip(chip)
+        if measured:
+            found_chip = _measured(found_chip, results)
         given = {
             "isl": isl,
             "osl": osl,
@@ -64,6 +74,23 @@ def command(app: typer.Typer) -> None:
             _emit(made)
         else:
             _show(made)
+
+
+def _measured(chip: Chip, results: Path | None) -> Chip:
+    """The chip with the measured peaks of its newest calibrated device; says which figures those are."""
+    from klab.harness.measure.calibration import is_measured, measured_chip, newest_of
+    from klab.harness.store.paths import folder_to_read
+
+    found = newest_of(chip.name, [folder_to_read(results)])
+    own = measured_chip(chip, found)
+    kept = [dtype for dtype in own.peak_tflops if not is_measured(own, dtype)]
+    talk.print(
+        f"bounds by what {found.device} {found.device_uuid} reached on {found.at[:10]} (measured)"
+        + (f"; as specified, for they were not measured: {', '.join(kept)}" if kept else ""),
+        markup=False,
+        soft_wrap=True,
+    )
+    return own
 
 
 def _emit(plan: Plan) -> None:

@@ -21,6 +21,8 @@ from klab.harness.store.read import SUFFIXES
 from klab.harness.store.urls import Asking, Url
 from klab.kernels.errors import CannotMeasure
 
+VARIABLE = "KLAB_MIRROR"
+
 # How often what was written is uploaded: what the loss of a node may cost. A guess between that and one request per file each time.
 UPLOAD_EVERY_S = 15.0
 LONGEST_PAUSE_S = 300.0
@@ -123,7 +125,7 @@ class Mirror:
                 self.push()
         except CannotMeasure as error:
             again = "the next klab command with this URL on this machine uploads them"
-            raise CannotMeasure(f"{error}; {self.unsent()} files are kept in {self.files}, and {again}") from None
+            raise CannotMeasure(f"{error}; files kept in {self.files}: {self.unsent()}; {again}") from None
 
     def _follow(self, every_s: float) -> None:
         pause = every_s
@@ -140,18 +142,24 @@ class Mirror:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[dict[str, _Entry]]:
-        """The state, while no other thread or process syncs this mirror; written back at the end, also after an error."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "url").write_text(f"{self.url}\n")
-        with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for left in self.folder.glob("staging-*"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            state = _load(self.folder)
-            try:
-                yield state
-            finally:
-                _save(self.folder, state)
+        """The state, while no other thread or process syncs this mirror; written back at the end, also after an error. CannotMeasure where
+        this machine's disk does not take it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "url").write_text(f"{self.url}\n")
+            with (self.folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for left in self.folder.glob("staging-*"):  # of a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                state = _load(self.folder)
+                try:
+                    yield state
+                finally:
+                    _save(self.folder, state)
+        except OSError as error:
+            why = f"cannot keep a mirror of {self.url} in {self.folder} ({error.strerror})"
+            raise CannotMeasure(f"{why}: free space, or name another folder with {VARIABLE}") from None
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         """What the store has, by name below the URL. Keys of others are data: one that is no plain relative path is left out, and told."""

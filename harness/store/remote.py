@@ -11,13 +11,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from klab.harness.store.mirror import Mirror
+from klab.harness.store.mirror import VARIABLE, Mirror
 from klab.harness.store.urls import Asking, Url, is_url
 from klab.kernels.errors import CannotMeasure
 
 __all__ = ["Mirror", "is_url", "local_of", "mirror_of", "settle", "shown", "writable"]
-
-VARIABLE = "KLAB_MIRROR"
 
 _open: dict[str, Mirror] = {}
 _lock = threading.Lock()
@@ -46,13 +44,9 @@ def local_of(given: Path | str) -> Path:
         mirror = _open.get(str(url))
         if mirror is None:
             mirror = open_mirror(url)
-            try:
-                mirror.pull()
-                if mirror.unsent():
-                    mirror.push()
-            except OSError as error:
-                why = f"cannot keep a mirror of {url} in {mirror.folder} ({error.strerror})"
-                raise CannotMeasure(f"{why}: name another folder with {VARIABLE}") from None
+            mirror.pull()
+            if mirror.unsent():
+                mirror.push()
             _open[str(url)] = mirror
         return mirror.path
 
@@ -105,8 +99,10 @@ def settle() -> list[str]:
         except CannotMeasure as error:
             failed.append(str(error))
         lines += mirror.moved.notes
-        if mirror.moved.up:
-            lines.append(f"{mirror.url}: uploaded ({mirror.moved.up_bytes / 1e6:,.1f} MB)")
+        moved = mirror.moved
+        sizes = [f"{size / 1e6:,.1f} MB {way}" for size, way in ((moved.down_bytes, "downloaded"), (moved.up_bytes, "uploaded")) if size]
+        if sizes:
+            lines.append(f"{mirror.url}: {', '.join(sizes)}")
     if failed:
         raise CannotMeasure("; ".join([*lines, *failed]))
     return lines

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_fleet import FakeFleet
 from made_results import failed, made
 
 from klab.harness.catalog import find_chip
-from klab.harness.choose.benchmark import DeviceTime, extra_info, names, verdict, why_no_time
+from klab.harness.choose.benchmark import DeviceTime, Measured, extra_info, names, timed, verdict, why_no_time
 from klab.harness.plan.trial import Policy, Trial
+from klab.harness.plan.trials import trials as make_trials
 from klab.harness.store.benchmark_json import read_benchmarks
 from klab.harness.store.journal import Journal, row_of
 from klab.harness.store.read import iter_results
@@ -220,6 +222,30 @@ def test_energy_and_verdict_of_a_gpu() -> None:
     assert extra_info([slow], contest, h200)["energy_reason"] == "not asked for"
     assert verdict(made(problem, "torch", error=None, checks=0), contest) == "none: its output was not checked"
     assert why_no_time(contest[-1]) == "incorrect: off by 2" and not why_no_time(fast)
+
+
+def test_a_problem_is_one_contest_and_on_gpus_its_best_are_metered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for one kernel, the whole contest is measured, once; then the winner, its runner-up and the best library."""
+    h200 = find_chip("h200")
+    times = {"matmul/torch_matmul": 40.0, "matmul/triton_tiled": 20.0, "matmul/cuda_mma": 30.0, "matmul/cuda_gemv": Status.CRASHED}
+    kernels = [kernel for name, kernel in discover().kernels.items() if name in times]
+    problems = [Matmul(8, 4096, 4096), Matmul(16, 4096, 4096)]
+    wanted = make_trials(problems, kernels, h200).trials
+    fleet = FakeFleet(lambda trial: times[trial.kernel])
+    monkeypatch.setattr("klab.harness.choose.benchmark.Fleet", fleet)
+    with Measured(h200, wanted) as measured:
+        for trial in wanted[:4]:
+            rows = measured.of(trial)
+            assert [bool(row.policy.get("energy")) for row in rows] == [False, True][: 1 if trial.kernel == "matmul/cuda_gemv" else 2]
+        assert [len(run) for run in fleet.asked] == [4, 3] and all(t.policy.energy for t in fleet.asked[1])
+        assert timed(measured.of(wanted[0])) is not None and len(fleet.asked) == 2
+        tiled = next(t for t in wanted[4:] if t.kernel == "matmul/triton_tiled")
+        assert len(measured.of(tiled)) == 2 and len(fleet.asked) == 4
+        assert [why_no_time(row) for row in measured.all_rows() if why_no_time(row)] == ["crashed: as the test says"] * 2
+    fleet = FakeFleet(lambda trial: times[trial.kernel])
+    monkeypatch.setattr("klab.harness.choose.benchmark.Fleet", fleet)
+    with Measured(h200, wanted, energy=False) as measured:
+        assert len(measured.of(wanted[0])) == 1 and len(fleet.asked) == 1
 
 
 def test_names_stay_and_are_unique() -> None:
