@@ -8,7 +8,7 @@ setup(
     + ["klab.profiles"],
     package_dir=rooms | {"klab.profiles": "profiles"},
     package_data={
-        "klab.profiles": ["*/*.toml", "*/*.csv", "*/*.json", "tuned/*/*.json"],
+        "klab.profiles": ["*/*.toml", "*/*.csv", "*/*.json", "tuned/*/*.json", "acceptance/*/*.json"],
         "klab.kernels": ["*.cuh"],
         "klab.harness": ["report/*"],
     },
