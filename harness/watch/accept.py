@@ -25,7 +25,8 @@ from klab.harness.measure.lock import exclusive
 from klab.harness.measure.probes import host
 from klab.harness.watch import accept_load, accept_settings, node_facts
 from klab.harness.watch.accept_load import Device
-from klab.harness.watch.grade import Check, Checks, Figure, Grade, NodeRule, Outcome, outcome
+from klab.harness.watch.grade import UNEXPECTED, Check, Checks, Figure, Grade, NodeRule, Outcome, outcome
+from klab.harness.watch.node_figures import counted
 from klab.harness.watch.node_runner import Job, ProcessRunner, Runner, Said
 from klab.harness.watch.reference_nodes import RecordedDevice, Reference, kind_of
 from klab.kernels.contract import Chip, Json
@@ -36,6 +37,7 @@ SCHEMA = "klab-acceptance-1"
 PROBE_S, LINKS_S = 12.0, 40.0
 # Left for the last questions to the driver.
 RESERVE_S = 3.0
+HOST_LINKS = ("host_to_device_gb_per_s", "device_to_host_gb_per_s")
 # However short the time: with less nothing can be said of the rate.
 LEAST_SUSTAIN_S = 2.0
 # (at least so many seconds in all, fresh processes). Their start takes 5 to 10 s each.
@@ -81,8 +83,12 @@ class Acceptance:
         }
 
     def records(self) -> list[RecordedDevice]:
-        """What `klab accept --record` writes; none of a machine that was not accepted, whose devices are no example."""
-        if self.outcome is Outcome.REFUSED:
+        """What `klab accept --record` writes; none of a machine that was not accepted, whose devices are no example.
+
+        One that is undecided only because nobody has recorded its kind yet is where a record begins.
+        """
+        undecided = [check for check in self.checks if check.needed and check.grade == Grade.UNKNOWN]
+        if self.outcome is Outcome.REFUSED or any(check.reason != UNEXPECTED for check in undecided):
             return []
         epoch = str(self.environment.get("epoch", ""))
         made = []
@@ -118,6 +124,9 @@ class Node:
     trouble: str = ""
     handles: dict[int, Any] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
+    # By place: why the driver does not answer for it. `lost`: GPUs of the machine that the driver itself has lost.
+    silent: dict[int, str] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[int, node_facts.Facts]:
         """The driver's answers by place; empty without a driver."""
@@ -131,17 +140,32 @@ def find_node(chip: Chip, only: Sequence[str] | None = None) -> Node:
         return node
     try:
         node.library = nvml.load()
-        for index, place in enumerate(node.places):
-            node.handles[index] = nvml.handle_of(node.library, uuid=place.id)
-        chosen = {place.id for place in node.places}
-        for number in range(node.library.nvmlDeviceGetCount()):
-            handle = node.library.nvmlDeviceGetHandleByIndex(number)
-            if str(node.library.nvmlDeviceGetUUID(handle)) not in chosen:
-                node.others.append(str(node.library.nvmlDeviceGetName(handle)))
+        _open(node, everything=only is None)
     except Exception as error:  # noqa: BLE001  ImportError, NVMLError or a broken driver library: every fact is then not known, and says so
         node.trouble = one_line(error)
         node.handles = {}
     return node
+
+
+def _open(node: Node, *, everything: bool) -> None:
+    """Handles of the places and names of the other GPUs. One that does not answer must not hide the others."""
+    library = node.library
+    for index, place in enumerate(node.places):
+        try:
+            node.handles[index] = nvml.handle_of(library, uuid=place.id)
+        except library.NVMLError as error:
+            node.silent[index] = one_line(error)
+    chosen = {place.id for place in node.places}
+    for number in range(library.nvmlDeviceGetCount()):
+        try:
+            handle = library.nvmlDeviceGetHandleByIndex(number)
+            if str(library.nvmlDeviceGetUUID(handle)) not in chosen:
+                node.others.append(str(library.nvmlDeviceGetName(handle)))
+        except library.NVMLError as error:
+            if everything and getattr(error, "value", None) == library.NVML_ERROR_GPU_IS_LOST:
+                node.lost.append(f"NVML's GPU {number}: {one_line(error)}")
+            else:
+                node.others.append(f"one that does not answer ({one_line(error)})")
 
 
 def accept(
@@ -202,6 +226,7 @@ class _Run:
         self.links = Said()
         self.xids: list[dict[str, int]] = []
         self.xid_trouble = node.trouble
+        self.deaf: dict[int, str] = {}
         self.environment: dict[str, Json] = {}
         self.ran: list[str] = []
         self.notes: list[str] = [f"the driver's library cannot be asked: {node.trouble}"] if node.trouble else []
@@ -234,7 +259,7 @@ class _Run:
         self._ask("after")
         if watch is not None:
             self.xids = watch.collect()
-            self.xid_trouble = watch.trouble
+            self.xid_trouble, self.deaf = watch.trouble, watch.deaf
         self.seconds = time.monotonic() - began
 
     def _ask(self, when: str) -> None:
@@ -276,13 +301,16 @@ class _Run:
             self.notes.append(f"the copies over the links did not come to their end: {self.links.error}")
         for device in self.devices:
             device.links = _link_figures(device.index, self.links)
+            wanted = HOST_LINKS if len(self.devices) == 1 else (*HOST_LINKS, "peer_gb_per_s")
+            missing = self.links.error or "the time was up, or the process did not say"
+            device.links_missing = {name: missing for name in wanted if name not in device.links}
 
 
 def _link_figures(index: int, said: Said) -> dict[str, Figure]:
     """Of one GPU: to it and from it, and its slowest pair."""
     found = {}
     lines = [line for line in said.all("link") if line["gb_per_s"]]
-    for name, start, end in (("host_to_device_gb_per_s", -1, index), ("device_to_host_gb_per_s", index, -1)):
+    for name, start, end in zip(HOST_LINKS, (-1, index), (index, -1), strict=True):
         values = [value for line in lines if (line["link"], line["from"], line["to"]) == ("host", start, end) for value in line["gb_per_s"]]
         if values:
             found[name] = Figure(statistics.median(values))
@@ -313,7 +341,8 @@ def judge(run: _Run, reference: Reference, rule: NodeRule, expected_gpus: int | 
             _driver_checks(add, run, device, reference, rule)
         elif run.chip.kind == "cuda":
             for topic in ("identity", "settings", "memory health", "links"):
-                add.on(topic).unknown(topic, run.node.trouble, needed=topic == "memory health")
+                add.on(topic).unknown(topic, run.node.trouble or run.node.silent.get(device.index), needed=topic == "memory health")
+            add.on("errors").unknown("Xid", run.node.trouble or run.node.silent.get(device.index))
         accept_load.processes(add, device)
         found += add.found
     return found
@@ -324,9 +353,9 @@ def _driver_checks(add: Checks, run: _Run, device: Device, reference: Reference,
     accept_settings.identity(add, device.before, run.chip, reference, rule)
     accept_settings.settings(add, device.before, run.chip, reference)
     accept_settings.memory_health(add, device.before, after)
-    accept_settings.links(add, device.before, after, device.trace, reference, alone=len(run.devices) == 1)
+    accept_settings.links(add, device.before, after, counted(device.trace), reference, alone=len(run.devices) == 1)
     mine = [event["xid"] for event in run.xids if event["device"] in (device.index, -1)]
-    accept_settings.xids(add, mine, run.xid_trouble)
+    accept_settings.xids(add, mine, run.xid_trouble or run.deaf.get(device.index, ""))
 
 
 def _count(add: Checks, run: _Run, expected: int | None) -> None:
@@ -334,8 +363,11 @@ def _count(add: Checks, run: _Run, expected: int | None) -> None:
     value = f"{count} x {run.chip.title}"
     if run.node.others:
         value += f", not looked at: {', '.join(run.node.others)}"
-    if expected is None:
-        add.add("devices", Grade.PASS, value, label="rule", expected="not stated (--gpus N states it)")
+    if run.node.lost:
+        add.add("devices", Grade.FAIL, f"{value}; lost: {', '.join(run.node.lost)}", label="device", expected="all answer",
+                reason="the driver has lost a GPU of this machine", remedy="look for Xid 79 in the kernel's log")  # fmt: skip
+    elif expected is None:
+        add.add("devices", Grade.UNKNOWN, value, reason="how many were ordered is not stated: --gpus N states it")
     else:
         add.holds("devices", count == expected, value, str(expected), label="rule", reason="not as many as were ordered",
                   remedy="one may have fallen off the bus: look for Xid 79 in the kernel's log")  # fmt: skip

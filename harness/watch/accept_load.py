@@ -29,6 +29,8 @@ class Device:
     sustained: Said = field(default_factory=Said)
     # Measured between devices by another process: {"host_to_device_gb_per_s": Figure, ...}.
     links: dict[str, Figure] = field(default_factory=dict)
+    # What should have been and was not, with the reason.
+    links_missing: dict[str, str] = field(default_factory=dict)
     calibration: Calibration | None = None
 
     @property
@@ -75,6 +77,10 @@ def performance(add: Checks, device: Device, reference: Reference, rule: NodeRul
             add.measured(title, MEASURES[name][0], found[name], reference.expected.get(name), remedy=remedy, needed=needed)
         elif needed:
             add.unknown(title, device.error or "it was not measured", needed=True)
+        elif name in device.links_missing:
+            add.unknown(title, device.links_missing[name])
+        elif name == "launch_overhead_us":
+            add.unknown(title, device.error or "it was not measured")
     for work, title in (("matmul", "noise of the matmul"), ("copy", "noise of the copy")):
         rates = figures.probe_rates(device.probes, work)
         apart = figures.noise(rates)
@@ -112,7 +118,12 @@ def correctness(add: Checks, device: Device) -> None:
     if wrong is None:
         add.unknown("right results", device.error or "no result was compared", needed=True)
         return
-    failed = said.get("wrong") or 0
+    so_far = max((int(line.get("differ") or 0) for line in device.trace), default=0)
+    failed = int(said.get("wrong") or so_far)
+    if checked is None and not wrong and not failed:
+        reason = device.error or "the process ended before it said how many products were right"
+        add.unknown("right results", reason, needed=True)
+        return
     reason = str(wrong) or f"{failed} of {checked} products of the same inputs differ from the first: silent corruption of data"
     value = f"{failed} of {checked if checked is not None else len(device.trace)} products differ"
     add.holds("right results", not wrong and not failed, value, "none", label="rule", reason=reason, needed=True,
@@ -178,7 +189,8 @@ def heat(add: Checks, device: Device, reference: Reference, rule: NodeRule) -> N
 def _slope(add: Checks, device: Device, rule: NodeRule) -> None:
     slope = figures.slope(device.trace)
     if slope is None:
-        add.unknown("steadiness", device.error or "the run under load was too short for a slope")
+        for name in ("steadiness", "slowest half minute"):
+            add.unknown(name, device.error or "the run under load was too short for a slope")
         return
     value = f"{slope.change:+.1%} over {slope.seconds:.0f} s"
     if slope.low is not None and slope.high is not None:
@@ -186,11 +198,17 @@ def _slope(add: Checks, device: Device, rule: NodeRule) -> None:
     if slope.seconds < rule.slope_least_s:
         reason = f"{slope.seconds:.0f} s are too few to warm a machine through: {rule.slope_least_s:.0f} s are needed, with more --minutes"
         add.add("steadiness", Grade.UNKNOWN, value, reason=reason, figure=slope.change, low=slope.low, high=slope.high)
+        add.unknown("slowest half minute", reason)
         return
     lost = Figure(-slope.change, None if slope.high is None else -slope.high, None if slope.low is None else -slope.low)
     add.limited("steadiness", lost, value, warn_above=rule.drop_warn, fail_above=rule.drop_fail,
                 expected=f"no more than {rule.drop_warn:.0%} slower by the end", reason="it slows down as it warms",
                 remedy="better cooling: air flow, inlet temperature, cold plate")  # fmt: skip
+    below = figures.dip(device.trace)
+    if below is not None:
+        add.limited("slowest half minute", Figure(below), f"{below:.1%} below the median", warn_above=rule.dip_warn,
+                    fail_above=rule.dip_fail, reason="it did not hold its rate",
+                    remedy="look at clocks, temperatures and power at that time")  # fmt: skip
 
 
 def _reasons(add: Checks, device: Device, trace: Sequence[Mapping[str, Json]], rule: NodeRule) -> None:
@@ -236,7 +254,7 @@ def _clock_and_power(add: Checks, device: Device, reference: Reference, rule: No
     if not limit:
         add.add("power under load", Grade.UNKNOWN, f"{power.value:.0f} W", reason="its limit is not known", figure=power.value, unit="W")
         return
-    idle = not capped and power.value < rule.power_share_warn * limit
+    idle = (capped or 0.0) < 0.5 and power.value < rule.power_share_warn * limit
     add.holds("power under load", not idle, f"{power.value:.0f} W of {limit:.0f}", f"at least {rule.power_share_warn:.0%}", bad=Grade.WARN,
               label="rule", reason="a saturated board draws more: something else holds it back",
               remedy="look at clocks, reasons and the other GPUs", figure=power.value, unit="W")  # fmt: skip

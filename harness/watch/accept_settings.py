@@ -45,7 +45,9 @@ def identity(add: Checks, facts: Facts, chip: Chip, reference: Reference, rule: 
         expected = f"{chip.memory_bytes / 1e9:.0f} GB"
         add.holds("memory", whole, f"{memory / 1e9:.1f} GB", expected, label="chip", source=source, reason="part of the memory is missing")
     count = facts.get("sm_count")
-    if count is not None:
+    if count is None:
+        add.unknown("multiprocessors", "no process on it told them")
+    else:
         source = chip.provenance.get("sm_count", "")
         add.holds("multiprocessors", count == chip.sm_count, str(count), str(chip.sm_count), label="chip", source=source,
                   reason="not the whole chip, or another one")  # fmt: skip
@@ -60,8 +62,12 @@ def identity(add: Checks, facts: Facts, chip: Chip, reference: Reference, rule: 
         add.add("InfoROM", Grade.PASS, "valid", expected="valid", label="device")
     elif "corrupt" in str(why.get("inforom_valid", "")).lower():
         add.add("InfoROM", Grade.FAIL, "corrupted", expected="valid", label="device", reason="by its checksum", remedy="replace the GPU")
+    else:
+        add.unknown("InfoROM", why.get("inforom_valid"))
     fabric = facts.get("fabric")
-    if fabric and fabric["state"] != "not supported":
+    if fabric is None:
+        add.unknown("NVSwitch fabric", why.get("fabric"))
+    elif fabric["state"] != "not supported":
         fine = fabric["state"] == "completed" and not fabric["status"]
         add.holds("NVSwitch fabric", fine, f"{fabric['state']}, status {fabric['status']}", "completed, status 0",
                   reason="the GPU is not registered with the fabric",
@@ -132,19 +138,23 @@ def memory_health(add: Checks, before: Facts, after: Facts) -> None:
     add, why, more = add.on("memory health"), after.get("why", {}), grown(before, after)
     _switch(add, "ECC", before, "ecc", want=True, reason="errors of the memory are neither corrected nor seen",
             remedy="the owner switches it on: nvidia-smi -e 1, then a reset")  # fmt: skip
-    ever, now = after.get("ecc_uncorrected_ever"), more.get("ecc_uncorrected")
-    if ever is None and now is None:
+    ever, now = after.get("ecc_uncorrected_ever"), more.get("ecc_uncorrected", more.get("ecc_uncorrected_ever"))
+    if ever is None and not now:
         add.unknown("uncorrected errors", why.get("ecc_uncorrected_ever"), needed=True)
     else:
         add.add("uncorrected errors", Grade.FAIL if now else Grade.WARN if ever else Grade.PASS, f"{_said(now)} now, {_said(ever)} ever",
                 expected="0", label="rule", reason="errors during this run" if now else "errors in the past",
                 remedy="replace the GPU" if now else "ask for the history of this GPU", needed=True)  # fmt: skip
     corrected = more.get("ecc_corrected")
-    if corrected is not None:
+    if corrected is None:
+        add.unknown("corrected errors", why.get("ecc_corrected"))
+    else:
         add.holds("corrected errors", not corrected, f"{corrected} now, {_said(after.get('ecc_corrected_ever'))} ever", "0 now",
                   bad=Grade.WARN, label="rule", reason="the memory errs under load", remedy="run this longer, and watch it")  # fmt: skip
     sram = after.get("sram_threshold_exceeded")
-    if sram is not None:
+    if sram is None:
+        add.unknown("SRAM errors", why.get("sram_threshold_exceeded"))
+    else:
         add.holds("SRAM errors", not sram, "above the threshold" if sram else "below the threshold", "below the threshold",
                   source="the driver's own threshold (nvmlEccSramErrorStatus)", reason="the threshold for replacement is exceeded",
                   remedy="replace the GPU")  # fmt: skip
@@ -176,7 +186,9 @@ def _rows(add: Checks, after: Facts, more: Mapping[str, int]) -> None:
     add.add("remapped rows", grade, value, expected="none failed, none pending", label="device", source=source, reason=reason,
             remedy=remedy, needed=True)  # fmt: skip
     reserve = after.get("remap_reserve")
-    if reserve:
+    if not reserve:
+        add.unknown("rows in reserve", after.get("why", {}).get("remap_reserve"))
+    else:
         reason = f"{reserve['none']} banks have none left" if reserve["none"] else f"{reserve['low']} banks have few left"
         grade = Grade.FAIL if reserve["none"] else Grade.WARN if reserve["low"] else Grade.PASS
         add.add("rows in reserve", grade, f"{reserve['max']} of {sum(reserve.values())} banks have all", expected="no bank without",
@@ -192,12 +204,20 @@ def links(add: Checks, before: Facts, after: Facts, loaded: Sequence[Facts], ref
             add.unknown(name, why.get(key) or "nothing was read under load")
             continue
         most = after.get(f"{key}_max")
-        add.measured(name, "", Figure(float(max(seen))), reference.expected.get(key), value=f"{max(seen)} under load",
+        # A link rests in a lower generation, and may be seen on its way; no link of these boards rests in a smaller width.
+        judged = max(seen) if key == "pcie_generation" else min(seen)
+        value = f"{judged} under load" if len(set(seen)) == 1 else f"{min(seen)} to {max(seen)} under load"
+        add.measured(name, "", Figure(float(judged)), reference.expected.get(key), value=value,
                      remedy="reseat the board or its riser, and look at the slot's settings")  # fmt: skip
+        if add.found[-1].grade == Grade.PASS and min(seen) < max(seen):
+            reason = f"the link fell to {min(seen)} under load"
+            add.found[-1] = dataclasses.replace(add.found[-1], grade=Grade.WARN.value, reason=reason)
         if add.found[-1].grade == Grade.PASS and most is not None and max(seen) < most:
             add.found[-1] = dataclasses.replace(add.found[-1], grade=Grade.WARN.value, reason=f"the link can do {most}")
     replays = more.get("pcie_replays")
-    if replays is not None:
+    if replays is None:
+        add.unknown("PCIe replays", why.get("pcie_replays"))
+    else:
         add.limited("PCIe replays", Figure(float(replays)), f"{replays} during the run", warn_above=REPLAYS_WARN, fail_above=REPLAYS_FAIL,
                     reason="the link repeats itself", remedy="reseat the board or its riser")  # fmt: skip
     if alone:  # one GPU of a larger machine may be given without its links
@@ -210,10 +230,14 @@ def links(add: Checks, before: Facts, after: Facts, loaded: Sequence[Facts], ref
     add.measured("NVLinks active", "", Figure(float(active)), reference.expected.get("nvlinks_active"),
                  remedy=f"link {down} is down: reset it, or replace the GPU or the baseboard")  # fmt: skip
     speed = after.get("nvlink_mb_per_s")
-    if speed is not None:
+    if speed is None:
+        add.unknown("NVLink speed", why.get("nvlink_mb_per_s"))
+    else:
         add.measured("NVLink speed", "MB/s", Figure(float(speed)), reference.expected.get("nvlink_mb_per_s"))
     errors = more.get("nvlink_errors")
-    if errors is not None:
+    if errors is None:
+        add.unknown("NVLink errors", why.get("nvlink_errors"))
+    else:
         add.limited("NVLink errors", Figure(float(errors)), f"{errors} during the run", warn_above=0, fail_above=NVLINK_FAIL,
                     reason="replays, recoveries or CRC errors", remedy="reseat or replace the GPU or the baseboard")  # fmt: skip
 
@@ -221,7 +245,7 @@ def links(add: Checks, before: Facts, after: Facts, loaded: Sequence[Facts], ref
 def xids(add: Checks, found: Sequence[int], trouble: str) -> None:
     """Xid errors that the driver reported during the run."""
     add = add.on("errors")
-    if trouble:
+    if trouble and not found:
         add.unknown("Xid", trouble)
         return
     said = ", ".join(f"{xid} ({XIDS.get(xid, 'see the catalogue')})" for xid in dict.fromkeys(found))

@@ -83,6 +83,11 @@ class Expectation(Record):
     devices: int = 0
 
     @property
+    def limitless(self) -> bool:
+        """Is there no limit, so that nothing could fail it?"""
+        return all(limit is None for limit in (self.warn_below, self.fail_below, self.warn_above, self.fail_above))
+
+    @property
     def said(self) -> str:
         """In words, without the unit: "700 to 800", "at least 18"."""
         if self.low is not None and self.high is not None:
@@ -107,6 +112,9 @@ class NodeRule(Record):
     # A device in thermal balance holds its rate; 3% is what a drifting window does, 10% a cooling that does not keep up (guess).
     drop_warn: float = 0.03
     drop_fail: float = 0.10
+    # The slowest half minute against the median: a slope does not see a fall in the last minute. A housekeeping pause is shorter (guess).
+    dip_warn: float = 0.05
+    dip_fail: float = 0.10
     # Shorter than this, a heat sink and a rack have not warmed up, and the slope is said to be not known (guess).
     slope_least_s: float = 120.0
     # What is left to the temperature at which the hardware slows itself down: the accuracy of the sensor is a few degrees (guess).
@@ -182,6 +190,10 @@ def judge(figure: Figure, expected: Expectation | None) -> tuple[Grade, str]:
     """The grade of a figure, with the reason. It fails only where its whole interval lies beyond the limit; near it, it is warned of."""
     if expected is None:
         return Grade.UNKNOWN, UNEXPECTED
+    if not math.isfinite(figure.value):
+        return Grade.UNKNOWN, "what was measured is no number"
+    if expected.limitless:
+        return Grade.UNKNOWN, "the expectation names no limit"
     low = figure.value if figure.low is None else figure.low
     high = figure.value if figure.high is None else figure.high
     for limit, value, surely, beyond in (

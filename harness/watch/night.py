@@ -28,7 +28,7 @@ from klab.kernels.contract import Chip, Json
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure
 
-# Where energies are tracked too, so much of the time before the second looks is for the times; what they leave goes to the energies.
+# Where energies are tracked too, so much of the time before the second looks is for the times (a guess); what they leave is for energies.
 TIME_SHARE = 0.6
 # Nights in which the device is looked for that measured last.
 LOOKED_BACK = 7

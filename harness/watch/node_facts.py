@@ -243,14 +243,19 @@ class XidWatch:
 
     def __init__(self, library: Any, handles: Mapping[int, Any]) -> None:
         self.trouble = ""
+        # By device: why nothing is heard of it.
+        self.deaf: dict[int, str] = {}
         self._library = library
         self._set: Any = None
         try:
             self._set = library.nvmlEventSetCreate()
-            for handle in handles.values():
-                library.nvmlDeviceRegisterEvents(handle, self.EVENT_XID, self._set)
         except (library.NVMLError, AttributeError) as error:
             self.trouble = f"NVML: {error}"
+        for index, handle in handles.items() if not self.trouble else ():
+            try:
+                library.nvmlDeviceRegisterEvents(handle, self.EVENT_XID, self._set)
+            except (library.NVMLError, AttributeError) as error:
+                self.deaf[index] = f"NVML: {error}"
         self._handles = handles
 
     def collect(self) -> list[dict[str, int]]:
@@ -261,7 +266,9 @@ class XidWatch:
         while len(found) < 1000:
             try:
                 event = self._library.nvmlEventSetWait(self._set, 0)
-            except self._library.NVMLError:  # NVML_ERROR_TIMEOUT: there is no more
+            except self._library.NVMLError as error:
+                if getattr(error, "value", None) != self._library.NVML_ERROR_TIMEOUT:  # that one says that there is no more
+                    self.trouble = f"NVML: {error}"
                 break
             found.append({"device": self._index(event.device), "xid": int(event.eventData)})
         try:

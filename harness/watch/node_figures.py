@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from klab.kernels.contract import Json
 BLOCK_S = 10.0
 # Fewer blocks than this give no interval.
 LEAST_BLOCKS = 5
+# Resampling fewer values than this cannot leave their own range, which holds the median in 76% (of three) to 93% (of five) and not in 95%.
+LEAST_BOOTSTRAP = 6
+# Blocks in a row whose mean is a dip: half a minute.
+DIP_BLOCKS = 3
 # The part of a sustained run in which the device warms up and is not counted, and at most so much of it.
 WARM_SHARE, WARM_S = 0.2, 60.0
 # Clock-event reasons by NVML's header; the software power cap (0x4) is the normal state of a large matmul.
@@ -68,11 +73,19 @@ def sustained(trace: Sequence[Mapping[str, Json]], name: str = "tflops") -> Figu
 
 
 def figure(values: Sequence[float], *, least: int = 3) -> Figure | None:
-    """The median, with a bootstrap interval from `least` values on."""
+    """The median, with a 95% interval from `least` values on."""
     if not values:
         return None
-    low, high = median_interval(values) if len(values) >= least else (None, None)
-    return Figure(statistics.median(values), low, high)
+    middle = statistics.median(values)
+    if len(values) < least:
+        return Figure(middle)
+    if len(values) >= LEAST_BOOTSTRAP:
+        return Figure(middle, *median_interval(values))
+    from scipy.special import stdtrit
+
+    # The deviation of a median is pi/2 of a mean's, squared.
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) * math.sqrt(math.pi / 2 / len(values))
+    return Figure(middle, middle - half, middle + half)
 
 
 def slope(trace: Sequence[Mapping[str, Json]]) -> Slope | None:
@@ -90,6 +103,15 @@ def slope(trace: Sequence[Mapping[str, Json]]) -> Slope | None:
     span = at[-1] - at[0]
     scale = span / statistics.median(values)
     return Slope(float(steepness) * scale, float(low) * scale, float(high) * scale, span)
+
+
+def dip(trace: Sequence[Mapping[str, Json]]) -> float | None:
+    """How far the slowest DIP_BLOCKS blocks in a row lie below the median, as a share of it; None of fewer blocks than LEAST_BLOCKS."""
+    found = [value for _, value in blocks(counted(trace), "tflops")]
+    if len(found) < LEAST_BLOCKS:
+        return None
+    lowest = min(statistics.fmean(found[n : n + DIP_BLOCKS]) for n in range(len(found) - DIP_BLOCKS + 1))
+    return 1 - lowest / statistics.median(found)
 
 
 def share(trace: Sequence[Mapping[str, Json]], bits: int) -> float | None:

@@ -52,7 +52,7 @@ class Track:
 @dataclass(frozen=True)
 class Measure:
     """How a night measures. `processes`: fresh processes per look at a time, `energy_processes` at an energy. `budget`: time for all,
-    as --budget has it; empty: until done. `recheck_share`: of the budget, kept for measuring suspects again. `anchors`: of
+    as --budget has it; empty: until done. `recheck_share`: of the budget, kept for measuring suspects again (a guess). `anchors`: of
     measure/anchor.py. `device`: UUID or index of the GPU to use; empty: the one that was used last, else the first. `trial`: fields of a
     trial's Policy that differ from the default of its kind of chip.
     """

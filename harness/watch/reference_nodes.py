@@ -125,6 +125,9 @@ def read_published(path: Path) -> tuple[str, dict[str, Expectation]]:
         for key, value in table.items():
             if key != "source" and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)):
                 raise UsageError(f"{path}: [expected.{name}] {key} is {value!r}; it must be a number")
+        wanted = ("warn_below", "fail_below") if MEASURES[name][1] > 0 else ("warn_above", "fail_above")
+        if not any(key in table for key in wanted):
+            raise UsageError(f"{path}: [expected.{name}] needs {' or '.join(wanted)}: without one it could only pass")
         found[name] = Expectation(name, **table)
     return data["chip"].lower(), found
 
@@ -158,7 +161,8 @@ def distributions(devices: Sequence[RecordedDevice]) -> dict[str, Expectation]:
     """The expectation that recorded devices give, by measure; none of fewer than FEWEST devices.
 
     The limits are those of the next device of the same kind: median -+ t * spread * sqrt(1 + 1/n), with the spread from the median
-    absolute deviation, so that one bad device that was recorded does not widen them.
+    absolute deviation, so that one bad device that was recorded does not widen them. That deviation is ill known of few devices: the tails
+    are then some twice WARN_TAIL, and some seven times FAIL_TAIL where devices differ by 3% (docs/acceptance.md has the simulation).
     """
     found = {}
     for name in RECORDED:

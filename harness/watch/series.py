@@ -84,7 +84,8 @@ class Point(Record):
 
     values: medians, in the metric's unit. anchored: the same over the anchor's time in the same laps (dimensionless; empty where there is
     no anchor). cycles: values times the SM clock in MHz (empty where no clock is read). `looks`: how often it was measured tonight; more
-    than once where it was a suspect. `status` is ok, or what the failing trial ended with; `reason` says more of it.
+    than once where it was a suspect. `status` is ok, or what the failing trial ended with; `reason` says more of it. `night`: the identity
+    of its night, which tells what was measured in the same night.
     """
 
     values: tuple[float, ...] = ()
@@ -100,6 +101,7 @@ class Point(Record):
     device_uuid: str = ""
     epoch: str = ""
     error: float | None = None
+    night: str = ""
 
     @property
     def value(self) -> float | None:
@@ -126,8 +128,10 @@ class Point(Record):
 class Verdict(Record):
     """What is said of a series tonight, and why, in one line.
 
-    `ratio` is tonight's judged value over the baseline's, with its 95% interval; above 1 is worse. `nights` is the number of nights that
-    the baseline rests on. `waiver` names the owner and the expiry of a waiver that covers a failing verdict (it then fails no night).
+    `ratio` is the judged value over the reference, with its 95% interval; above 1 is worse. It is of tonight, or of the last `span` nights
+    together where these decided. `limit` is the ratio from which on the night would have been called slower (None: not judged). `nights` is
+    the number of nights that the reference rests on. `waiver` names the owner and the expiry of a waiver that covers a failing verdict (it
+    then fails no night).
     """
 
     series: Series
@@ -140,6 +144,8 @@ class Verdict(Record):
     nights: int = 0
     new_epoch: bool = False
     waiver: str = ""
+    span: int = 1
+    limit: float | None = None
 
     @property
     def fails(self) -> bool:
@@ -160,7 +166,8 @@ class Night(Record):
     """One night on one chip: when and on what it was made, and its verdicts (each with its point).
 
     `at` is UTC, ISO 8601; `identity` sorts by time. `epochs`: what each epoch in the points stands for (driver, CUDA, Triton, torch, power
-    limit, GPU). `devices`: per device UUID what is known of it. `notes`: lines for people (what was not measured and why).
+    limit, GPU). `devices`: per device UUID what is known of it. `notes`: lines for people (what was not measured and why). `incomplete`:
+    why the measuring ended before the budget did (a device was lost), else "".
     """
 
     identity: str
@@ -175,6 +182,7 @@ class Night(Record):
     seconds: float = 0.0
     policy: str = ""
     schema: int = 1
+    incomplete: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:

@@ -1,5 +1,6 @@
 """Acceptance of machines that are not there: a good one passes, and each planted fault is found, named and graded."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from klab.harness.catalog.chips import find_chip
 from klab.harness.measure.anchor import work
 from klab.harness.measure.calibration import Calibration
 from klab.harness.measure.calibration import Figure as Known
-from klab.harness.watch.accept import Node, accept, judge_host
+from klab.harness.watch.accept import Node, accept, find_node, judge_host
 from klab.harness.watch.grade import Grade, Outcome
 from klab.harness.watch.node_runner import Said
 from klab.harness.watch.reference_nodes import FEW, find_reference, record
@@ -70,6 +71,10 @@ FAULTS = [
     ({"host_gb_per_s": 24.0}, "host to GPU", "fail", "below 28"),
     ({"drop": 0.15}, "steadiness", "fail", "slows down as it warms"),
     ({"drop": 0.06}, "steadiness", "warn", "slows down as it warms"),
+    ({"lines": {"tflops": 480.0}}, "slowest half minute", "fail", "did not hold"),
+    ({"lines": {"tflops": 685.0}}, "slowest half minute", "warn", "did not hold"),
+    ({"lines": {"pcie_width": 8}}, "PCIe width", "fail", "below 16"),
+    ({"lines": {"pcie_generation": 1}}, "PCIe generation", "warn", "fell to 1"),
     ({"noise": 0.05}, "noise of the matmul", "warn", "differ by so much"),
     ({"noise": 0.12}, "noise of the copy", "fail", "differ by so much"),
     ({"clock_mhz": 1100.0}, "clock under load", "warn", "below 1,200"),
@@ -280,6 +285,91 @@ def test_the_host_s_processors():
     assert [(c.name, c.grade) for c in judge_host(facts)] == [("frequency governor", "warn"), ("quota", "warn")]
     facts = {"governor": None, "quota": None, "cpus": 4}
     assert [(c.name, Grade(c.grade)) for c in judge_host(facts)] == [("frequency governor", Grade.UNKNOWN), ("quota", Grade.PASS)]
+
+
+def test_a_lost_gpu_does_not_hide_the_other_seven(monkeypatch):
+    boards = [Board(i) for i in range(8)]
+    boards[3].error = "AcceleratorError: CUDA error"
+    library = FakeNvml(boards)
+
+    def lost(uuid):
+        if uuid == boards[3].uuid:
+            raise library.error("GPU is lost", library.NVML_ERROR_GPU_IS_LOST)
+        return next(board for board in boards if board.uuid == uuid)
+
+    library.nvmlDeviceGetHandleByUUID = lost
+    monkeypatch.setattr("klab.harness.watch.accept.nvml.load", lambda: library)
+    monkeypatch.setattr("klab.harness.watch.accept.find_devices", lambda chip, only: node_of(boards).places)
+    found = accept(H200, PUBLISHED, minutes=10, node=find_node(H200), runner=FakeRunner(boards), expected_gpus=8)
+    bad = {check.device for check in found.checks if check.grade in ("fail", "not known")}
+    assert (found.outcome, bad) == (Outcome.REFUSED, {3})
+    assert the(found, "memory health", 3).reason == "NVMLError: GPU is lost"
+
+
+def test_a_gpu_that_only_the_driver_s_list_still_has_is_a_failure(monkeypatch):
+    boards = [Board(i) for i in range(3)]
+    library = FakeNvml(boards)
+
+    def lost(index):
+        if index == 2:
+            raise library.error("GPU is lost", library.NVML_ERROR_GPU_IS_LOST)
+        return boards[index]
+
+    library.nvmlDeviceGetHandleByIndex = lost
+    monkeypatch.setattr("klab.harness.watch.accept.nvml.load", lambda: library)
+    monkeypatch.setattr("klab.harness.watch.accept.find_devices", lambda chip, only: node_of(boards[:2]).places)
+    found = accept(H200, PUBLISHED, minutes=10, node=find_node(H200), runner=FakeRunner(boards[:2]))
+    assert (the(found, "devices", -1).grade, "GPU 2" in the(found, "devices", -1).value) == ("fail", True)
+    assert the(run(boards[:2]), "devices", -1).grade == "not known", "nobody said how many were ordered"
+
+
+def test_a_gpu_that_is_lost_in_the_middle():
+    class Dies(FakeRunner):
+        def say(self, job):
+            said = super().say(job)
+            return Said(said.lines[:100], "hung: it said nothing for 60 s") if job.work == "sustain" and job.visible == boards[1].uuid else said
+
+    class Gone(FakeNvml):
+        def nvmlEventSetWait(self, events, timeout):
+            raise self.error("GPU is lost", self.NVML_ERROR_GPU_IS_LOST)
+
+    boards = [Board(0), Board(1)]
+    found = accept(H200, PUBLISHED, minutes=10, node=node_of(boards, Gone(boards)), runner=Dies(boards))
+    assert found.outcome is Outcome.REFUSED
+    assert grades(found, "right results") == {0: "pass", 1: "not known"}, "it never said how many were right"
+    assert grades(found, "Xid") == {0: "not known", 1: "not known"}, "the driver could not be asked for events"
+    boards[1].lines = {"differ": 2}
+    found = accept(H200, PUBLISHED, minutes=10, node=node_of(boards), runner=Dies(boards, seconds=60))
+    assert "2 of 60" in the(found, "right results", 1).value, "what it had said until then counts"
+
+
+def test_what_the_driver_hides_is_not_known_and_never_left_out():
+    class Mute(FakeRunner):
+        def links(self):
+            return Said([], "CUDA error: no device")
+
+    boards = [Board(0, facts={"sram": None, "fabric": None}), Board(1)]
+    library = FakeNvml(boards)
+
+    def unsupported(*given):
+        raise library.NVMLError("Not Supported")
+
+    hidden = ("nvmlDeviceGetRowRemapperHistogram", "nvmlDeviceGetPcieReplayCounter", "nvmlDeviceValidateInforom")
+    for name in (*hidden, "nvmlDeviceGetNvLinkErrorCounter"):
+        setattr(library, name, unsupported)
+    found = accept(H200, PUBLISHED, minutes=10, node=node_of(boards, library), runner=Mute(boards))
+    expected = ("SRAM errors", "NVSwitch fabric", "rows in reserve", "PCIe replays", "InfoROM", "NVLink errors", "host to GPU", "GPU to host")
+    for name in (*expected, "GPU to GPU (slowest)"):
+        assert (the(found, name).grade, bool(the(found, name).reason)) == ("not known", True), name
+    everything = {check.name for check in run([Board(0), Board(1)]).checks}
+    assert everything <= {check.name for check in found.checks}
+
+
+def test_what_could_not_be_decided_is_no_example_unless_its_kind_is_new():
+    hidden = run([Board(0, facts={"rows": None})])
+    assert (hidden.outcome, hidden.records()) == (Outcome.UNDECIDED, [])
+    new = run([Board(0)], reference=dataclasses.replace(PUBLISHED, expected={}))
+    assert (new.outcome, len(new.records())) == (Outcome.UNDECIDED, 1)
 
 
 def test_a_mute_process_is_not_a_good_one():

@@ -32,6 +32,15 @@ def test_limits_above_work_as_those_below():
     assert judge(Figure(95, 94, 96), hot) == (Grade.FAIL, "above 90")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_no_pass(value):
+    assert judge(Figure(value), RATE)[0] is Grade.UNKNOWN
+
+
+def test_an_expectation_without_a_limit_can_pass_nothing():
+    assert judge(Figure(1), Expectation("matmul_tflops", low=700, high=800))[0] is Grade.UNKNOWN
+
+
 def test_nobody_knows_what_to_expect_is_not_a_pass():
     assert judge(Figure(760), None)[0] is Grade.UNKNOWN
 

@@ -1,29 +1,19 @@
 import dataclasses
 import json
 import random
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
-from night_fleet import Clock, NightFleet, write_policy
+from night_fleet import Clock, NightFleet
+from night_lab import CPU, LIBRARY, OWN, START, Lab, calls, slow, verdict
 
 from klab.harness.catalog.chips import find_chip
-from klab.harness.choose.profile import Choice, Evidence, Profile, Rival, Wanted
 from klab.harness.store.result import Status
-from klab.harness.watch.history import History
-from klab.harness.watch.looks import Looks
-from klab.harness.watch.night import exit_code, pick_devices, run_night
-from klab.harness.watch.points import cycles_of, find_point
+from klab.harness.watch.night import exit_code, pick_devices
 from klab.harness.watch.policy import Accepted, read_policy
 from klab.harness.watch.series import Call, Series
-from klab.harness.watch.tracked import watched
-from klab.kernels.contract import Chip
 from klab.kernels.discover import discover
-from klab.kernels.errors import CannotMeasure, UsageError
-
-CPU = Chip("cpu", "CPU", "cpu", 1, 2000, 2000, {"float32": 0.05, "bfloat16": 0.05}, 8 << 30, 10.0, 1 << 18)
-START = datetime(2026, 11, 1, 2, tzinfo=UTC)
-# Norms and activations: one kernel of klab's own and one of torch each.
-OWN, LIBRARY = "norm/cpu_blocked", "norm/torch_norm"
+from klab.kernels.errors import CannotMeasure
 
 
 @pytest.fixture(scope="module")
@@ -31,49 +21,9 @@ def catalogue():
     return discover(only=("norm", "activation", "embedding"))
 
 
-class Lab:
-    """A history, a policy and nights in a row on made-up processes."""
-
-    def __init__(self, folder, catalogue, chip=CPU, **policy):
-        self.folder, self.catalogue, self.chip = folder, catalogue, chip
-        self.policy = read_policy(write_policy(folder, chip=chip.name, **policy))
-        self.history = History(folder / "nights")
-        self.count = 0
-
-    def night(self, fleet=None, *, record=True, profile=None, **given):
-        self.fleet = fleet or NightFleet(seed=self.count)
-        at = START + timedelta(days=self.count)
-        self.count += 1
-        found = watched(self.policy, self.chip, self.catalogue, profile=profile)
-        night = run_night(
-            self.policy, self.chip, fleet=self.fleet, history=self.history, found=found, now=at, clock=self.fleet.clock,
-            identity=at.strftime("%Y%m%dT%H%M%SZ"), **given,
-        )  # fmt: skip
-        if record:
-            self.history.add(night)
-        return night
-
-    def nights(self, count, outcome=lambda trial, process: 100.0, **given):
-        return [self.night(NightFleet(outcome, seed=100 + self.count), **given) for _ in range(count)]
-
-
 @pytest.fixture
 def lab(tmp_path, catalogue):
     return Lab(tmp_path, catalogue)
-
-
-def verdict(night, words):
-    found = [v for v in night.verdicts if all(word in v.series.name for word in words.split())]
-    assert len(found) == 1, [v.series.name for v in night.verdicts]
-    return found[0]
-
-
-def calls(night):
-    return {v.call for v in night.verdicts}
-
-
-def slow(factor, kernel=OWN, processes=lambda process: True):
-    return lambda trial, process: 100.0 * (factor if trial.kernel == kernel and processes(process) else 1.0)
 
 
 def test_a_first_night_measures_everything_in_fresh_processes_and_judges_nothing(lab):
@@ -292,74 +242,6 @@ def test_a_waiver_covers_and_an_accepted_level_is_the_new_normal(lab):
     assert verdict(night, "norm chosen").call in (Call.OK, Call.UNKNOWN) and exit_code(night) == 0
 
 
-def choice(problem, kernel, config=None, library=None):
-    fields = {f.name: None for f in dataclasses.fields(Evidence)}
-    rival = None if library is None else Rival(library, {}, 1.0, 1.0, (1.0, 1.0), "same rounds")
-    evidence = Evidence(**{**fields, "library": rival, "interval_us": (1.0, 1.0), "tied": (), "run_ids": ()})
-    wanted = Wanted(problem.key, problem.operator, problem.label(), problem.to_json())
-    return Choice(wanted, kernel, "cpu", False, config or {}, "x", False, evidence)
-
-
-def profile_of(lab, *choices):
-    path = lab.folder / "pack.json"
-    path.write_text(Profile("cpu", "latency", choices=choices).to_text())
-    return path
-
-
-def test_the_profile_says_who_is_chosen_and_which_library_is_best(lab, catalogue):
-    one = watched(lab.policy, CPU, catalogue).tracked
-    problem = next(t.problem for t in one if t.problem.operator == "activation")
-    kernel = catalogue.kernels["activation/cpu_blocked"]
-    configs = [c.to_json_full() for c in kernel.space(problem, CPU)]
-    pack = profile_of(lab, choice(problem, kernel.id, configs[-1], "activation/torch_activation"))
-    found = watched(lab.policy, CPU, catalogue, profile=pack)
-    chosen = next(t for t in found.tracked if t.problem == problem and t.role == "chosen")
-    assert [t.config.to_json_full() for t in chosen.trials] == [configs[-1]] and chosen.found == "chosen"
-    library = next(t for t in found.tracked if t.problem == problem and t.role == "library")
-    assert [t.kernel for t in library.trials] == ["activation/torch_activation"] and "evidence" in library.found
-    norm = next(t for t in found.tracked if t.problem.operator == "norm" and t.role == "chosen")
-    assert [t.kernel for t in norm.trials] == [OWN] and "nothing is chosen" in norm.found
-    assert any("chosen by" in note for note in found.notes) and any("1 problems have no choice" in note for note in found.notes)
-
-
-def test_a_choice_that_is_a_library_holds_both_roles_and_one_in_another_format_runs_that(lab, catalogue):
-    lab.policy = dataclasses.replace(lab.policy, tracks=(dataclasses.replace(lab.policy.tracks[0], operators=("embedding", "norm")),))
-    problems = {t.problem.operator: t.problem for t in watched(lab.policy, CPU, catalogue).tracked}
-    other = dataclasses.replace(problems["norm"], width=128)
-    library = dataclasses.replace(choice(problems["embedding"], "embedding/torch_index_select"), library=True)
-    narrower = dataclasses.replace(choice(problems["norm"], OWN, {}, "norm/gone"), instead="as fp8", instead_problem=other.to_json())
-    kernel = catalogue.kernels[OWN]
-    narrower = dataclasses.replace(narrower, config=kernel.default(other, CPU).to_json_full())
-    found = watched(lab.policy, CPU, catalogue, profile=profile_of(lab, library, narrower)).tracked
-    held = {(t.problem.operator, t.role): t for t in found}
-    assert held["embedding", "library"].trials == held["embedding", "chosen"].trials
-    assert [t.kernel for t in held["embedding", "library"].trials] == ["embedding/torch_index_select"]
-    assert [t.problem for t in held["norm", "chosen"].trials] == [other] and held["norm", "chosen"].series("time").problem_key == problems[
-        "norm"
-    ].key
-    assert [(t.kernel, t.problem) for t in held["norm", "library"].trials] == [(LIBRARY, problems["norm"])]
-    night = lab.night(profile=lab.folder / "pack.json")
-    assert all(v.point.values for v in night.verdicts)
-
-
-def test_a_chosen_kernel_that_vanished_or_runs_no_more_is_missing_with_its_reason(lab, catalogue):
-    problems = {t.problem.operator: t.problem for t in watched(lab.policy, CPU, catalogue).tracked}
-    pack = profile_of(lab, choice(problems["norm"], "norm/gone"), choice(problems["activation"], "activation/cpu_blocked", {"no_field": 1}))
-    night = lab.night(profile=pack)
-    gone, changed = verdict(night, "norm chosen"), verdict(night, "activation chosen")
-    assert (gone.call, changed.call) == (Call.MISSING, Call.MISSING) and exit_code(night) == 1
-    assert "norm/gone (chosen) is not here" in gone.reason and "no_field" in changed.reason
-    assert verdict(night, "norm library").call == Call.UNKNOWN
-    foreign = next(k for k in catalogue.kernels.values() if k.kinds == ("cuda",) and k.problem_type.operator == "norm")
-    config = foreign.default(problems["norm"], find_chip("h200")).to_json_full()
-    elsewhere = watched(lab.policy, CPU, catalogue, profile=profile_of(lab, choice(problems["norm"], foreign.id, config))).tracked
-    gone = next(t for t in elsewhere if t.problem.operator == "norm" and t.role == "chosen")
-    assert not gone.trials and "does not run any more: runs on cuda, not cpu" in gone.found
-    pack = profile_of(lab, choice(problems["norm"], "norm/gone"), choice(problems["activation"], "activation/cpu_blocked", {"no_field": 1}))
-    lab.policy = dataclasses.replace(lab.policy, tracks=(dataclasses.replace(lab.policy.tracks[0], roles=("chosen",)),))
-    assert calls(lab.night(NightFleet(pytest.fail), profile=pack)) == {Call.MISSING}, "and so when nothing is left to measure"
-
-
 def test_an_anchor_that_is_not_taken_is_told_and_the_other_one_is_used(lab):
     lab.policy = dataclasses.replace(lab.policy, measure=dataclasses.replace(lab.policy.measure, anchors=("matmul",)))
     assert {v.point.anchor for v in lab.night().verdicts} == {"matmul"}
@@ -372,31 +254,6 @@ def test_an_anchor_that_is_not_taken_is_told_and_the_other_one_is_used(lab):
 
     lab.policy = dataclasses.replace(lab.policy, measure=dataclasses.replace(lab.policy.measure, anchors=("copy",)))
     assert any("rows have no copy anchor, or not in all laps: out of memory" in note for note in lab.night(Bare()).notes)
-
-
-def test_stored_results_choose_where_no_profile_does(lab, catalogue):
-    rows = []
-    lab.night(NightFleet(slow(0.5, kernel=LIBRARY)), on_result=rows.append)
-    found = watched(lab.policy, CPU, catalogue, results=lambda: rows)
-    chosen = next(t for t in found.tracked if t.problem.operator == "norm" and t.role == "chosen")
-    assert [t.kernel for t in chosen.trials] == [LIBRARY]
-    assert any("chosen by the results in the store" in note for note in found.notes)
-
-
-def test_a_profile_that_is_named_must_be_there_and_of_the_chip(lab, catalogue):
-    with pytest.raises(UsageError, match="no such profile"):
-        watched(lab.policy, CPU, catalogue, profile=lab.folder / "none.json")
-    other = lab.folder / "h200.json"
-    other.write_text(Profile("h200", "latency").to_text())
-    with pytest.raises(UsageError, match="is a profile of h200"):
-        watched(lab.policy, CPU, catalogue, profile=other)
-
-
-@pytest.mark.parametrize(("changes", "says"), [({"phase": "denoise"}, "has prefill, decode"), ({"operators": ("matmul2",)}, "matmul2")])
-def test_a_track_of_what_there_is_not_is_a_usage_error(lab, catalogue, changes, says):
-    track = dataclasses.replace(lab.policy.tracks[0], **changes)
-    with pytest.raises(UsageError, match=says):
-        watched(dataclasses.replace(lab.policy, tracks=(track,)), CPU, catalogue)
 
 
 H200 = {"kind": "cuda", "device": "NVIDIA H200", "uuid": "GPU-1"}
@@ -445,64 +302,6 @@ def test_a_night_stays_on_one_gpu(gpu, monkeypatch):
     found.pop(1)
     assert pick_devices(gpu.chip, gpu.history) == ["GPU-0"]
     assert pick_devices(CPU, gpu.history) is None
-
-
-def rows_of(lab, changes):
-    """One trial and its rows, one per entry of `changes`."""
-    trial = watched(lab.policy, CPU, lab.catalogue).tracked[0].trials[0]
-    fleet = NightFleet()
-    return trial, [dataclasses.replace(fleet.row(trial, 100.0), **change) for change in changes]
-
-
-def test_rows_of_two_devices_are_not_mixed(lab):
-    trial, rows = rows_of(
-        lab, [{"device_uuid": u, "median_us": m} for u, m in (("a", 1.0), ("b", 2.0), ("a", 1.1), ("b", 2.1), ("b", 2.2))]
-    )
-    point = find_point([(trial, [rows])], "time", "copy", processes=5).point
-    assert point.device_uuid == "b" and point.values == (2.0, 2.1, 2.2)
-    three = [dataclasses.replace(row, device_uuid=uuid) for row, uuid in zip(rows, "abcab", strict=True)]
-    mixed = find_point([(trial, [three])], "time", "copy", processes=5).point
-    assert (mixed.device_uuid, len(mixed.values)) == ("several", 5), "none has most of them, so all count"
-
-
-def test_entries_of_a_point_are_of_the_same_process(lab):
-    bare = {"build": {}}
-    clocks = {"clocks_mhz": (1000.0,) * 9}
-    trial, rows = rows_of(lab, [clocks, {**clocks, **bare}, clocks, clocks])
-    point = find_point([(trial, [rows])], "time", "copy", processes=4).point
-    assert len(point.values) == len(point.anchored) == len(point.cycles) == 3, "the process without an anchor is left out"
-    assert point.cycles[0] == pytest.approx(point.values[0] * 1000, rel=0.01)
-    hot = {"clocks_mhz": (1000.0,) * 4 + (500.0,) * 5, "marked": (0,) * 4 + (1,) * 5}
-    trial, rows = rows_of(lab, [hot])
-    assert cycles_of(rows[0]) == pytest.approx(rows[0].median_us * 1000, rel=0.01), "rounds that were throttled do not count"
-    trial, rows = rows_of(lab, [{"clocks_mhz": (1000.0,) * 4 + (None,) * 5}])
-    assert cycles_of(rows[0]) is None
-    trial, rows = rows_of(lab, [bare, bare, clocks])
-    point = find_point([(trial, [rows])], "time", "copy", processes=3).point
-    assert (len(point.values), point.anchored, point.cycles, point.anchor) == (3, (), (), ""), "most have none, so none is used"
-
-
-def test_a_look_that_was_cut_is_left_out_and_a_first_one_is_no_point(lab):
-    trial, rows = rows_of(lab, [{}] * 5)
-    assert len(find_point([(trial, [rows[:3], rows[3:]])], "time", "copy", processes=3).point.values) == 5
-    cut = find_point([(trial, [rows, rows[:2]])], "time", "copy", processes=5).point
-    assert (len(cut.values), cut.looks) == (5, 1)
-    first = find_point([(trial, [rows[:2]])], "time", "copy", processes=5)
-    assert first.point is None and "2 of 5 processes" in first.reason
-
-
-def test_a_look_uses_what_time_its_passes_leave(lab):
-    trials = [t for one in watched(lab.policy, CPU, lab.catalogue).tracked for t in one.trials]
-    fleet = NightFleet(clock=Clock())
-
-    def quicker(trial, process):  # compiling is over
-        fleet.trial_s = 0.5
-        return 100.0
-
-    fleet.outcome = quicker
-    looks = Looks(fleet, lambda row: None, clock=fleet.clock)
-    assert looks.take(0, [(t,) for t in trials], 3, 6.6) == []
-    assert all(len(looks.rows[t.key][0]) == 3 for t in trials)
 
 
 def test_no_random_night_of_statuses_ends_in_a_traceback_or_loses_a_series(lab):

@@ -103,7 +103,7 @@ def test_events_that_may_not_be_asked_for_say_so():
 
     library.nvmlDeviceRegisterEvents = refuse
     watch = XidWatch(library, {0: library.boards[0]})
-    assert "Insufficient Permissions" in watch.trouble
+    assert "Insufficient Permissions" in watch.deaf[0]
     assert watch.collect() == []
 
 

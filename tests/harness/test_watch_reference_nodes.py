@@ -57,6 +57,8 @@ def test_a_chip_that_nobody_knows_is_expected_of_nothing():
         ('chip = "h200"\n[expected.copy_gb_per_s]\nlow = true\nsource = "x"', "must be a number"),
         ('chip = "h200"\n[expected.copy_gb_per_s]\nleast = 1\nsource = "x"', "has least"),
         ('chip = "h200"\nowner = "me"\n[expected]', "not owner"),
+        ('chip = "h200"\n[expected.copy_gb_per_s]\nlow = 1\nsource = "x"', "could only pass"),
+        ('chip = "h200"\n[expected.copy_gb_per_s]\nwarn_above = 1\nsource = "x"', "needs warn_below or fail_below"),
         ("chip = ", "is not TOML"),
     ],
 )
@@ -121,6 +123,18 @@ def test_limits_pass_good_devices_and_refuse_bad_ones():
     assert warned <= 0.08 * 200
     assert refused <= 0.01 * 200
     assert seen >= 0.95 * 200
+
+
+def test_limits_of_few_devices_are_as_the_documentation_says():
+    """Of good devices that differ by 3%, with 5 to 8 in the record, about 6% are warned of and 0.7% refused at worst."""
+    chance = random.Random(11)
+    for count in (5, 8):
+        found = []
+        for _ in range(1500):
+            pool = [device(f"gpu-{i}", matmul_tflops=760 * chance.gauss(1, 0.03)) for i in range(count)]
+            found.append(judge(Figure(760 * chance.gauss(1, 0.03)), distributions(pool)["matmul_tflops"])[0])
+        assert found.count(Grade.PASS) >= 0.925 * 1500
+        assert found.count(Grade.FAIL) <= 0.012 * 1500
 
 
 def test_one_bad_device_in_the_record_does_not_hide_the_next(tmp_path):
