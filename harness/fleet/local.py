@@ -11,12 +11,14 @@ from typing import Self
 
 from klab.harness.fleet.board import contests
 from klab.harness.fleet.devices import Device, devices
-from klab.harness.fleet.run import AnyFleet, Run, Summary, Wish, measure
+from klab.harness.fleet.epitaph import epitaph
+from klab.harness.fleet.run import AnyFleet, Run, SeatLost, Summary, Wish, measure
 from klab.harness.measure import environment
 from klab.harness.measure.client import WorkerClient
 from klab.harness.measure.contest import Contest
 from klab.harness.measure.limits import Limits
 from klab.harness.measure.lock import exclusive
+from klab.harness.measure.mishaps import DeviceLost
 from klab.harness.measure.quarantine import Quarantine
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result
@@ -81,6 +83,7 @@ class Fleet:
         """Seconds that the devices were held by contests, added up over the devices."""
         self._chosen = devices(chip, only_devices)
         self._seats: list[LocalSeat] | None = None
+        self._losing = threading.Lock()
         self._locks = ExitStack()
         self._checkout: dict[str, Json] = {}
         self._quarantine = Quarantine()
@@ -107,9 +110,10 @@ class Fleet:
         keep_data: bool = False,
         anchors: Sequence[str] = (),
     ) -> Summary:
-        """As `run_trials`, with the workers that are there."""
+        """As `run_trials`, with the workers that are there. What a lost device had in hand is measured on another one; CannotMeasure when
+        the last is lost."""
         wish = Wish.until(deadline, stop, guests=guests, keep_data=keep_data, anchors=anchors)
-        run = Run(trials, wish)
+        run = Run(trials, wish, epitaph=self._epitaph, recruit=lambda chips: self._idle(run), note=self.notes.append)
         try:
             return measure(run, self._ready, on_result, notes=self.notes)
         finally:
@@ -140,10 +144,26 @@ class Fleet:
             if not seats:
                 raise CannotMeasure("; ".join(self.notes))
             self._seats = seats
+        self._seats = [seat for seat in self._seats if not seat.lost]
         for seat in self._seats:
             if seat.client.aborted:
                 seat.client = self._worker(seat.device)
         return self._seats
+
+    def _idle(self, run: Run) -> list[LocalSeat]:
+        """Devices for which the run had no contest at its start: they take the place of lost ones."""
+        return [seat for seat in self._seats or [] if not seat.lost and seat not in run.seats]
+
+    def lose(self, seat: LocalSeat) -> bool:
+        """Its device is gone; False when it was the last, which stays: the next run may find it again."""
+        with self._losing:
+            if all(other is seat or other.lost for other in self._seats or []):
+                return False
+            seat.lost = True
+            return True
+
+    def _epitaph(self, trial: Trial, why: str) -> Result:
+        return epitaph(trial, why, run_id=self.run_id, kernel_dirs=self.kernel_dirs)
 
     def _worker(self, device: Device) -> WorkerClient:
         return WorkerClient(self.chip, cuda_device=device.cuda_visible, kernel_dirs=self.kernel_dirs)
@@ -180,6 +200,7 @@ class LocalSeat:
 
     def __init__(self, fleet: Fleet, device: Device, client: WorkerClient) -> None:
         self.device, self.client, self._fleet = device, client, fleet
+        self.lost = False
 
     @property
     def chip(self) -> str:
@@ -187,11 +208,16 @@ class LocalSeat:
         return self._fleet.chip.name
 
     def contest(self, group: Sequence[Trial], wish: Wish) -> Iterator[Result]:
-        """In this thread."""
-        return self._fleet.contest(self.client, group, wish).run(deadline=wish.deadline, stop=wish.stop)
+        """In this thread. SeatLost when the device is gone and there is another; DeviceLost when there is none."""
+        try:
+            yield from self._fleet.contest(self.client, group, wish).run(deadline=wish.deadline, stop=wish.stop)
+        except DeviceLost as error:
+            if not self._fleet.lose(self):
+                raise
+            raise SeatLost(f"{self.device.id}: {error}") from error
 
     def revive(self) -> bool:
-        """The devices of this machine are not lost."""
+        """A GPU that fell off the bus does not come back before the machine is restarted."""
         return False
 
     def abort(self) -> None:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from klab.harness.fleet.cluster import Cluster, Place, lacking, places
+from klab.harness.fleet.epitaph import epitaph
 from klab.harness.fleet.parcel import chip_for_node, klab_digest, pack_folders
 from klab.harness.fleet.ray_actor import limits_to_json
 from klab.harness.fleet.ray_seat import RaySeat, Refused
@@ -23,7 +24,6 @@ from klab.harness.measure.quarantine import Quarantine
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result, Status
 from klab.kernels.contract import Chip, Json
-from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure
 
 # Facts in which two devices of one kind may differ and their rows then with them; the first ones make another epoch.
@@ -220,10 +220,7 @@ class RayFleet:
 
     def _epitaph(self, trial: Trial, why: str) -> Result:
         """The row of a trial that was given up."""
-        kernel = discover(self.kernel_dirs).kernels.get(trial.kernel)
-        backend, library = (kernel.backend, kernel.library) if kernel else ("", False)
-        facts = {**environment.software(), **environment.checkout()}
-        return Result.of(trial, Status.CRASHED, backend=backend, library=library, run_id=self.run_id, reason=why, environment=facts)
+        return epitaph(trial, why, run_id=self.run_id, kernel_dirs=self.kernel_dirs)
 
     def note(self, text: str) -> None:
         """Say it once in `notes`."""

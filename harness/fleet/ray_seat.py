@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from klab.harness.fleet.cluster import Place
 from klab.harness.fleet.parcel import order
 from klab.harness.fleet.run import SeatLost, Wish
+from klab.harness.measure.faults import KILLED
+from klab.harness.measure.mishaps import DEVICE_LOST
 from klab.harness.measure.quarantine import ENOUGH
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result, Status
@@ -20,14 +22,12 @@ from klab.kernels.errors import CannotMeasure, UsageError
 if TYPE_CHECKING:
     from klab.harness.fleet.ray_fleet import RayFleet
 
-# How long one request for news waits at the node, and when a node that says nothing at all counts as lost. Ray itself calls a node dead
-# after about 30 s without a heartbeat; the second figure is a guess beyond that.
+# How long one request for news waits at the node, and when a node that says nothing at all counts as lost: Ray mostly calls it dead before
+# (heartbeats); the second figure is a guess.
 NEWS_S = 0.5
 SILENT_S = 60.0
 # Past its deadline a contest ends within seconds; a node that goes on for longer is cut off.
 OVERTIME_S = 20.0
-# How a row begins whose worker ended by SIGKILL (measure/client.py).
-KILLED = "killed by SIGKILL"
 # A device whose actor died is started again on its node so often: a driver that keeps crashing is no place to measure.
 REVIVALS = 2
 
@@ -130,7 +130,8 @@ class RaySeat:
         except CannotMeasure as error:
             self.leave()
             self._revived = REVIVALS  # it said itself that it cannot
-            raise SeatLost(f"{self.name}: {error}", blame=False) from error
+            # A trial that takes one device after another with it is given up in the end.
+            raise SeatLost(f"{self.name}: {error}", blame=str(error).startswith(DEVICE_LOST)) from error
 
     def _note(self, group: Sequence[Trial], result: Result) -> None:
         """What one node learned of a kernel holds for all."""

@@ -164,7 +164,7 @@ class Run:
         # None: a device has no more to do. An exception: the run cannot go on.
         self._told: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
         self._keys: set[str] = set()
-        self._seats: list[Seat] = []
+        self.seats: list[Seat] = []
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._looking, self._ended = False, threading.Event()
@@ -190,7 +190,7 @@ class Run:
             if wanted.get(seat.chip, 0) > 0:
                 wanted[seat.chip] -= 1
                 thread = threading.Thread(target=self._measure, args=(seat,), daemon=True)
-                self._seats.append(seat)
+                self.seats.append(seat)
                 self._threads.append(thread)
                 thread.start()
 
@@ -280,7 +280,7 @@ class Run:
         self._ended.set()
         if any(thread.is_alive() for thread in self._threads):
             self.wish.stop.set()
-            for seat in self._seats:
+            for seat in self.seats:
                 seat.abort()
             for thread in self._threads:
                 thread.join(timeout=5.0)

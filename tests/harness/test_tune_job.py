@@ -11,7 +11,9 @@ from contest import CPU, HOPPER
 from fake_fleet import FakeFleet
 
 from klab.harness.fleet import local
+from klab.harness.measure import environment
 from klab.harness.plan.trials import default_policy, trials
+from klab.harness.store.journal import Journal
 from klab.harness.store.result import Result, Status
 from klab.harness.tune import campaign
 from klab.harness.tune import job as jobs
@@ -19,6 +21,7 @@ from klab.harness.tune.campaign import Campaign, correctness_trials, pack
 from klab.harness.tune.job import Job
 from klab.kernels.contract import NoConfig
 from klab.kernels.discover import discover
+from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
 
 FAILS_TO_COMPILE = """
@@ -118,3 +121,18 @@ def test_a_campaign_ends_in_searches_and_leaves_its_rows_alone(tmp_path, monkeyp
     assert [stage.name for stage, _ in again.run()] == ["correctness", "comparison", "tuning"]
     full = [t for run in fleet.asked[before:] for t in run if t.policy == default_policy(CPU)]
     assert not {t.key for t in full} & tried, "nothing is measured twice"
+
+
+def test_what_is_known_in_any_epoch_of_a_fleet_is_not_measured_again(tmp_path, recorded):
+    kernels = discover(only=["matmul"]).kernels
+    made = trials([Matmul(4, 64, 64)], [kernels["matmul/torch_matmul"]], CPU).trials
+    here, there = ({"kind": "cpu", "cpu_model": name, "torch": "2", "cores": 2} for name in ("one", "another"))
+    other = environment.epoch({**there, "threads": 2})
+    Journal(tmp_path, "r").append(Result.of(made[0], Status.OK, backend="cpu", library=True, run_id="r", median_us=1.0, epoch=other))
+    job = Job(CPU, tmp_path)
+    job._environments["cpu"] = [here]
+    assert job.known(made) == []
+    job._environments["cpu"] = [here, there]
+    assert job.known(made) == made and job.epoch() != other and job.epochs() == [job.epoch(), other]
+    with pytest.raises(UsageError, match="need a cluster"):
+        Job(CPU, tmp_path, others=[HOPPER])
