@@ -6,10 +6,12 @@ pytest ci/overheads/test_compare_rates.py --benchmark-enable -s
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from typing import Any
 
 import pytest
-from simulated_comparison import Noise, rates
+from simulated_comparison import Noise, hunt, rates
 
 from klab.harness.watch.compare_rule import Answer
 
@@ -24,8 +26,11 @@ NOISES = {
 
 def test_compare_rates(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def table() -> list[str]:
-        lines = ["| noise of a pair of processes | nothing changed: any slower or faster | said to be the same | passes "
-                 "| one of 40 3% slower: found | passes | one alone 3% slower: found | passes |", "|---|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+        columns = (
+            "noise of a pair of processes", "nothing changed: any slower or faster", "said to be the same", "passes",
+            "one of 40 is 3% slower: found", "passes", "one alone is 3% slower: found", "passes",
+        )  # fmt: skip
+        lines = [f"| {' | '.join(columns)} |", f"|---|{'--:|' * (len(columns) - 1)}"]
         for name, noise in NOISES.items():
             same, _, wrong, quiet_passes = rates([0.0] * PAIRS, noise, times=TIMES)
             slow, _, wrong_beside, passes = rates([math.log(1.03), *[0.0] * (PAIRS - 1)], noise, times=TIMES, seed=1)
@@ -35,6 +40,22 @@ def test_compare_rates(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> No
                 f"| {name} | {wrong:.1%} | {same[Answer.SAME]:.0%} | {quiet_passes:.0f} | {slow[Answer.SLOWER]:.0%} | {passes:.0f} "
                 f"| {alone[Answer.SLOWER]:.0%} | {alone_passes:.0f} |"
             )
+        return lines
+
+    lines = benchmark.pedantic(table, rounds=1)
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+def test_bisect_rates(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def table() -> list[str]:
+        lines = ["| noise of a pair of processes | found | several left | wrong | ends not told apart |", "|---|--:|--:|--:|--:|"]
+        for size in (0.001, 0.003, 0.005, 0.01, 0.02):
+            rng = random.Random(3)
+            ends = Counter(hunt(64, 1.03, Noise(size), rng) for _ in range(TIMES))
+            assert ends["wrong"] <= 0.08 * TIMES
+            shares = (ends[name] / TIMES for name in ("found", "several", "wrong", "no difference"))
+            lines.append(f"| {size:.1%} | {' | '.join(f'{share:.1%}' for share in shares)} |")
         return lines
 
     lines = benchmark.pedantic(table, rounds=1)

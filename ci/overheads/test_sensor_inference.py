@@ -15,10 +15,11 @@ import pytest
 
 from klab.harness.measure.sensor import averaging_window, counter_window, pulse_lengths, record, update_period
 
+# The same board as in the tests.
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "harness"))
-from fake_sensor import FakeBoard  # noqa: E402  the same board as in the tests
+from fake_sensor import FakeBoard
 
-RUNS, SECONDS = 20, 40.0
+RUNS, SECONDS = 12, 40.0
 BOARDS: dict[str, dict[str, float]] = {
     "100 ms, sees 25 of them": {"period_s": 0.1, "window_s": 0.025},
     "100 ms, averages 1 s": {"period_s": 0.1, "window_s": 1.0},
@@ -36,7 +37,7 @@ def inferred(board: dict[str, float], rise_s: float, seed: int) -> tuple[Any, An
     return update_period(sensor), averaging_window(sensor, found.busy), counter_window(counter, found.busy, update_period(counter))
 
 
-@pytest.mark.parametrize("rise_s", [0.0, 0.005])
+@pytest.mark.parametrize("rise_s", [0.0, 0.0065])
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_known_sensor_is_found(name: str, rise_s: float, benchmark: Any) -> None:
     board = BOARDS[name]
@@ -48,10 +49,9 @@ def test_a_known_sensor_is_found(name: str, rise_s: float, benchmark: Any) -> No
     period = max(abs(p.value / (1e3 * board["period_s"]) - 1) for p, _, _ in found)
     counter_ms = statistics.median(c.value for _, _, c in found)
     print(
-        f"\n{name}, power rises in {1e3 * rise_s:.0f} ms: period within {period:.2%}; window {statistics.median(windows):.1f} ms "
-        f"({min(windows):.1f}..{max(windows):.1f}), its interval holds the truth in {covered} of {RUNS}; the counter sees {counter_ms:.0f} ms"
+        f"\n{name}, power rises in {1e3 * rise_s:.1f} ms: period within {period:.2%}; window {statistics.median(windows):.1f} ms "
+        f"({min(windows):.1f}..{max(windows):.1f}), its interval holds it in {covered} of {RUNS}; the counter sees {counter_ms:.0f} ms"
     )
     assert period < 0.005
-    # What the board itself takes to rise belongs to what is seen; it may add twice its time constant.
-    assert abs(statistics.median(windows) - truth) < 0.02 * truth + 2e3 * rise_s
-    assert rise_s or covered >= 0.9 * RUNS
+    assert abs(statistics.median(windows) - truth) < max(0.03 * truth, 2.0)
+    assert covered >= 0.9 * RUNS

@@ -167,8 +167,8 @@ class DeviceTime:
         return len(self._rounds)
 
     def launch(self) -> None:
-        """The next round."""
-        self._reading = self._rounds.pop()
+        """The next round; after the last (--benchmark-cprofile asks once more) nothing."""
+        self._reading = self._rounds.pop() if self._rounds else 0.0
 
     def __call__(self) -> float:
         """Seconds, as time.perf_counter would say."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klab.harness.measure.client import scrubbed
 from klab.harness.measure.stats import spread
 from klab.harness.plan.communication import Collective, Point
 from klab.kernels.errors import CannotMeasure
@@ -28,6 +29,8 @@ ROUNDS = 15
 ROUND_S = 0.002
 START_LIMIT_S = 120.0
 ORPHAN_CHECK_S = 0.5
+# What the libraries of a collective are configured by; a rank inherits it besides what a worker does.
+NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_", "UCX_", "FI_")
 
 
 def measure(collectives: Sequence[Collective], *, backend: str, limit_s: float = 120.0, devices: Sequence[int] = ()) -> list[Point]:
@@ -55,7 +58,8 @@ def measure(collectives: Sequence[Collective], *, backend: str, limit_s: float =
 
 def _start(job: dict[str, Any], rank: int) -> subprocess.Popen[bytes]:
     # Gloo's ranks share the cores; one thread each keeps them from fighting.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
+    passed = {name: value for name, value in os.environ.items() if name.startswith(NETWORK)}
+    environment = scrubbed(os.environ) | {"GLOO_SOCKET_IFNAME": "lo"} | passed | {"OMP_NUM_THREADS": "1"}
     with Path(job["folder"], f"{rank}.log").open("wb") as log:
         words = [sys.executable, "-m", "klab.harness.measure.communication", json.dumps(job | {"rank": rank})]
         return subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from klab.harness.measure.anchor_run import AnchorRun, Anchors
@@ -16,8 +17,9 @@ from klab.harness.measure.calibration import guard_of
 from klab.harness.measure.client import WorkerClient, WorkerDied, WorkerHung
 from klab.harness.measure.energy import RAMP_LIMIT_S, RAMP_S
 from klab.harness.measure.entry import Baseline, Entry, Place
+from klab.harness.measure.faults import from_outside, is_of_device
 from klab.harness.measure.limits import Limits
-from klab.harness.measure.mishaps import Again, Lost, NoContest, OutOfTime
+from klab.harness.measure.mishaps import Again, DeviceLost, Lost, NoContest, OutOfTime
 from klab.harness.measure.quarantine import Quarantine
 from klab.harness.measure.session import ENERGY_PASSES, Answer
 from klab.harness.plan.trial import Trial
@@ -72,6 +74,8 @@ class Contest:
         self._is_open = False
         self._data: Answer = {}
         self._open_failures = 0
+        self._excused: set[int] = set()
+        self._last_loss = ""
         self._baseline = guest
         self._keep_data = keep_data
         self._anchors = Anchors(anchors if self._policy.max_rounds else (), self._ask, self.limits)
@@ -86,7 +90,7 @@ class Contest:
     def run(self, *, deadline: float | None = None, stop: threading.Event | None = None) -> Iterator[Result]:
         """Yield each Result as soon as it stands. `deadline` is a time.monotonic() second; both it and `stop` end the run early.
 
-        CannotMeasure when no worker comes up.
+        CannotMeasure when no worker comes up; DeviceLost when one did before.
         """
         self._deadline = float("inf") if deadline is None else deadline
         self._budget_s = self._remaining()
@@ -140,6 +144,10 @@ class Contest:
         except OutOfTime:
             yield from self._tell_what_stands(group, baseline, "the time was up before the energy was measured")
             raise
+        except DeviceLost:
+            checked = [entry for entry in group if entry.finished]
+            yield from self._tell_what_stands(checked, baseline, "the device was lost before the energy was measured")
+            raise
         yield from self._tell_what_stands(group, baseline, "interrupted before the energy was measured")
         if baseline.entry is not None:
             self._baseline = baseline.entry.trial
@@ -155,18 +163,29 @@ class Contest:
                 yield self._tell(entry, baseline)
 
     def _recover(self, group: list[Entry], lost: Lost) -> Iterator[Result]:
-        """Record the culprit; the others go on in a fresh worker."""
-        if lost.entry is None:
+        """Record the culprit; the others go on in a fresh worker, which must come up before anybody is blamed."""
+        entry = lost.entry
+        self._last_loss = lost.reason + (f" ({entry.trial.kernel} on {entry.trial.problem.label()} ran)" if entry else "")
+        if entry is None:
             self._open_failures += 1
             if self._open_failures > 1:
+                if is_of_device(lost.reason):
+                    raise DeviceLost(lost.reason)
                 raise NoContest(lost.status, f"while the data of the problem was made: {lost.reason}")
+        elif from_outside(lost.reason) and entry.slot not in self._excused:
+            self._excused.add(entry.slot)
         else:
-            group.remove(lost.entry)
-            if not lost.entry.guest:
-                yield self._failure(lost.entry, lost.status, lost.reason, {**lost.entry.shape, **lost.answer})
-            elif self._baseline is lost.entry.trial:
-                self._baseline = None
+            group.remove(entry)
         self._start_anew(group)
+        if entry is None or entry in group:
+            return
+        if not self._stop.is_set():
+            with suppress(OutOfTime):
+                self._start()
+        if not entry.guest:
+            yield self._failure(entry, lost.status, lost.reason, {**entry.shape, **lost.answer})
+        elif self._baseline is entry.trial:
+            self._baseline = None
 
     def _start_anew(self, group: list[Entry]) -> None:
         """Have all prepared again in a fresh worker; complete laps are kept."""
@@ -186,10 +205,14 @@ class Contest:
             raise OutOfTime
         try:
             self.client.start(limit_s=min(self.limits.start_s, remaining))
-        except WorkerHung as error:
-            if self._remaining() <= 0:
+        except (WorkerHung, CannotMeasure) as error:
+            hung = isinstance(error, WorkerHung)
+            if hung and self._remaining() <= 0:
                 raise OutOfTime from error
-            raise CannotMeasure(f"the measuring process does not start: {error}") from error
+            why = f"the measuring process does not start: {error}" if hung else str(error)
+            if self.client.environment and not self.client.aborted:
+                raise DeviceLost(f"{self._last_loss}; {why}" if self._last_loss else why) from error
+            raise CannotMeasure(why) from error
 
     def _ask(self, entry: Entry | None, operation: str, limit_s: float, expected_s: float = 0.0, **fields: Json) -> Answer:
         """Ask within the limit and the deadline; whatever ends the worker is laid at the door of `entry`."""

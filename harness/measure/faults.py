@@ -17,6 +17,21 @@ _FATAL = (
     "device-side assert",
     "launch timed out",
 )
+# The device itself, whatever ran on it: fallen off the bus (Xid 79), not to be had, or with memory or links that failed. Texts of the CUDA
+# runtime (cudaGetErrorString), of torch and of NVML.
+_DEVICE = (
+    "fallen off the bus",
+    "gpu is lost",
+    "no cuda-capable device",
+    "no cuda gpus are available",
+    "devices are busy or unavailable",
+    "uncorrectable ecc error",
+    "uncorrectable nvlink error",
+    "system not yet initialized",
+)
+# How the text of a worker that was killed begins (client.py). No kernel ends its own process so, but who is short of memory kills the
+# largest.
+KILLED = "killed by SIGKILL"
 
 
 # Only the first line is looked at: torch ends every CUDA error with advice on compiling "to enable device-side assertions".
@@ -41,4 +56,14 @@ def status_of(error: BaseException, *, building: bool) -> Status:
 def is_fatal(error: BaseException) -> bool:
     """True when the CUDA context is broken for good, so that the worker must be replaced."""
     said = one_line(error).lower()
-    return any(word in said for word in _FATAL)
+    return any(word in said for word in (*_FATAL, *_DEVICE))
+
+
+def is_of_device(reason: str) -> bool:
+    """True when a reason speaks of the device as such, and not of what ran on it."""
+    return any(word in reason.lower() for word in _DEVICE)
+
+
+def from_outside(reason: str) -> bool:
+    """True when what ended a worker need not be its kernel's fault: the trial is tried once more before it is blamed."""
+    return reason.startswith(KILLED) or is_of_device(reason)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from klab.harness.measure.entry import Entry
 from klab.harness.store.result import Status
 from klab.kernels.contract import Json
+from klab.kernels.errors import CannotMeasure
 
 
 class OutOfTime(Exception):
@@ -31,3 +32,13 @@ class NoContest(Exception):
     def __init__(self, status: Status, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
+
+
+DEVICE_LOST = "the device is lost"
+
+
+class DeviceLost(CannotMeasure):
+    """The device measured before, and now no worker comes up on it; begins with DEVICE_LOST. Whoever ran on it is not blamed."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"{DEVICE_LOST}: {why}")

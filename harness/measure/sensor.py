@@ -34,9 +34,18 @@ REGULAR_SHARE = 0.8
 OFF_BY = 0.25
 # A window must explain so much of the variance: below it the load was not seen, or the sensor is no moving average.
 LEAST_EXPLAINED = 0.8
-WINDOWS_S = np.geomspace(0.004, 2.0, 150)
-LAGS_S = np.concatenate([np.arange(0.0, 0.12, 0.004), np.arange(0.12, 0.5, 0.02)])
-MOST_UPDATES = 600
+WINDOWS_S = np.geomspace(0.004, 2.0, 90)
+LAGS_S = np.concatenate([np.arange(0.0, 0.12, 0.008), np.arange(0.12, 0.5, 0.02)])
+# How fast a board's power follows its load (regulators, clocks) is not what the sensor does, and looks much like a longer window.
+# Three rough ones, and which finer ones are looked at around each.
+RISES_S = {
+    0.0: np.array([0.0, 0.0007, 0.0014, 0.002, 0.003]),
+    0.005: np.array([0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009]),
+    0.013: np.array([0.008, 0.0095, 0.011, 0.0125, 0.014, 0.016, 0.02, 0.025]),
+}
+# The load is tabulated in such steps.
+STEP_S = 0.0005
+MOST_UPDATES = 400
 BOOTSTRAPS = 200
 
 
@@ -224,55 +233,91 @@ def _window(at_s: Floats, watts: Floats, busy: Sequence[tuple[float, float]], *,
         return Figure.missing("no load was run")
     stride = -(-len(at_s) // MOST_UPDATES)
     at_s, watts = at_s[::stride], watts[::stride]
-    windows, lags = (grid.ravel() for grid in np.meshgrid(WINDOWS_S, LAGS_S, indexing="ij"))
-    shares = _shares(at_s, busy, windows, lags)
+    load = _Load(busy, float(at_s[-1]))
     ones = np.ones((len(at_s), 1))
-    best = int(_unexplained(shares, watts, ones)[:, 0].argmin())
-    # A finer look around the best of the grid.
-    fine_windows, fine_lags = (
-        grid.ravel()
-        for grid in np.meshgrid(
-            windows[best] * np.geomspace(0.94, 1.06, 25), np.maximum(lags[best] + np.linspace(-0.02, 0.02, 21), 0.0), indexing="ij"
-        )
-    )
-    fine = _unexplained(_shares(at_s, busy, fine_windows, fine_lags), watts, ones)[:, 0]
-    window, lag = fine_windows[fine.argmin()], fine_lags[fine.argmin()]
+    rough = _grid(WINDOWS_S, LAGS_S, np.array(list(RISES_S)))
+    best = int(_unexplained(load.shares(at_s, *rough), watts, ones)[:, 0].argmin())
+    window, lag, rise = (float(values[best]) for values in rough)
+    lags = np.unique(np.maximum(lag + np.linspace(-0.016, 0.016, 9), 0.0))
+    near = _grid(window * np.geomspace(1 / 1.5, 1.5, 41), lags, RISES_S[rise])
+    shares = load.shares(at_s, *near)
+    left = _unexplained(shares, watts, ones)[:, 0]
+    window, lag, rise = (float(values[left.argmin()]) for values in near)
     total = float(((watts - watts.mean()) ** 2).sum())
-    explained = 1.0 - float(fine.min()) / total if total else 0.0
+    explained = 1.0 - float(left.min()) / total if total else 0.0
     if explained < LEAST_EXPLAINED:
         return Figure.missing(f"no averaging window explains the readings: the best explains {explained:.0%} of their variance")
     # Neighbouring readings share their windows: whole blocks of them are drawn.
     block = max(1, min(len(at_s) // 10, math.ceil(window / float(np.median(np.diff(at_s))))))
     draws = np.random.default_rng(seed).integers(0, -(-len(at_s) // block), size=(BOOTSTRAPS, -(-len(at_s) // block)))
     weights = np.stack([np.bincount(draw, minlength=draws.shape[1]).repeat(block)[: len(at_s)] for draw in draws], axis=1).astype(float)
-    near = np.abs(np.log(windows / window)) < math.log(3.0)
-    picks = windows[near][_unexplained(shares[near], watts, weights).argmin(axis=0)]
+    picks = near[0][_unexplained(shares, watts, weights).argmin(axis=0)]
     tail = 50.0 * (1.0 - CONFIDENCE)
-    step = float(WINDOWS_S[1] / WINDOWS_S[0])
-    # The bootstrap's picks lie on the grid: half a step on either side belongs to them.
+    # The bootstrap's picks lie on a grid: half a step on either side belongs to them.
+    step = 1.5 ** (1 / 20)
     low, high = float(np.percentile(picks, tail)) / step**0.5, float(np.percentile(picks, 100.0 - tail)) * step**0.5
     low, high = min(low, window), max(high, window)
-    note = f"{len(at_s)} readings, {len(busy)} pulses; explains {explained:.1%} of the variance; ends {1e3 * lag:.0f} ms before it shows"
+    note = (
+        f"{len(at_s)} readings, {len(busy)} pulses; explains {explained:.1%} of the variance; ends {1e3 * lag:.0f} ms before it shows"
+        + (f"; the power follows the load within {1e3 * rise:.0f} ms" if rise else "")
+    )
     if window <= resolution_s or window <= WINDOWS_S[0] * step:
         most_ms = 1e3 * max(high, resolution_s)
         return Figure(None, 0.0, most_ms, f"shorter than can be told here: {most_ms:.0f} ms at most", note)
     if window >= WINDOWS_S[-1] / step:
         return Figure(None, 1e3 * low, None, f"longer than can be told here: {1e3 * low:.0f} ms at least", note)
-    return Figure(1e3 * float(window), 1e3 * low, 1e3 * high, note=note)
+    return Figure(1e3 * window, 1e3 * low, 1e3 * high, note=note)
 
 
-def _shares(at_s: Floats, busy: Sequence[tuple[float, float]], windows: Floats, lags: Floats) -> Floats:
-    """[hypothesis, reading]: the share of the window in which the load was on. Before the recording it was off."""
-    knots = np.array([t for span in busy for t in span], dtype=np.float64)
-    done = np.concatenate([[0.0], np.cumsum([b - a for a, b in busy])]).repeat(2)[1:-1]
-    end = at_s[None, :] - lags[:, None]
+def _grid(windows: Floats, lags: Floats, rises: Floats) -> tuple[Floats, Floats, Floats]:
+    """All combinations, each list as long as there are hypotheses."""
+    first, second, third = (grid.ravel() for grid in np.meshgrid(windows, lags, rises, indexing="ij"))
+    return first, second, third
 
-    def busy_until(t: Floats) -> Floats:
-        found: Floats = np.interp(t, knots, done, left=0.0)
+
+class _Load:
+    """The load as the board's power follows it: 0 off, 1 on, in between an exponential with time constant `rise`; off before the start."""
+
+    def __init__(self, busy: Sequence[tuple[float, float]], end_s: float) -> None:
+        self._busy = busy
+        self._times = np.arange(0.0, end_s + STEP_S, STEP_S)
+        self._until: dict[float, Floats] = {}
+
+    def _busy_until(self, rise: float) -> Floats:
+        """The integral of the load up to each of `_times`."""
+        if rise not in self._until:
+            knots = np.array([0.0, *(t for span in self._busy for t in span)])
+            on = np.arange(len(knots)) % 2
+            level = np.zeros(len(knots))
+            for i in range(1, len(knots)):
+                fade = math.exp(-(knots[i] - knots[i - 1]) / rise) if rise else 0.0
+                level[i] = on[i - 1] + (level[i - 1] - on[i - 1]) * fade
+            whole = np.concatenate([[0.0], np.cumsum(on[:-1] * np.diff(knots))])
+            at = np.searchsorted(knots, self._times, side="right") - 1
+            since = self._times - knots[at]
+            done = whole[at] + on[at] * since
+            if rise:  # of s' = (load - s) / rise, the integral of s is the load's less rise x s
+                done = done - rise * (on[at] + (level[at] - on[at]) * np.exp(-since / rise))
+            self._until[rise] = done
+        return self._until[rise]
+
+    def shares(self, at_s: Floats, windows: Floats, lags: Floats, rises: Floats) -> Floats:
+        """[hypothesis, reading]: the mean load over the window that ended `lag` before the reading."""
+        found = np.empty((len(windows), len(at_s)))
+        for rise in np.unique(rises):
+            mine = rises == rise
+            done = self._busy_until(float(rise))
+            end = at_s[None, :] - lags[mine, None]
+            found[mine] = (_look_up(done, end) - _look_up(done, end - windows[mine, None])) / windows[mine, None]
         return found
 
-    shares: Floats = (busy_until(end) - busy_until(end - windows[:, None])) / windows[:, None]
-    return shares
+
+def _look_up(done: Floats, times: Floats) -> Floats:
+    """Linear interpolation in a table with a value every STEP_S; its first value before the beginning."""
+    place = np.clip(times / STEP_S, 0.0, len(done) - 1.001)
+    below = place.astype(np.intp)
+    found: Floats = done[below] + (done[below + 1] - done[below]) * (place - below)
+    return found
 
 
 def _unexplained(shares: Floats, watts: Floats, weights: Floats) -> Floats:

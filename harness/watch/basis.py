@@ -71,8 +71,8 @@ def find_basis(point: Point, earlier: Sequence[Point], rule: Rule, since: int | 
     start = 0 if since is None else sum(bool(p.values) and p.status == Status.OK for p in earlier[:since])
     least = rule.least_nights if since is None else 1
     level = [p for p in usable[start:] if p.epoch == point.epoch]
-    shared = [p for p in level if p.anchored and p.anchor == point.anchor]
-    anchored = bool(point.anchored) and len(shared) >= min(least, len(level))
+    shared = [p for p in level if p.anchor == point.anchor and math.isfinite(log_of(p.anchored))]
+    anchored = math.isfinite(log_of(point.anchored)) and len(shared) >= min(least, len(level))
     if anchored:
         level = shared
     same = [p for p in level if p.device_uuid == point.device_uuid]

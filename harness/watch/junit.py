@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from klab.harness.watch.series import Call, Night, Verdict
-from klab.harness.watch.wording import change_of, commit_of, fails, headline, line, name_of, ordered, reason_of, value_of
+from klab.harness.watch.series import Call, Lapsed, Night, Verdict
+from klab.harness.watch.wording import change_of, commit_of, fails, headline, lapsed_lines, line, name_of, ordered, reason_of, value_of
 from klab.kernels.contract import digest
 
 
 def junit(night: Night, *, strict: bool = False) -> str:
     """The XML text. slower (with `strict`: suspect) is a failure; broken and missing are errors; waived and unknown are skipped.
+    An expired waiver is a failing case of its own.
+    A night that ended early has a case more, an error: its exit code is no zero either.
 
     A case's time is 0: how long it took to measure one series is not recorded; the suite's is that of the night in seconds.
     """
@@ -31,9 +33,9 @@ def junit(night: Night, *, strict: bool = False) -> str:
             "name": line(f"klab nightly {night.chip}", 300),
             "timestamp": _timestamp(night.at),
             "hostname": "localhost",
-            "tests": str(len(verdicts)),
-            "failures": str(kinds.count("failure")),
-            "errors": str(kinds.count("error")),
+            "tests": str(len(verdicts) + bool(night.incomplete) + len(night.lapsed)),
+            "failures": str(kinds.count("failure") + len(night.lapsed)),
+            "errors": str(kinds.count("error") + bool(night.incomplete)),
             "skipped": str(kinds.count("skipped")),
             "time": f"{max(night.seconds, 0.0):.3f}",
         },
@@ -41,6 +43,13 @@ def junit(night: Night, *, strict: bool = False) -> str:
     _properties(suite, night)
     for verdict, name, kind in zip(verdicts, _names(verdicts), kinds, strict=True):
         _case(suite, verdict, name, kind)
+    for waiver in night.lapsed:
+        _expired(suite, night, waiver)
+    if night.incomplete:
+        case = ET.SubElement(
+            suite, "testcase", {"classname": _group("klab", night.chip, "night"), "name": "measured to its end", "time": "0"}
+        )
+        ET.SubElement(case, "error", {"message": line(night.incomplete), "type": "incomplete"})
     ET.SubElement(suite, "system-out").text = _output(night, verdicts)
     ET.SubElement(suite, "system-err")
     root = ET.Element("testsuites")
@@ -81,16 +90,28 @@ def _names(verdicts: Sequence[Verdict]) -> list[str]:
     ]
 
 
+def _group(*parts: str) -> str:
+    """Readers group by what stands before the last dot of the class: no other dots in it."""
+    return ".".join(line(part, 100).replace(".", "_") for part in parts)
+
+
 def _case(suite: ET.Element, verdict: Verdict, name: str, kind: str) -> None:
     series = verdict.series
-    # Readers group by what stands before the last dot of the class: no other dots in it.
-    group = ".".join(line(part, 100).replace(".", "_") for part in ("klab", series.chip, series.operator))
+    group = _group("klab", series.chip, series.operator)
     case = ET.SubElement(suite, "testcase", {"classname": group, "name": name, "time": "0"})
     if not kind:
         return
     reason = reason_of(verdict)
     told = ET.SubElement(case, kind, {"message": reason} if kind == "skipped" else {"message": reason, "type": verdict.call})
     told.text = "\n".join(f"{name}: {value}" for name, value in _details(verdict) if value)
+
+
+def _expired(suite: ET.Element, night: Night, waiver: Lapsed) -> None:
+    # Two waivers of one owner may begin alike for 200 characters: the digest keeps their cases apart.
+    whole = digest([waiver.series, waiver.owner, waiver.expires, waiver.reason])[:8]
+    name = f"waiver of {line(waiver.owner, 60)} for {line(waiver.series, 200)} {whole}"
+    case = ET.SubElement(suite, "testcase", {"classname": _group("klab", night.chip, "waivers"), "name": name, "time": "0"})
+    ET.SubElement(case, "failure", {"message": line(waiver.told), "type": "expired waiver"}).text = line(waiver.told)
 
 
 def _details(verdict: Verdict) -> list[tuple[str, str]]:
@@ -111,7 +132,7 @@ def _details(verdict: Verdict) -> list[tuple[str, str]]:
 
 def _output(night: Night, verdicts: Sequence[Verdict]) -> str:
     """What no failing case tells: the notes, and every verdict in a line."""
-    lines = [headline(night), *(f"note: {line(note)}" for note in night.notes)]
+    lines = [headline(night), *lapsed_lines(night), *(f"note: {line(note)}" for note in night.notes)]
     lines += [" | ".join((one.call, name_of(one.series), value_of(one), change_of(one), reason_of(one))) for one in verdicts]
     return "\n".join(lines)
 

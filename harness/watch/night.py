@@ -23,7 +23,7 @@ from klab.harness.watch.points import Found, find_point
 from klab.harness.watch.policy import NightPolicy
 from klab.harness.watch.series import Call, Metric, Night, Point, Series, Verdict
 from klab.harness.watch.tracked import Tracked, Watched, watched
-from klab.harness.watch.waivers import since_accepted, waive, waiver_notes
+from klab.harness.watch.waivers import lapsed, since_accepted, waive, waiver_notes
 from klab.kernels.contract import Chip, Json
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure
@@ -86,12 +86,13 @@ def run_night(
         seconds=round(clock() - began, 1),
         policy=policy.digest(chip.name),
         incomplete=looks.lost,
+        lapsed=lapsed(policy.waivers, at.date()),
     )
 
 
 def exit_code(night: Night, *, strict: bool = False) -> int:
-    """0: fine. 1: a verdict fails the night. 4: none does, but the measuring ended early. 3: with `strict`, there is a suspect."""
-    if any(v.fails for v in night.verdicts):
+    """0: fine. 1: a verdict or an expired waiver fails the night. 4: neither, but the measuring ended early. 3: a suspect, if `strict`."""
+    if night.lapsed or any(v.fails for v in night.verdicts):
         return 1
     if night.incomplete:
         return CannotMeasure.exit_code

@@ -9,22 +9,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from klab.harness.watch.series import Metric, Night, Verdict
-from klab.harness.watch.wording import counts, failing, headline
+from klab.harness.watch.wording import counts, fails, headline, outcome
 from klab.kernels.contract import Json
 from klab.kernels.errors import UsageError
 
 # Added on writing, left out on reading: of a Night, and of each of its verdicts.
-OF_NIGHT = ("headline", "counts", "fails")
+OF_NIGHT = ("headline", "counts", "fails", "outcome")
 OF_VERDICT = ("name", "identity", "unit", "value", "judged_value", "fails")
 
 
 def night_json(night: Night, *, strict: bool = False) -> str:
-    """The text. `counts` by call, `fails`: does the night fail; of a verdict: the series' `name` and `identity`, the median `value` in
+    """The text. `counts` by call, `fails`: does the night fail, and `outcome` as in every output; of a verdict: the series' `name` and `identity`, the median `value` in
     `unit`, what was judged (`judged_value`), and whether it `fails` the night. What JSON cannot hold (an infinite error) is null.
     """
-    said: dict[str, Any] = {"headline": headline(night), "counts": counts(night), "fails": bool(failing(night, strict))}
+    said: dict[str, Any] = {"headline": headline(night), "counts": counts(night), "fails": outcome(night, strict) == "failed"}
+    said["outcome"] = outcome(night, strict)
     said |= {f.name: getattr(night, f.name) for f in dataclasses.fields(night)}
-    said["verdicts"] = [_verdict(one) for one in night.verdicts]
+    said["lapsed"] = [dataclasses.asdict(one) for one in night.lapsed]
+    said["verdicts"] = [_verdict(one, strict) for one in night.verdicts]
     return json.dumps(_finite(said), indent=1, allow_nan=False) + "\n"
 
 
@@ -46,7 +48,7 @@ def read_night(text: str) -> Night:
         raise UsageError(f"not a night: {error}") from None
 
 
-def _verdict(one: Verdict) -> dict[str, Json]:
+def _verdict(one: Verdict, strict: bool) -> dict[str, Json]:
     point = one.point
     said: dict[str, Json] = {
         "name": one.series.name,
@@ -54,7 +56,7 @@ def _verdict(one: Verdict) -> dict[str, Json]:
         "unit": Metric(one.series.metric).unit,
         "value": point.value if point else None,
         "judged_value": point.judged_value if point else None,
-        "fails": one.fails,
+        "fails": fails(one, strict),
     }
     return said | dataclasses.asdict(one)
 

@@ -229,7 +229,11 @@ def sustain(bench: Bench, seconds: float, tell: Tell) -> None:
             now = time.perf_counter()
         reader.join(timeout=10.0)
         rate = (ended - count) * flops / (now - began) / 1e12
-        line = {"at": round(now - started, 2), "tflops": rate, "differ": compared.wrong}  # so far: the process may not live to the last line
+        line = {
+            "at": round(now - started, 2),
+            "tflops": rate,
+            "differ": compared.wrong,
+        }  # so far: the process may not live to the last line
         tell(line | (states[0] if states else {"why": {"sensors": "no answer in 10 s"}}))
         batch.settle()
         compared.again()

@@ -68,7 +68,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Waiver:
-    """Whose name stands for it that the failing verdicts of some series fail no night until (and on) a day."""
+    """Whose name stands for it that the failing verdicts of some series fail no night until (and on) a day. After it, the waiver fails
+    every night itself."""
 
     series: str
     owner: str

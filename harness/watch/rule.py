@@ -34,7 +34,7 @@ class Rule(Record):
     least_nights: int = 5
     # 200 series, 5 spans of nights, 1 false alarm in 20 nights: 1 in 20,000 for each, 3.9 deviations of a normal one.
     multiples: float = 4.0
-    # 1 series in 160: some two of 200 are measured again for nothing, which costs 2% of the night; a change that is passed over costs more.
+    # Some 7 of 200 are measured again for nothing (noise and spikes), which costs 7% of the night's time; a change passed over costs more.
     first_look: float = 2.5
     # A guess of what is worth somebody's morning; rebuilding an unchanged kernel moves it by up to 1%.
     floor: float = 0.02
@@ -42,8 +42,10 @@ class Rule(Record):
     floor_energy: float = 0.04
     # Measured twice more: what hits 2% of all looks then hits all three of one of 200 series once in 600 nights.
     looks: int = 3
+    # A spike at two looks needs a third one beyond this share: 1 in 75. A true change fails it as rarely (docs/night.md).
     confirm: float = 0.6
     spans: tuple[int, ...] = (1, 2, 3, 5, 10)
+    # A series' own 30 nights know its noise to 15% (one standard error); with its peers to 8%.
     peers: int = 30
     # GPUs of one node differ by more than 5% in time; over an anchor of the same lap by less (a guess until calibrated).
     device_spread: float = 0.05

@@ -162,12 +162,28 @@ class Verdict(Record):
 
 
 @dataclass(frozen=True)
+class Lapsed(Record):
+    """A waiver of the policy that is past its last day (`expires`, ISO 8601). It fails the night whatever its series say."""
+
+    series: str
+    owner: str
+    expires: str
+    reason: str = ""
+
+    @property
+    def told(self) -> str:
+        """What is to be done, in one line."""
+        known = f" ({self.reason})" if self.reason else ""
+        return f"the waiver of {self.owner} for {self.series!r}{known} expired on {self.expires}: renew it in the policy or remove it"
+
+
+@dataclass(frozen=True)
 class Night(Record):
     """One night on one chip: when and on what it was made, and its verdicts (each with its point).
 
     `at` is UTC, ISO 8601; `identity` sorts by time. `epochs`: what each epoch in the points stands for (driver, CUDA, Triton, torch, power
     limit, GPU). `devices`: per device UUID what is known of it. `notes`: lines for people (what was not measured and why). `incomplete`:
-    why the measuring ended before the budget did (a device was lost), else "".
+    why the measuring ended before the budget did (a device was lost), else "". `lapsed`: waivers that are past their day, which fail it.
     """
 
     identity: str
@@ -183,11 +199,13 @@ class Night(Record):
     policy: str = ""
     schema: int = 1
     incomplete: str = ""
+    lapsed: tuple[Lapsed, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
         """The inverse of `to_json`; UsageError for what is no night."""
-        return cls(**{**_known(cls, data), "verdicts": tuple(Verdict.from_json(v) for v in data.get("verdicts", ()))})
+        inside = {"verdicts": tuple(Verdict.from_json(v) for v in data.get("verdicts", ()))}
+        return cls(**{**_known(cls, data), **inside, "lapsed": tuple(Lapsed.from_json(one) for one in data.get("lapsed", ()))})
 
     def points(self) -> dict[str, Point]:
         """Tonight's points by the identity of their series."""

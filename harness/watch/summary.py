@@ -13,6 +13,7 @@ from klab.harness.watch.wording import (
     fails,
     headline,
     joined,
+    lapsed_lines,
     line,
     name_of,
     ordered,
@@ -58,12 +59,14 @@ def summary(night: Night, earlier: Sequence[Night] = (), *, strict: bool = False
 
 def github_annotations(night: Night, *, strict: bool = False, most: int = ANNOTATIONS) -> list[str]:
     """Workflow commands that GitHub shows beside a run, `most` at most: what fails, then suspects; the last says how many are left out."""
-    told = [("error", one) for one in failing(night, strict)]
-    told += [("warning", one) for one in ordered(night.verdicts) if one.call == Call.SUSPECT and not fails(one, strict)]
+    told = [("error", "expired waiver", expired) for expired in lapsed_lines(night)]
+    told += [("error", f"{one.call}: {name_of(one.series)}", reason_of(one)) for one in failing(night, strict)]
+    doubtful = [one for one in ordered(night.verdicts) if one.call == Call.SUSPECT and not fails(one, strict)]
+    told += [("warning", f"{one.call}: {name_of(one.series)}", reason_of(one)) for one in doubtful]
     room = most if len(told) <= most else most - 1
-    found = [_command(level, f"{one.call}: {name_of(one.series)}", reason_of(one)) for level, one in told[:room]]
+    found = [_command(*one) for one in told[:room]]
     if len(told) > room:
-        level = "error" if failing(night, strict) else "warning"
+        level = told[0][0]
         found.append(_command(level, f"klab nightly {line(night.chip, 40)}", f"{len(told) - room} more; the job summary has them"))
     return found
 
@@ -86,6 +89,11 @@ def _head(night: Night, strict: bool) -> list[str]:
     ]
     lines = [f"### klab nightly on {_safe(line(night.chip, 60))}: {outcome(night, strict)}", "", f"**{_safe(headline(night))}**", ""]
     lines.append(" · ".join(_safe(line(fact, 200)) for fact in facts if fact))
+    if night.lapsed:
+        expired = [f"- **expired waiver**: {_safe(told)}" for told in lapsed_lines(night)]
+        lines += ["", *expired[:NOTES]]
+        if len(expired) > NOTES:
+            lines.append(f"- {len(expired) - NOTES} more expired waivers; the report has them")
     if night.notes:
         lines += ["", *(f"- {_safe(line(note))}" for note in night.notes[:NOTES])]
         if len(night.notes) > NOTES:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from klab.harness.choose.profile import write_text
 from klab.harness.watch.policy import Accepted, Waiver, read_policy
-from klab.harness.watch.series import Call, Night, Series, Verdict
+from klab.harness.watch.series import Call, Lapsed, Night, Series, Verdict
 from klab.kernels.errors import UsageError
 
 # So many days before a waiver ends, its owner reads of it in every night.
@@ -41,21 +41,26 @@ def _waived(verdict: Verdict, waivers: Sequence[Waiver], today: date) -> Verdict
     return verdict
 
 
+def lapsed(waivers: Sequence[Waiver], today: date) -> tuple[Lapsed, ...]:
+    """The waivers that are past their last day, of whatever chip: every night of the policy fails until they are renewed or removed."""
+    return tuple(dict.fromkeys(Lapsed(w.series, w.owner, str(w.expires), w.reason) for w in waivers if w.expired(today)))
+
+
 def waiver_notes(verdicts: Sequence[Verdict], waivers: Sequence[Waiver], today: date) -> list[str]:
-    """A line for each waiver that has expired, expires soon, covers nothing that is watched, or is not needed tonight."""
+    """A line for each standing waiver that ends soon, covers nothing that is watched, or is not needed tonight."""
     notes = []
     for waiver in waivers:
+        if waiver.expired(today):
+            continue
         found = [v for v in verdicts if covers(waiver.series, v.series)]
         days = (waiver.expires - today).days
         who = f"waiver of {waiver.owner} for {waiver.series!r}"
         if not found:
             notes.append(f"{who} covers nothing that is watched here: mend its series or remove it")
-        elif waiver.expired(today):
-            notes.append(f"{who} expired on {waiver.expires}: it covers nothing any more; remove it or give it a new day")
         elif not any(Call(v.call).fails for v in found):
             notes.append(f"{who} was not needed tonight; it ends on {waiver.expires}")
         elif days <= WARN_DAYS:
-            notes.append(f"{who} ends on {waiver.expires}, in {days} days; after that its series fail the night")
+            notes.append(f"{who} ends on {waiver.expires}, in {days} days; after that it fails every night until it is renewed or removed")
     return notes
 
 

@@ -75,7 +75,7 @@ def fails(verdict: Verdict, strict: bool = False) -> bool:
 
 def outcome(night: Night, strict: bool = False) -> str:
     """`failed`, `ended early`, `passed`, or `judged nothing`: a night without a judgement has not passed."""
-    if failing(night, strict):
+    if night.lapsed or failing(night, strict):
         return "failed"
     if night.incomplete:
         return "ended early"
@@ -84,9 +84,20 @@ def outcome(night: Night, strict: bool = False) -> str:
 
 def headline(night: Night) -> str:
     """`2 slower, 1 broken, 1 waived of 200 series`; `200 series: all ok`; what was judged at all is always said."""
+    expired = f"{plural(len(night.lapsed), 'expired waiver')}; " if night.lapsed else ""
+    return f"{expired}{_headline(night)}"
+
+
+def plural(count: int, what: str) -> str:
+    """`1 expired waiver`, `2 expired waivers`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _headline(night: Night) -> str:
     total = len(night.verdicts)
+    early = ", and the measuring ended early" if night.incomplete else ""
     if not total:
-        return "no series was watched"
+        return f"no series was watched{early}"
     found = counts(night)
     parts = []
     for call in ORDER[:-1]:
@@ -94,8 +105,8 @@ def headline(night: Night) -> str:
         if found[call.value]:
             parts.append(f"{found[call.value]} {call.value}" + (f" ({waived} waived)" if waived else ""))
     if not parts:
-        return f"{total} series: all ok"
-    return f"{', '.join(parts)} of {total} series{', and the measuring ended early' if night.incomplete else ''}"
+        return f"{total} series: all ok{early}"
+    return f"{', '.join(parts)} of {total} series{early}"
 
 
 def value_of(verdict: Verdict) -> str:
@@ -127,6 +138,11 @@ def change_of(verdict: Verdict) -> str:
 def reason_of(verdict: Verdict) -> str:
     """The reason in one line, with the waiver that covers it."""
     return line(verdict.reason) + (f" [waived: {line(verdict.waiver, 200)}]" if verdict.waiver else "")
+
+
+def lapsed_lines(night: Night) -> list[str]:
+    """A line for each expired waiver."""
+    return [line(one.told) for one in night.lapsed]
 
 
 def commit_of(night: Night) -> str:
