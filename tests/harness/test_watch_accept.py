@@ -327,7 +327,11 @@ def test_a_gpu_that_is_lost_in_the_middle():
     class Dies(FakeRunner):
         def say(self, job):
             said = super().say(job)
-            return Said(said.lines[:100], "hung: it said nothing for 60 s") if job.work == "sustain" and job.visible == boards[1].uuid else said
+            return (
+                Said(said.lines[:100], "hung: it said nothing for 60 s")
+                if job.work == "sustain" and job.visible == boards[1].uuid
+                else said
+            )
 
     class Gone(FakeNvml):
         def nvmlEventSetWait(self, events, timeout):
@@ -358,7 +362,16 @@ def test_what_the_driver_hides_is_not_known_and_never_left_out():
     for name in (*hidden, "nvmlDeviceGetNvLinkErrorCounter"):
         setattr(library, name, unsupported)
     found = accept(H200, PUBLISHED, minutes=10, node=node_of(boards, library), runner=Mute(boards))
-    expected = ("SRAM errors", "NVSwitch fabric", "rows in reserve", "PCIe replays", "InfoROM", "NVLink errors", "host to GPU", "GPU to host")
+    expected = (
+        "SRAM errors",
+        "NVSwitch fabric",
+        "rows in reserve",
+        "PCIe replays",
+        "InfoROM",
+        "NVLink errors",
+        "host to GPU",
+        "GPU to host",
+    )
     for name in (*expected, "GPU to GPU (slowest)"):
         assert (the(found, name).grade, bool(the(found, name).reason)) == ("not known", True), name
     everything = {check.name for check in run([Board(0), Board(1)]).checks}

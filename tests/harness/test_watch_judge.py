@@ -220,6 +220,14 @@ def test_only_values_over_the_same_anchor_are_compared():
     assert judged(history, other).call == "ok" and "no anchor" in judged(history, other).reason
 
 
+def test_an_anchor_without_a_time_is_no_anchor():
+    """Neither in its first nights nor later: the times themselves are compared."""
+    for count in (2, 20):
+        tonight = replace(made([100.0], seed=1)[0], anchored=(math.nan, 0.0, -1.0), epoch="e1")
+        verdict = judged(made([100.0] * 20) + made([100.0] * count, epoch="e1"), tonight)
+        assert verdict.call == ("ok" if count == 20 else "unknown") and verdict.ratio == pytest.approx(1, abs=0.01)
+
+
 def test_the_anchor_takes_away_what_the_whole_night_felt():
     slow_night = made([108.0], looks=3, seed=1)[0]
     slow_night = replace(slow_night, anchored=tuple(v / 108 for v in slow_night.values))

@@ -10,7 +10,7 @@ from night_lab import CPU, LIBRARY, OWN, START, Lab, calls, slow, verdict
 from klab.harness.catalog.chips import find_chip
 from klab.harness.store.result import Status
 from klab.harness.watch.night import exit_code, pick_devices
-from klab.harness.watch.policy import Accepted, read_policy
+from klab.harness.watch.policy import Accepted, Waiver, read_policy
 from klab.harness.watch.series import Call, Series
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure
@@ -240,6 +240,19 @@ def test_a_waiver_covers_and_an_accepted_level_is_the_new_normal(lab):
     )
     night = lab.night(NightFleet(slow(1.10), seed=5))
     assert verdict(night, "norm chosen").call in (Call.OK, Call.UNKNOWN) and exit_code(night) == 0
+
+
+def test_an_expired_waiver_fails_a_night_in_which_all_is_well(lab):
+    lab.nights(8)
+    lab.policy = dataclasses.replace(lab.policy, waivers=(Waiver("cpu norm *", "ann", START.date() + timedelta(8)),))
+    night = lab.night()
+    assert not night.lapsed and exit_code(night) == 0
+    night = lab.night()
+    assert calls(night) == {Call.OK} and exit_code(night) == exit_code(night, strict=True) == 1
+    assert [(one.series, one.owner, one.expires) for one in night.lapsed] == [("cpu norm *", "ann", "2026-11-09")]
+    assert lab.history.nights("cpu")[-1].lapsed == night.lapsed
+    lab.policy = dataclasses.replace(lab.policy, waivers=())
+    assert exit_code(lab.night()) == 0
 
 
 def test_an_anchor_that_is_not_taken_is_told_and_the_other_one_is_used(lab):

@@ -14,8 +14,9 @@ from markdown_it import MarkdownIt
 
 from klab.harness.watch.badge import badge
 from klab.harness.watch.junit import junit
+from klab.harness.watch.night import exit_code
 from klab.harness.watch.night_json import night_json, read_night
-from klab.harness.watch.series import Call, Metric, Night, Point, Series, Verdict
+from klab.harness.watch.series import Call, Lapsed, Metric, Night, Point, Series, Verdict
 from klab.harness.watch.summary import ANNOTATIONS, LIMIT_BYTES, github_annotations, summary
 from klab.harness.watch.wording import change, change_of, headline, line, ordered, quantity
 from klab.kernels.errors import UsageError
@@ -76,6 +77,30 @@ def hostile(count: int = 6) -> Night:
     return night(made, chip=NASTY, commit=NASTY, policy=NASTY, notes=(NASTY,), at=NASTY, devices=odd, epochs=odd)
 
 
+def test_an_expired_waiver_is_in_every_output_and_fails_a_night_that_is_well() -> None:
+    waivers = (Lapsed("h200 * time", "ann", "2026-09-30", "known"), Lapsed(NASTY + LONG, NASTY, "2026-09-29", NASTY))
+    fine = history(2, 2)[-1]
+    tonight = dataclasses.replace(fine, lapsed=waivers)
+    told = "the waiver of ann for 'h200 * time' (known) expired on 2026-09-30: renew it in the policy or remove it"
+    suite = valid(junit(tonight))
+    cases = [case for case in suite.iter("testcase") if case.attrib["classname"] == "klab.h200.waivers"]
+    assert len(cases) == 2 and suite.attrib["failures"] == "2" and cases[0][0].attrib["message"] == told
+    assert cases[0].attrib["name"].startswith("waiver of ann for h200 * time ")
+    again = dataclasses.replace(tonight, lapsed=waivers[:1])
+    text = summary(tonight)
+    assert ": failed" in text and "**2 expired waivers; 2 series: all ok**" in text and "the waiver of ann for 'h200 &#42; time'" in text
+    assert json.loads(badge(tonight)) | {"label": ""} == {
+        "schemaVersion": 1, "label": "", "message": "2 expired waivers", "color": "red", "isError": True,
+    }  # fmt: skip
+    said = json.loads(night_json(tonight))
+    assert said["fails"] and said["lapsed"][0] == {"series": "h200 * time", "owner": "ann", "expires": "2026-09-30", "reason": "known"}
+    assert read_night(night_json(again)) == again
+    assert github_annotations(tonight)[0] == f"::error title=expired waiver::{told}"
+    slower, _ = eventful()
+    both = dataclasses.replace(slower, lapsed=waivers[:1])
+    assert json.loads(badge(both))["message"].endswith(", 1 expired waiver") and headline(both).startswith("1 expired waiver; ")
+
+
 def test_junit_says_what_failed_and_what_was_not_judged() -> None:
     tonight, _ = eventful()
     suite = valid(junit(tonight))
@@ -118,6 +143,37 @@ def test_no_name_breaks_an_output() -> None:
     for output in (junit(tonight), text, *github_annotations(tonight)):
         output.encode()
         assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e\ud800-\udfff\ufffe]", output)
+
+
+@pytest.mark.parametrize("calls", [(), (Call.UNKNOWN,), (Call.OK,), (Call.OK, Call.SUSPECT), (Call.SLOWER,)])
+def test_a_night_that_ended_early_is_green_nowhere(calls: tuple[Call, ...]) -> None:
+    early = night([verdict(series(n), call) for n, call in enumerate(calls)], incomplete="GPU-1 fell off the bus")
+    suite = valid(junit(early))
+    assert int(suite.attrib["errors"]) == 1 and int(suite.attrib["tests"]) == len(calls) + 1
+    assert exit_code(early) == (1 if Call.SLOWER in calls else 4)
+    told = json.loads(badge(early))
+    assert told["color"] in ("yellow", "red") and (Call.SLOWER in calls or told["message"].startswith("ended early"))
+    assert "ended early" in headline(early) and "ended early" in summary(early) and "passed" not in summary(early)
+    assert json.loads(night_json(early))["outcome"] == ("failed" if Call.SLOWER in calls else "ended early")
+    assert read_night(night_json(early)) == early
+
+
+def test_every_output_counts_the_same_failures() -> None:
+    tonight, earlier = eventful()
+    for strict in (False, True):
+        told = json.loads(night_json(tonight, strict=strict))
+        failed = sum(one["fails"] for one in told["verdicts"])
+        suite = valid(junit(tonight, strict=strict))
+        assert failed == int(suite.attrib["failures"]) + int(suite.attrib["errors"]) == 3 + strict
+        assert failed == sum(line.startswith("| **") for line in summary(tonight, earlier, strict=strict).splitlines())
+        assert failed == sum(line.startswith("::error") for line in github_annotations(tonight, strict=strict))
+        assert failed == sum(
+            int(n) for n in re.findall(r"(\d+) [a-z]", json.loads(badge(tonight, strict=strict))["message"].partition(" of ")[0])
+        )
+        assert told["fails"] is True and told["outcome"] == "failed" and exit_code(tonight, strict=strict) == 1
+    doubtful = night([verdict(series(0), Call.SUSPECT, "4% above")])
+    assert [exit_code(doubtful, strict=strict) for strict in (False, True)] == [0, 3]
+    assert [json.loads(night_json(doubtful, strict=strict))["verdicts"][0]["fails"] for strict in (False, True)] == [False, True]
 
 
 def test_an_empty_night_is_told_as_such() -> None:

@@ -9,7 +9,7 @@ from klab.harness.watch.policy import Waiver, read_policy, without_energy
 from klab.harness.watch.rule import Rule
 from klab.harness.watch.series import Call, Night, Point, Series, Verdict
 from klab.harness.watch.tracked import watched
-from klab.harness.watch.waivers import accept, covers, since_accepted, waive, waiver_notes
+from klab.harness.watch.waivers import accept, covers, lapsed, since_accepted, waive, waiver_notes
 from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 
@@ -169,9 +169,18 @@ def test_a_waiver_covers_until_its_last_day_and_an_expired_one_fails():
     assert last_day[1].waiver == ""
     after = waive([slower, fine], [waiver], date(2027, 1, 1))
     assert after[0].fails and after[0].reason == "+9%; the waiver of ann expired on 2026-12-31"
-    assert "expired on 2026-12-31" in waiver_notes(after, [waiver], date(2027, 1, 1))[0]
+    assert not waiver_notes(after, [waiver], date(2027, 1, 1)), "the night says it in a line of its own"
     longer = Waiver("*", "bob", date(2027, 6, 1))
     assert "bob" in waive([slower], [waiver, longer], date(2027, 1, 1))[0].waiver
+
+
+def test_a_waiver_lapses_after_its_last_day_whatever_it_covers():
+    waivers = [Waiver("cpu norm *", "ann", date(2026, 12, 31), "known"), Waiver("h200 *", "eve", date(2026, 12, 30))]
+    assert lapsed(waivers, date(2026, 12, 30)) == ()
+    assert [one.owner for one in lapsed([*waivers, *waivers], date(2026, 12, 31))] == ["eve"]
+    told = [one.told for one in lapsed(waivers, date(2027, 1, 1))]
+    assert told[0] == "the waiver of ann for 'cpu norm *' (known) expired on 2026-12-31: renew it in the policy or remove it"
+    assert "'h200 *' expired on 2026-12-30" in told[1]
 
 
 def test_owners_read_of_waivers_that_end_soon_or_do_nothing():
