@@ -37,7 +37,7 @@ def inferred(board: dict[str, float], rise_s: float, seed: int) -> tuple[Any, An
     return update_period(sensor), averaging_window(sensor, found.busy), counter_window(counter, found.busy, update_period(counter))
 
 
-@pytest.mark.parametrize("rise_s", [0.0, 0.0065])
+@pytest.mark.parametrize("rise_s", [0.0, 0.0065, 0.03])
 @pytest.mark.parametrize("name", BOARDS)
 def test_a_known_sensor_is_found(name: str, rise_s: float, benchmark: Any) -> None:
     board = BOARDS[name]

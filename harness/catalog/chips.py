@@ -11,6 +11,7 @@ from typing import Any
 
 from klab.harness.catalog.cpu import detect_cpu
 from klab.harness.catalog.models import PROFILES
+from klab.harness.catalog.names import plain_name
 from klab.harness.catalog.toml_file import read_toml
 from klab.kernels.contract import Chip
 from klab.kernels.errors import CannotMeasure, UsageError
@@ -90,7 +91,11 @@ def _cuda_device() -> str | None:
         import torch
     except ImportError:
         return None
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    try:
+        return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    except RuntimeError as error:  # a GPU that has fallen off the bus
+        told = str(error).partition("\n")[0]
+        raise CannotMeasure(f"CUDA does not start: {told}; klab doctor says more, --chip cpu needs none") from None
 
 
 def chip_from_toml(path: Path) -> Chip:
@@ -123,7 +128,7 @@ def chip_from_toml(path: Path) -> Chip:
     if data["kind"] == "cuda" and "compute_capability" not in data:
         raise UsageError(f"{path}: a cuda chip needs compute_capability, such as [9, 0]")
     return Chip(
-        name=str(data["name"]).lower(),
+        name=plain_name(str(data["name"]).lower(), str(path)),
         title=str(data.get("title", data["name"])),
         kind=data["kind"],
         peak_tflops={dtype: _number(path, f"peak_tflops.{dtype}", peak) for dtype, peak in peaks.items()},

@@ -12,6 +12,7 @@ from typing import Any
 
 from klab.harness.catalog.architecture import Model
 from klab.harness.catalog.huggingface import parse_config
+from klab.harness.catalog.names import plain_name
 from klab.kernels.errors import UsageError
 
 # The same relative place in a checkout and in an installed package.
@@ -69,7 +70,7 @@ def _from_file(path: Path) -> Model:
     if not isinstance(config, Mapping):
         return replace(parse_config(data, where=str(path), name=_name_of(path)), source=str(path), confidence="your file")
     return replace(
-        parse_config(config, where=str(path), name=str(data.get("name") or _name_of(path))),
+        parse_config(config, where=str(path), name=plain_name(str(data.get("name") or _name_of(path)), str(path))),
         hf_id=str(data.get("hf_id", "")),
         aliases=tuple(map(str, data.get("aliases", ()))),
         source=str(data.get("source", path)),

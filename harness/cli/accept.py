@@ -62,6 +62,9 @@ def command(app: typer.Typer) -> None:
         found_chip = find_real_chip(chip)
         store = folder_to_write(results) / "acceptance"
         expected = find_reference(reference or kind_of(found_chip), [PROFILES / "acceptance", store])
+        if reference and not expected.expected and expected.name != kind_of(found_chip):
+            known = ", ".join(sorted(path.stem for path in (PROFILES / "acceptance").glob("*.toml")))
+            raise UsageError(f"--reference {reference}: nothing is published or recorded for it; published are {known}")
         for note in expected.notes:
             talk.print(note, style="yellow", markup=False, soft_wrap=True)
         require_writable(out_folder or store)

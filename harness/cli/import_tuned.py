@@ -108,6 +108,7 @@ def _import_benchmarks(file: Path, results: Path | None, *, dry_run: bool, as_js
     from klab.harness.store.read import ReadReport, iter_results
     from klab.harness.store.remote import shown
     from klab.harness.tune.job import new_run_id
+    from klab.kernels.errors import UsageError
 
     found = read_benchmarks(file)
     where = folder_to_write(results)
@@ -124,6 +125,8 @@ def _import_benchmarks(file: Path, results: Path | None, *, dry_run: bool, as_js
               "left_out": found.left_out, "results": shown(where)})  # fmt: skip
     for name, why in found.left_out.items():
         talk.print(printable(f"left out: {name}: {why}"), style="yellow", markup=False, soft_wrap=True)
+    if not found.rows and found.left_out:
+        raise UsageError(f"{file}: no benchmark of it can be imported")
     said = ", ".join(f"{n} {status}" for status, n in sorted(counts.items())) or "nothing new"
     known = f"; {len(found.rows) - len(new)} were there" if len(new) < len(found.rows) else ""
     label = ". `klab results` calls them imported" if new else ""

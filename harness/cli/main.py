@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -63,13 +64,21 @@ def _upload() -> int:
     """What was written behind URLs goes up, however the verb ended; returns an exit code."""
     from klab.harness.store.remote import settle
 
+    code, style, lines = 0, "", list[str]()
     try:
-        for line in settle():
-            talk.print(line, markup=False, soft_wrap=True)
+        lines = settle()
     except CannotMeasure as error:
-        talk.print(f"klab: {error}", style="red", markup=False, soft_wrap=True)
-        return CannotMeasure.exit_code
-    return 0
+        code, style, lines = CannotMeasure.exit_code, "red", [f"klab: {error}"]
+    except KeyboardInterrupt:  # whoever has no time for an upload loses nothing by it
+        code, style, lines = (
+            130,
+            "yellow",
+            ["klab: interrupted; what is not uploaded stays here, and the next verb with this URL uploads it"],
+        )
+    with contextlib.suppress(ValueError, BrokenPipeError):  # nobody reads any more
+        for line in lines:
+            talk.print(line, style=style, markup=False, soft_wrap=True)
+    return code
 
 
 def _run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +69,10 @@ def command(app: typer.Typer) -> None:
         reason: Reason = "",
         as_json: _options.AsJson = False,
     ) -> None:
-        """Judge tonight's kernels. Exit codes: 0 fine, 1 slower, missing or broken, 2 usage, 3 suspect (--strict), 4 could not measure."""
+        """Judge tonight's kernels.
+
+        Exit codes: 0 fine, 1 slower, missing, broken or an expired waiver, 2 usage, 3 suspect (--strict), 4 could not measure.
+        """
         from klab.harness.catalog.chips import find_real_chip
         from klab.harness.store.remote import local_of, writable
         from klab.harness.watch.history import History
@@ -123,7 +127,9 @@ def _measure(
     folders = [folder for folder in folders_to_read(results) if folder.exists()]
     found = watched(policy, chip, discover(kernels or ()), profile=profile, results=lambda: iter_results(folders))
     run_id = new_run_id()
-    only = pick_devices(chip, history, device or policy.measure.device) if fleet == "local" else None
+    wanted = device or policy.measure.device
+    # Of a cluster's devices this machine knows nothing: it is asked for the named one, or for all.
+    only = pick_devices(chip, history, wanted) if fleet == "local" else [wanted] if wanted not in ("", "all") else None
     with (
         open_fleet(fleet, [chip], run_id, address=address, kernel_dirs=kernels or (), only_devices=only) as opened,
         Journal(out_dir, run_id) as journal,
@@ -158,24 +164,38 @@ def _tell(night: Night, history: History, folder: Path, *, record: bool, strict:
     from klab.harness.watch.night import exit_code
     from klab.harness.watch.night_json import night_json
     from klab.harness.watch.summary import github_annotations, summary
-    from klab.harness.watch.wording import headline
+    from klab.harness.watch.wording import headline, lapsed_lines
+    from klab.kernels.errors import CannotMeasure
 
     earlier = history.nights(night.chip)
-    write_text(folder / "night.json", night_json(night, strict=strict))
-    if record:
-        history.add(night)
-    write_text(folder / "junit.xml", junit(night, strict=strict))
     text = summary(night, earlier, strict=strict)
-    write_text(folder / "summary.md", text)
-    write_text(folder / "badge.json", badge(night, strict=strict))
+    unwritten: list[str] = []
+
+    def keep(write: Callable[..., object], *what: object) -> None:
+        """A full disk hides no verdict: what it does not take is told, and the other files are tried."""
+        try:
+            write(*what)
+        except CannotMeasure as error:
+            unwritten.append(str(error))
+
+    keep(write_text, folder / "night.json", night_json(night, strict=strict))
+    if record:
+        keep(history.add, night)
+    keep(write_text, folder / "junit.xml", junit(night, strict=strict))
+    keep(write_text, folder / "summary.md", text)
+    keep(write_text, folder / "badge.json", badge(night, strict=strict))
     _append_summary(text)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for command in github_annotations(night, strict=strict):
             print(command) if not as_json else talk.print(command, markup=False, soft_wrap=True)
     code = exit_code(night, strict=strict)
-    _show_verdicts(night, as_json=as_json)
+    code = CannotMeasure.exit_code if unwritten and code != 1 else code
+    _show_verdicts(night, strict=strict, as_json=as_json)
     if as_json:
-        emit({"type": "night", "identity": night.identity, "headline": headline(night), "exit": code, "out": str(folder.resolve())})
+        emit({"type": "night", "identity": night.identity, "headline": headline(night), "exit": code, "out": str(folder.resolve()),
+              "lapsed": [one.to_json() for one in night.lapsed]})  # fmt: skip
+    for told in lapsed_lines(night):
+        talk.print(told, style="red", markup=False, soft_wrap=True)
     for note in night.notes:
         talk.print(note, style="yellow", markup=False, soft_wrap=True)
     page = folder / "report.html"
@@ -183,6 +203,8 @@ def _tell(night: Night, history: History, folder: Path, *, record: bool, strict:
         write_text(page, night_page(night, earlier, strict=strict))
     except Exception as error:  # noqa: BLE001  whatever drawing meets, the verdicts stand and are told
         talk.print(f"no report page: {type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
+    for line in unwritten:
+        talk.print(f"klab: {line}", style="red", markup=False, soft_wrap=True)
     talk.print(f"{headline(night)}. {shown(folder)}", markup=False, soft_wrap=True)
     if code:
         raise typer.Exit(code)
@@ -200,13 +222,13 @@ def _append_summary(text: str) -> None:
         talk.print(f"no job summary: {path}: {error.strerror}", style="yellow", markup=False, soft_wrap=True)
 
 
-def _show_verdicts(night: Night, *, as_json: bool) -> None:
+def _show_verdicts(night: Night, *, strict: bool, as_json: bool) -> None:
     from klab.harness.watch.series import Call
-    from klab.harness.watch.wording import change_of, ordered, reason_of, value_of
+    from klab.harness.watch.wording import change_of, fails, ordered, reason_of, value_of
 
     if as_json:
         for one in ordered(night.verdicts):
-            emit({"type": "verdict", "name": one.series.name, "fails": one.fails, **one.to_json(), "series": one.series.to_json(),
+            emit({"type": "verdict", "name": one.series.name, "fails": fails(one, strict), **one.to_json(), "series": one.series.to_json(),
                   "point": one.point.to_json() if one.point else None})  # fmt: skip
         return
     loud = [one for one in ordered(night.verdicts) if one.call != Call.OK] or ordered(night.verdicts)
@@ -230,10 +252,13 @@ def _show(
     as_json: bool,
 ) -> None:
     """What would be measured, and about how long it would take."""
+    from datetime import UTC, datetime
+
     from klab.harness.store.paths import folders_to_read
     from klab.harness.store.read import iter_results
     from klab.harness.watch.night import estimate_night_s
     from klab.harness.watch.tracked import watched
+    from klab.harness.watch.waivers import lapsed
     from klab.kernels.discover import discover
 
     folders = [folder for folder in folders_to_read(results) if folder.exists()]
@@ -248,6 +273,8 @@ def _show(
         cells = [(s.name, ", ".join(t.kernel.partition("/")[2] for t in one.trials), one.found, ", ".join(s.models)) for s, one in rows]
         table(f"{len(rows)} series on {chip.title}", ("series", "kernels", "found", "models"), cells)
         out.print(f"about {seconds / 60:.0f} minutes (modelled, not measured)")
+    for past in lapsed(policy.waivers, datetime.now(UTC).date()):
+        talk.print(past.told, style="red", markup=False, soft_wrap=True)
     for note in found.notes:
         talk.print(note, style="yellow", markup=False, soft_wrap=True)
 

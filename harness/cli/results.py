@@ -124,12 +124,12 @@ def command(app: typer.Typer) -> None:
 
 def _compact(folders: list[Path], delete_originals: bool) -> None:
     from klab.harness.store.compact import compact
+    from klab.harness.store.remote import shown
 
     for folder in folders:
         done = compact(folder, delete_originals=delete_originals)
-        talk.print(
-            f"{folder}: {done.rows} new rows" + (f" in {done.path}" if done.path else ", nothing to write"), markup=False, soft_wrap=True
-        )
+        where = f" in {shown(done.path)}" if done.path else ", nothing to write"
+        talk.print(f"{shown(folder)}: {done.rows} new rows{where}", markup=False, soft_wrap=True)
         for path in done.deleted:
             talk.print(f"deleted {path}", markup=False, soft_wrap=True)
         for why in done.kept:

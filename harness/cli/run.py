@@ -120,9 +120,11 @@ def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, max_error: flo
 
 def _report(setups: Sequence[Setup], job: Job, page: Path, *, as_json: bool) -> None:
     from klab.harness.report.write import write_report
+    from klab.harness.store.remote import shown
 
     plans = {setup.chip.name: setup.plan for setup in setups}
     write_report(job.sources(), page, chips=list(plans), plans=plans, catalogue=setups[0].catalogue)
+    where = shown(page.resolve())
     if as_json:
-        emit({"type": "report", "page": str(page.resolve())})
-    talk.print(f"report: {page.resolve()}", markup=False, soft_wrap=True)
+        emit({"type": "report", "page": where})
+    talk.print(f"report: {where}", markup=False, soft_wrap=True)

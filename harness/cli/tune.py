@@ -225,6 +225,7 @@ def _pareto(setup: Setup, job: Job, tuned: Tuned, *, as_json: bool) -> None:
 
 
 def _export(job: Job, tuned: Tuned, folder: Path, *, as_json: bool) -> None:
+    from klab.harness.store.remote import shown
     from klab.harness.tune.replay.export import export, recordings
     from klab.harness.tune.replay.files import write_space
 
@@ -235,8 +236,8 @@ def _export(job: Job, tuned: Tuned, folder: Path, *, as_json: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_space(export(recording), path, force=True)
             if as_json:
-                emit({"type": "export", "problem_key": recording.problem_key, "file": str(path)})
-            talk.print(f"recorded space: {path}", markup=False, soft_wrap=True)
+                emit({"type": "export", "problem_key": recording.problem_key, "file": shown(path)})
+            talk.print(f"recorded space: {shown(path)}", markup=False, soft_wrap=True)
 
 
 def _show_targets(setup: Setup, targets: list[Target], kernels: list[Kernel], *, as_json: bool) -> None:

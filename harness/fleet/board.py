@@ -6,7 +6,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from klab.harness.measure.contest import contest_key
+from klab.harness.measure.entry import contest_key
 from klab.harness.plan.trial import Trial
 
 # A trial that was lost with its device so often is given up. The second loss takes its group apart, so that the third is its own.

@@ -19,6 +19,9 @@ from klab.kernels.errors import CannotMeasure, UsageError
 ACCELERATOR = "accelerator_type:"
 INSTALL = "--fleet ray needs Ray: pip install 'kernel-lab[ray]'"
 KNOCK_S = 5.0
+# What an HTTP/2 client says first (RFC 9113, 3.4), and the type of the frame with which every server of that kind, Ray's too, answers.
+SETTINGS = b"\x04"
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0" * 5
 START = "start one with `ray start --head` (docs/fleet.md), or give --address"
 
 
@@ -136,14 +139,19 @@ def screeners(nodes: Sequence[Node], memory_bytes: int, busy: Iterable[str] = ()
 
 
 def _knock(address: str) -> None:
-    """CannotMeasure where nobody listens at `host:port`: Ray itself tries for two minutes before it says so."""
+    """CannotMeasure where nobody listens at `host:port`, or nobody that speaks as Ray does: Ray itself tries for minutes before it says so."""
     host, colon, port = address.rpartition(":")
     if not colon:
         if address in ("auto", "local"):
             return
         raise UsageError(f"--address {address}: write HOST:PORT, or local for a cluster of this machine alone")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S) as line:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                line.sendall(HELLO)
+                answer = line.recv(9)
+                if answer[3:4] != SETTINGS:
+                    raise CannotMeasure(f"no Ray cluster at {address} (something else answers there); {START}")
     except ValueError:
         raise UsageError(f"--address {address}: write HOST:PORT") from None
     except OSError as error:
@@ -167,7 +175,7 @@ class Cluster:
             raise CannotMeasure(INSTALL) from None
         self._ray, self._owner = ray, not ray.is_initialized()
         if self._owner:
-            given = address or os.environ.get("RAY_ADDRESS") or "auto"
+            given = address if address is not None else os.environ.get("RAY_ADDRESS") or "auto"
             _knock(given)
             # Ray prints what it hears of a lost node on standard output, in the midst of JSON lines; its debugger silences it so.
             ray._private.worker._worker_logs_enabled = False

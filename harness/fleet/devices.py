@@ -78,6 +78,12 @@ def _cuda() -> list[tuple[Device, Any]]:
         raise CannotMeasure("PyTorch is not installed: pip install torch") from None
     found = []
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:  # one GPU that has fallen off the bus keeps CUDA from starting at all
+            told = str(error).partition("\n")[0]
+            raise CannotMeasure(
+                f"CUDA does not start: {told}. Where one GPU is at fault (klab doctor), CUDA_VISIBLE_DEVICES can name the others"
+            ) from None
         found.append((Device(torch_address(properties).get("uuid") or str(index), properties.name, "cuda", index), properties))
     return found

@@ -138,7 +138,9 @@ def _sensor(chip: Chip, timer: Timer, meter: PowerMeter, seconds: float, seed: i
 
 
 class CudaPulses:
-    """Matmuls in chunks of CHUNK_US on a GPU, CHUNKS of them queued."""
+    """Matmuls in chunks of CHUNK_US on a GPU, CHUNKS of them queued, of which one has begun."""
+
+    ahead_s = (CHUNKS - 0.5) * CHUNK_US / 1e6
 
     def __init__(self, timer: Any) -> None:
         self._timer = timer

@@ -112,16 +112,17 @@ class Calibration(Record):
             for name in ("device_uuid", "device", "chip", "at", "epoch"):
                 if not isinstance(values.get(name), str):
                     raise ValueError(f"{name} is not a text")
+                values[name] = _plain(values[name])
             datetime.fromisoformat(values["at"])
             for name, f in known.items():
                 if isinstance(f.default, Figure) and name in values:
                     values[name] = _figure(name, values[name])
             for name in ("matmul_tflops", "anchors"):
-                values[name] = {str(k): _figure(f"{name}.{k}", v) for k, v in dict(values.get(name) or {}).items()}
+                values[name] = {_plain(k): _figure(f"{name}.{_plain(k)}", v) for k, v in dict(values.get(name) or {}).items()}
             values["environment"] = dict(values.get("environment") or {})
-            values["notes"] = tuple(str(note) for note in values.get("notes") or ())
+            values["notes"] = tuple(_plain(note) for note in values.get("notes") or ())
             return cls(**values)
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UsageError(f"not a calibration: {error}") from None
 
     def with_figures(self, **changes: Any) -> Self:
@@ -142,7 +143,16 @@ def _figure(name: str, data: Json) -> Figure:
     for key, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0):
             raise ValueError(f"{name}.{key} is not a number of at least 0")
-    return Figure(**numbers, reason=str(data.get("reason", "")), note=str(data.get("note", "")))
+    low, value, high = numbers["low"], numbers["value"], numbers["high"]
+    ends = [x for x in (low, value, high) if x is not None]
+    if ends != sorted(ends):
+        raise ValueError(f"{name} lies outside its interval")
+    return Figure(**numbers, reason=_plain(data.get("reason", "")), note=_plain(data.get("note", "")))
+
+
+def _plain(text: object) -> str:
+    """Without what a terminal would obey: the file may be somebody else's."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def measured_chip(chip: Chip, calibration: Calibration) -> Chip:

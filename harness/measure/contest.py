@@ -10,16 +10,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from klab.harness.measure.anchor_run import AnchorRun, Anchors
 from klab.harness.measure.calibration import guard_of
 from klab.harness.measure.client import WorkerClient, WorkerDied, WorkerHung
 from klab.harness.measure.energy import RAMP_LIMIT_S, RAMP_S
-from klab.harness.measure.entry import Baseline, Entry, Place
-from klab.harness.measure.faults import from_outside, is_of_device
+from klab.harness.measure.entry import Baseline, Entry, Place, contest_key
 from klab.harness.measure.limits import Limits
-from klab.harness.measure.mishaps import Again, DeviceLost, Lost, NoContest, OutOfTime
+from klab.harness.measure.mishaps import Again, DeviceLost, Losses, Lost, NoContest, OutOfTime
 from klab.harness.measure.quarantine import Quarantine
 from klab.harness.measure.session import ENERGY_PASSES, Answer
 from klab.harness.plan.trial import Trial
@@ -73,9 +71,7 @@ class Contest:
         self._tried_alone: set[int] = set()
         self._is_open = False
         self._data: Answer = {}
-        self._open_failures = 0
-        self._excused: set[int] = set()
-        self._last_loss = ""
+        self._losses = Losses()
         self._baseline = guest
         self._keep_data = keep_data
         self._anchors = Anchors(anchors if self._policy.max_rounds else (), self._ask, self.limits)
@@ -164,20 +160,11 @@ class Contest:
 
     def _recover(self, group: list[Entry], lost: Lost) -> Iterator[Result]:
         """Record the culprit; the others go on in a fresh worker, which must come up before anybody is blamed."""
-        entry = lost.entry
-        self._last_loss = lost.reason + (f" ({entry.trial.kernel} on {entry.trial.problem.label()} ran)" if entry else "")
-        if entry is None:
-            self._open_failures += 1
-            if self._open_failures > 1:
-                if is_of_device(lost.reason):
-                    raise DeviceLost(lost.reason)
-                raise NoContest(lost.status, f"while the data of the problem was made: {lost.reason}")
-        elif from_outside(lost.reason) and entry.slot not in self._excused:
-            self._excused.add(entry.slot)
-        else:
+        entry, blamed = lost.entry, self._losses.blames(lost)
+        if entry is not None and blamed:
             group.remove(entry)
         self._start_anew(group)
-        if entry is None or entry in group:
+        if entry is None or not blamed:
             return
         if not self._stop.is_set():
             with suppress(OutOfTime):
@@ -206,13 +193,9 @@ class Contest:
         try:
             self.client.start(limit_s=min(self.limits.start_s, remaining))
         except (WorkerHung, CannotMeasure) as error:
-            hung = isinstance(error, WorkerHung)
-            if hung and self._remaining() <= 0:
+            if isinstance(error, WorkerHung) and self._remaining() <= 0:
                 raise OutOfTime from error
-            why = f"the measuring process does not start: {error}" if hung else str(error)
-            if self.client.environment and not self.client.aborted:
-                raise DeviceLost(f"{self._last_loss}; {why}" if self._last_loss else why) from error
-            raise CannotMeasure(why) from error
+            raise self._losses.no_worker(error, was_up=bool(self.client.environment) and not self.client.aborted) from error
 
     def _ask(self, entry: Entry | None, operation: str, limit_s: float, expected_s: float = 0.0, **fields: Json) -> Answer:
         """Ask within the limit and the deadline; whatever ends the worker is laid at the door of `entry`."""
@@ -419,9 +402,3 @@ class Contest:
     def _tell(self, entry: Entry, baseline: Baseline) -> Result:
         self._told.add(entry.slot)
         return entry.measured(self._place(), baseline.beside(entry), self._anchors.to_json(len(entry.samples_us)))
-
-
-def contest_key(trial: Trial) -> str:
-    """Trials with equal keys can share a contest: the same problem, and the same policy but for energy."""
-    policy = replace(trial.policy, energy=False, energy_s=0.0)
-    return digest({"problem": trial.problem.key, "policy": policy.to_json(), "chip": trial.chip})

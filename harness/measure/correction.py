@@ -178,8 +178,11 @@ def _own(row: Result, anchor: str) -> _Level | None:
 
 
 def _alike(levels: dict[str, _Level]) -> dict[str, _Level]:
-    """Those that are not too far from their middle."""
-    middle = statistics.median(level.us for level in levels.values()) if levels else 0.0
+    """Those that are not too far from their middle. Of two, the middle lies half-way, and would let through what is far apart."""
+    times = [level.us for level in levels.values()]
+    if len(times) == 2 and max(times) >= MOST * min(times):
+        return {}
+    middle = statistics.median(times) if times else 0.0
     return {device: level for device, level in levels.items() if 1 / MOST < level.us / middle < MOST}
 
 

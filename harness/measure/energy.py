@@ -26,6 +26,10 @@ TRACE_POINTS = 200
 STATE_EVERY_S = 0.25  # clock, temperature and reasons need not be read at every poll
 # Without a calibration a sensor may see 25 ms of every 100 (as on an A100 or H100): 50 updates are 1.25 s of what was really sampled.
 LEAST_SAMPLED_S = 1.25
+# No sensor is known that averages over more than a second, and a counter that needs more steps than this for LEAST_SAMPLED_S (it would see
+# 1 ms of each) cannot be trusted with a kernel's energy: what a calibration's file says beyond them is held to them. Both are guesses.
+MOST_RAMP_S = 10.0
+MOST_UPDATES = 1250
 # Two blocks of five updates are the least for an interval; twice as many make it one that is worth having.
 LEAST_UPDATES = 20
 # A window ends at the latest after this many times its length: a counter that stands still must not hold up the run.
@@ -47,10 +51,11 @@ def guard_for(sensor_window_s: float | None, counter_period_s: float | None, cou
     The ramp lasts until two windows of the power reading have passed, and RAMP_S at least, for the board warms too. Of the counter so many
     updates are wanted that LEAST_SAMPLED_S was really seen: a counter that sees all of its period needs fewer than one that sees a part.
     """
-    ramp_s = max(RAMP_S, 2.0 * (sensor_window_s or 0.0) + (counter_period_s or 0.0))
+    ramp_s = min(max(RAMP_S, 2.0 * (sensor_window_s or 0.0) + (counter_period_s or 0.0)), MOST_RAMP_S)
     updates = MIN_UPDATES
     if counter_period_s and counter_window_s:
-        updates = max(LEAST_UPDATES, math.ceil(LEAST_SAMPLED_S / min(counter_period_s, counter_window_s)))
+        seen_s = max(min(counter_period_s, counter_window_s), LEAST_SAMPLED_S / MOST_UPDATES)
+        updates = max(LEAST_UPDATES, math.ceil(LEAST_SAMPLED_S / seen_s))
     return Guard(round(ramp_s, 3), updates, source)
 
 

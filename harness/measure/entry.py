@@ -13,7 +13,7 @@ from klab.harness.measure.session import Answer
 from klab.harness.measure.stats import FLOOR_ROUNDS, StoppingRule, counting, is_marked, paired_ratio, spread, throttled
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status
-from klab.kernels.contract import Json
+from klab.kernels.contract import Json, digest
 
 ENERGY_FIELDS = ("energy_j", "energy_ci_low_j", "energy_ci_high_j", "power_w", "idle_power_w", "energy_reason", "power_trace")
 
@@ -182,6 +182,12 @@ def beside(entry: Entry, baseline: Entry | None, contest_id: str, contestants: i
         ratio, low, high = paired_ratio(own, other, seed=entry.trial.policy.seed)
         found |= {"baseline_config": baseline.trial.config.to_json_full(), "ratio": ratio, "ratio_low": low, "ratio_high": high}
     return found
+
+
+def contest_key(trial: Trial) -> str:
+    """Trials with equal keys can share a contest: the same problem, and the same policy but for energy."""
+    policy = dataclasses.replace(trial.policy, energy=False, energy_s=0.0)
+    return digest({"problem": trial.problem.key, "policy": policy.to_json(), "chip": trial.chip})
 
 
 class Baseline:

@@ -70,7 +70,7 @@ class NvmlMeter:
             return None
         try:
             return question()
-        except self._nvml.NVMLError as error:
+        except Exception as error:  # noqa: BLE001  NVMLError, or an older binding without the function: no kernel is to blame for it
             self.trouble = f"NVML: {error}"
             self._lost = getattr(error, "value", None) in (
                 self._nvml.NVML_ERROR_UNINITIALIZED,

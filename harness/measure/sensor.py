@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -34,15 +34,21 @@ REGULAR_SHARE = 0.8
 OFF_BY = 0.25
 # A window must explain so much of the variance: below it the load was not seen, or the sensor is no moving average.
 LEAST_EXPLAINED = 0.8
+# With 5% of noise a moving average still explains 99%: what is explained by less is something else, and its interval is that of a likeness.
+WELL_EXPLAINED = 0.97
 WINDOWS_S = np.geomspace(0.004, 2.0, 90)
 LAGS_S = np.concatenate([np.arange(0.0, 0.12, 0.008), np.arange(0.12, 0.5, 0.02)])
 # How fast a board's power follows its load (regulators, clocks) is not what the sensor does, and looks much like a longer window.
-# Three rough ones, and which finer ones are looked at around each.
+# Rough ones, and which finer ones are looked at around each. From SLOWEST_RISE_S on, a rise cannot be told from a window.
 RISES_S = {
     0.0: np.array([0.0, 0.0007, 0.0014, 0.002, 0.003]),
     0.005: np.array([0.002, 0.003, 0.004, 0.005, 0.006, 0.007, 0.008, 0.009]),
     0.013: np.array([0.008, 0.0095, 0.011, 0.0125, 0.014, 0.016, 0.02, 0.025]),
+    0.035: np.array([0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08]),
 }
+SLOWEST_RISE_S = 0.05
+# Of a change between two polls that lie further apart than this many usual gaps (a busy host), the moment is not known.
+SHARP_GAPS = 2.0
 # The load is tabulated in such steps.
 STEP_S = 0.0005
 MOST_UPDATES = 400
@@ -50,7 +56,9 @@ BOOTSTRAPS = 200
 
 
 class Pulses(Protocol):
-    """A load that can be switched. `feed` keeps the device busy for the next milliseconds; without it the device falls idle."""
+    """A load that can be switched. `feed` keeps the device busy for about `ahead_s` seconds; without it the device falls idle."""
+
+    ahead_s: float
 
     def feed(self) -> None:
         """Queue more where little is left; never waits."""
@@ -70,8 +78,17 @@ class Observed:
 
     @property
     def gap_s(self) -> float:
-        """Between two polls, on average."""
+        """Between two polls, usually: the median of those between which a reading changed."""
+        if self.changes:
+            return float(np.median([at - before for before, at, _ in self.changes]))
         return self.seconds / self.polls if self.polls else 0.0
+
+    @property
+    def sharp(self) -> Observed:
+        """Without the changes that fell into a pause of the polling: half-way between two polls is then far from when they were."""
+        # Long pauses catch more changes than short ones do: the lower quartile still is a usual gap where most changes fell into one.
+        widest = SHARP_GAPS * float(np.percentile([at - before for before, at, _ in self.changes] or [0.0], 25))
+        return replace(self, changes=tuple(change for change in self.changes if change[1] - change[0] <= widest))
 
     @property
     def at_s(self) -> Floats:
@@ -150,15 +167,26 @@ def record(
         if left > 0:
             sleep(left)
 
+    def ended(fed: float, still: float, now: float) -> float:
+        """Between two polls, of which the middle errs to neither side; but not long after it was fed."""
+        return min((still + now) / 2, max(fed + load.ahead_s, still))
+
     for turn, length in enumerate(lengths):
         begun = clock() - started
         if turn % 2:
-            while clock() - started - begun < length:
+            until, fed = begun + length, None
+            while (now := clock() - started) < until:
+                if fed is not None and load.idle():  # this process was held up, and the load ran dry meanwhile
+                    busy.append((begun, ended(fed, fed, now)))
+                    begun = now
                 load.feed()
+                fed = clock() - started
                 poll()
+            still = fed = begun if fed is None else fed
             while not load.idle():
+                still = clock() - started
                 poll()
-            busy.append((begun, clock() - started))
+            busy.append((begun, ended(fed, still, clock() - started)))
         else:
             while clock() - started - begun < length:
                 poll()
@@ -184,6 +212,7 @@ def update_period(seen: Observed) -> Figure:
     """Milliseconds between updates, or why they cannot be told."""
     if seen.trouble:
         return Figure.missing(seen.trouble)
+    seen = seen.sharp
     if len(seen.changes) < LEAST_CHANGES:
         return Figure.missing(f"the reading changed {len(seen.changes)} times in {seen.seconds:.0f} s, and {LEAST_CHANGES} are needed")
     between = np.diff(seen.at_s)
@@ -208,6 +237,7 @@ def update_period(seen: Observed) -> Figure:
 
 def averaging_window(seen: Observed, busy: Sequence[tuple[float, float]], *, seed: int = 0) -> Figure:
     """Milliseconds over which one reading of a power sensor is averaged, or why they cannot be told."""
+    seen = seen.sharp
     if seen.trouble or len(seen.changes) < LEAST_CHANGES:
         return update_period(seen)
     return _window(seen.at_s, seen.readings, busy, resolution_s=2 * seen.gap_s, seed=seed)
@@ -217,11 +247,13 @@ def counter_window(seen: Observed, busy: Sequence[tuple[float, float]], period: 
     """The same for an energy counter: the window whose power one step of the counter holds. Shorter than the period, the counter sees a
     part of the time only.
     """
+    seen = seen.sharp
     if seen.trouble or len(seen.changes) < LEAST_CHANGES or period.value is None:
         return Figure.missing(period.reason or seen.trouble)
     at, joules = seen.at_s, seen.readings
     between = np.diff(at)
-    single = np.abs(between * 1e3 / period.value - 1.0) <= OFF_BY
+    # A counter that starts again from nothing (a wrap, a reloaded driver) makes one step that is none.
+    single = (np.abs(between * 1e3 / period.value - 1.0) <= OFF_BY) & (np.diff(joules) >= 0)
     if single.sum() < LEAST_CHANGES:
         return Figure.missing("its steps are too irregular")
     watts = np.diff(joules)[single] / (period.value / 1e3)
@@ -236,10 +268,12 @@ def _window(at_s: Floats, watts: Floats, busy: Sequence[tuple[float, float]], *,
     load = _Load(busy, float(at_s[-1]))
     ones = np.ones((len(at_s), 1))
     rough = _grid(WINDOWS_S, LAGS_S, np.array(list(RISES_S)))
-    best = int(_unexplained(load.shares(at_s, *rough), watts, ones)[:, 0].argmin())
-    window, lag, rise = (float(values[best]) for values in rough)
-    lags = np.unique(np.maximum(lag + np.linspace(-0.016, 0.016, 9), 0.0))
-    near = _grid(window * np.geomspace(1 / 1.5, 1.5, 41), lags, RISES_S[rise])
+    left = _unexplained(load.shares(at_s, *rough), watts, ones)[:, 0]
+    # The nearest of each rough rise, and the two best of them looked at more finely and together: a slow rise and a long window are much
+    # alike, and the interval must know of both.
+    firsts = [int(np.where(rough[2] == rise, left, np.inf).argmin()) for rise in RISES_S]
+    fine = [_near(*(float(values[i]) for values in rough)) for i in sorted(firsts, key=lambda i: left[i])[:2]]
+    near = [np.concatenate(values) for values in zip(*fine, strict=True)]
     shares = load.shares(at_s, *near)
     left = _unexplained(shares, watts, ones)[:, 0]
     window, lag, rise = (float(values[left.argmin()]) for values in near)
@@ -256,17 +290,28 @@ def _window(at_s: Floats, watts: Floats, busy: Sequence[tuple[float, float]], *,
     # The bootstrap's picks lie on a grid: half a step on either side belongs to them.
     step = 1.5 ** (1 / 20)
     low, high = float(np.percentile(picks, tail)) / step**0.5, float(np.percentile(picks, 100.0 - tail)) * step**0.5
-    low, high = min(low, window), max(high, window)
+    # The load's edges are known to half a gap between two polls, and all alike: no bootstrap shows that.
+    low, high = max(min(low, window) - resolution_s / 4, 0.0), max(high, window) + resolution_s / 4
     note = (
         f"{len(at_s)} readings, {len(busy)} pulses; explains {explained:.1%} of the variance; ends {1e3 * lag:.0f} ms before it shows"
         + (f"; the power follows the load within {1e3 * rise:.0f} ms" if rise else "")
+        + ("; no plain average fits (a filter, or a board that is slow itself): the nearest one" if explained < WELL_EXPLAINED else "")
     )
     if window <= resolution_s or window <= WINDOWS_S[0] * step:
         most_ms = 1e3 * max(high, resolution_s)
         return Figure(None, 0.0, most_ms, f"shorter than can be told here: {most_ms:.0f} ms at most", note)
+    if rise >= SLOWEST_RISE_S and window < 4 * rise:
+        reason = f"the board's power follows its load too slowly (more than {1e3 * SLOWEST_RISE_S:.0f} ms) to tell its rise from the window"
+        return Figure(None, 0.0, 1e3 * (high + 2 * rise), f"{reason}: {1e3 * (high + 2 * rise):.0f} ms at most", note)
     if window >= WINDOWS_S[-1] / step:
         return Figure(None, 1e3 * low, None, f"longer than can be told here: {1e3 * low:.0f} ms at least", note)
     return Figure(1e3 * window, 1e3 * low, 1e3 * high, note=note)
+
+
+def _near(window: float, lag: float, rise: float) -> tuple[Floats, Floats, Floats]:
+    """The finer hypotheses around a rough one."""
+    lags = np.unique(np.maximum(lag + np.linspace(-0.016, 0.016, 9), 0.0))
+    return _grid(window * np.geomspace(1 / 1.5, 1.5, 41), lags, RISES_S[rise])
 
 
 def _grid(windows: Floats, lags: Floats, rises: Floats) -> tuple[Floats, Floats, Floats]:

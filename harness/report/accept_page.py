@@ -68,7 +68,8 @@ def _grade(grade: str) -> Markup:
 
 # Under which title the figures of a device stand: (title, name of the check).
 _COLUMNS = (
-    ("matmul TFLOP/s", "sustained matmul"), ("copy GB/s", "copy bandwidth"), ("slope", "steadiness"), ("noise", "noise of the matmul"),
+    ("matmul TFLOP/s", "sustained matmul"), ("copy GB/s", "copy bandwidth"), ("slope", "steadiness"), ("dip", "slowest half minute"),
+    ("noise", "noise of the matmul"),
     ("clock MHz", "clock under load"), ("power W", "power under load"), ("GPU C", "temperature"), ("memory C", "memory temperature"),
     ("wrong results", "right results"), ("ECC errors", "uncorrected errors"), ("remapped rows", "remapped rows"),
 )  # fmt: skip
@@ -84,10 +85,11 @@ def _device_cells(found: Acceptance) -> tuple[list[str], list[list[Check | None]
 def _devices(found: Acceptance) -> Markup:
     """One line per device, with the grade of each figure."""
     columns, rows = _device_cells(found)
-    lines = []
+    lines: list[list[object]] = []
     for device, checks in zip(found.devices, rows, strict=True):
         bus = str(device.before.get("pci_bus_id") or "")
-        name = [el("b", str(device.index)), el("small", f"{device.id} {bus}".strip())]
+        dot = el("span", " \u25cf", style=f"color: {_HUES[len(lines) % len(_HUES)]}") if len(found.devices) > 1 else None
+        name = [el("b", str(device.index)), dot, el("small", f"{device.id} {bus}".strip())]
         lines.append([name, *(check and el("span", _short(check), class_=_MARK[Grade(check.grade)]) for check in checks)])
     return el("section", el("h2", "Devices"), table(("device", *columns), lines, numbers=columns))
 
@@ -114,7 +116,8 @@ def _charts(found: Acceptance) -> Markup | None:
             drawn.append(el("figure", el("figcaption", f"{title} ({unit})"), chart(lines)))
     if not drawn:
         return None
-    return el("section", el("h2", "Under load"), el("div", drawn, class_="charts"))
+    note = el("p", "The dot of a device in the table has the colour of its line.", class_="note") if len(found.devices) > 1 else None
+    return el("section", el("h2", "Under load"), note, el("div", drawn, class_="charts"))
 
 
 def _line(device: Device, name: str) -> list[tuple[float, float]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from klab.harness.store.result import Result
+from klab.harness.store.result import Result, Status
 from klab.harness.store.schema import identity, parse
-from klab.kernels.contract import Json
+from klab.kernels.contract import Json, digest
 from klab.kernels.errors import UsageError
 
 ROWS = "klab"
@@ -19,6 +20,8 @@ LABEL = "imported"
 
 # A row with its samples is about 20 KB, a suite some hundred rows: a file beyond this is no benchmark's.
 LARGEST_BYTES = 512 << 20
+
+_TRIAL = ("kernel", "source_digest", "operator", "problem", "config", "chip", "policy")
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ def is_benchmark_json(path: Path) -> bool:
     if not path.is_file() or path.stat().st_size > LARGEST_BYTES:
         return False
     with path.open("rb") as file:
-        # Of its five keys the first two are these; a table of tuned configurations has neither.
-        if b'"machine_info"' not in file.read(4096):
+        # Its first key, as it is written or sorted by name; a table of tuned configurations has neither.
+        start = file.read(4096)
+        if b'"machine_info"' not in start and b'"benchmarks"' not in start:
             return False
     data = _read(path)
     return isinstance(data, dict) and isinstance(data.get("benchmarks"), list)
@@ -65,10 +69,10 @@ def read_benchmarks(path: Path) -> Benchmarks:
             foreign += 1
             continue
         try:
-            rows = [parse(row) for row in own]
+            rows = [_parsed(row) for row in own]
             _check(bench, rows)
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            left_out[name] = str(error)[:200]
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            left_out[name] = f"its form is another ({type(error).__name__})" if type(error) is not ValueError else str(error)[:200]
             continue
         found += [_labelled(row, label | {"test": name}) for row in rows]
     failed, why = _failed(data)
@@ -85,9 +89,9 @@ def read_benchmarks(path: Path) -> Benchmarks:
 
 
 def new_rows(rows: Iterable[Result], known: Iterable[Result]) -> list[Result]:
-    """Those rows that the store does not have yet, labelled or not."""
+    """Those rows that the store does not have yet, labelled or not; each once."""
     seen = {identity(row) for row in known}
-    return [row for row in rows if identity(row) not in seen]
+    return list({identity(row): row for row in rows if identity(row) not in seen}.values())
 
 
 def _read(path: Path) -> Json:
@@ -111,24 +115,49 @@ def _failed(data: dict[str, Json]) -> tuple[list[Result], dict[str, str]]:
     own = data.get(ROWS)
     rows = own.get("failed") if isinstance(own, dict) else None
     found: list[Result] = []
-    for number, row in enumerate(rows if isinstance(rows, list) else []):
+    why: dict[str, str] = {}
+    for number, given in enumerate(rows if isinstance(rows, list) else []):
         try:
-            found.append(parse(row))
+            row = _parsed(given)
+            if row.status is Status.OK and _rounds(row):
+                raise ValueError("it did not fail: a row with a time belongs to a benchmark")
+            found.append(row)
         except (ValueError, TypeError, RecursionError) as error:
-            return found, {f"failed {number}": str(error)[:200]}
-    return found, {}
+            why[f"failed {number}"] = str(error)[:200]
+    return found, why
+
+
+def _parsed(given: Json) -> Result:
+    """A row whose key is that of the trial it tells of: under another's it would keep that from being measured here."""
+    row = parse(given)
+    trial: dict[str, Json] = {name: getattr(row, name) for name in _TRIAL}
+    if row.key != digest(trial):
+        raise ValueError("its key is not that of its kernel, problem, configuration and policy")
+    return row
 
 
 def _check(bench: dict[str, Json], rows: list[Result]) -> None:
-    """The benchmark's own statistics must be those of its first row, whose counting rounds it played back."""
+    """The benchmark's own statistics must be those of its first row, whose counting rounds it played back; the others are of its trial."""
     stats, row = bench["stats"], rows[0]
-    marked = row.marked if len(row.marked) == len(row.samples_us) else (0,) * len(row.samples_us)
-    rounds = [us for us, mark in zip(row.samples_us, marked, strict=True) if not mark]
+    rounds = _rounds(row)
+    if not rounds or row.median_us is None:
+        raise ValueError("its row has no time")
     if stats["rounds"] != len(rounds):
-        raise ValueError(f"its {stats['rounds']} rounds are not the {len(rounds)} of its row")
-    for name, us in (("min", min(rounds)), ("max", max(rounds)), ("mean", math.fsum(rounds) / len(rounds))):
+        raise ValueError(f"its {str(stats['rounds'])[:20]} rounds are not the {len(rounds)} of its row")
+    mine = {"min": min(rounds), "max": max(rounds), "mean": math.fsum(rounds) / len(rounds), "median": statistics.median(rounds)}
+    for name, us in mine.items():
         if not math.isclose(stats[name] * 1e6, us, rel_tol=1e-6):
             raise ValueError(f"its {name} of {stats[name] * 1e6:.6g} us is not that of its row, {us:.6g} us")
+    if not math.isclose(row.median_us, mine["median"], rel_tol=1e-6):
+        raise ValueError(f"its row's median of {row.median_us:.6g} us is not that of its rounds, {mine['median']:.6g} us")
+    if any((r.kernel, r.problem_key, r.config) != (row.kernel, row.problem_key, row.config) for r in rows):
+        raise ValueError("its rows are of several kernels or problems")
+
+
+def _rounds(row: Result) -> list[float]:
+    """The rounds that count, in microseconds."""
+    marked = row.marked if len(row.marked) == len(row.samples_us) else (0,) * len(row.samples_us)
+    return [us for us, mark in zip(row.samples_us, marked, strict=True) if not mark]
 
 
 def _labelled(row: Result, label: dict[str, str]) -> Result:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import threading
 import time
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from types import FrameType
 from typing import Any
 
 from klab.harness.store.read import SUFFIXES
@@ -34,6 +36,10 @@ IN_MEMORY_BYTES = 64 << 20
 QUIET_S = 600.0
 
 AT_ONCE = 64
+
+# While many files are downloaded: what a kill may cost to be compared anew.
+SAVE_EVERY_S = 5.0
+S3 = ("s3", "s3a")
 PROBE = ".klab-probe"
 FILE_SUFFIXES = (*SUFFIXES, ".json", ".json.gz", ".html", ".xml", ".md", ".toml", ".csv", ".txt", ".png", ".svg")
 
@@ -69,6 +75,7 @@ class Mirror:
         self.trouble = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._handled = False
 
     def pull(self) -> None:
         """Make the mirror what the store has, but for what was not uploaded yet. CannotMeasure when the store does not answer."""
@@ -81,10 +88,13 @@ class Mirror:
                 here = entry is None or local != entry[:2]
                 if local is None or (there and (not here or self._differs(name, info, state))):
                     wanted.append(name)
+            saved = time.monotonic()
             for start in range(0, len(wanted), AT_ONCE):
                 self._download({name: listing[name] for name in wanted[start : start + AT_ONCE]}, state)
-                _save(self.folder, state)
-            for name in [name for name in state if name not in listing and name in self._own(state)]:
+                if time.monotonic() - saved > SAVE_EVERY_S:  # of 100,000 files it is 10 MB
+                    _save(self.folder, state)
+                    saved = time.monotonic()
+            for name in self._own(state) - listing.keys():
                 self._gone(name, state)
 
     def push(self) -> None:
@@ -108,8 +118,12 @@ class Mirror:
                 self.fs.rm_file(probe)
 
     def follow(self, every_s: float = UPLOAD_EVERY_S) -> None:
-        """Upload what is written from now on, in the background, until `close`. Trouble is kept for `close` and tried again."""
+        """Upload what is written from now on, in the background, until `close`. Trouble is kept for `close` and tried again.
+
+        From now on SIGTERM unwinds this process, so that whoever asked for the mirror can close it; a second one ends it at once.
+        """
         if self._thread is None:
+            self._handled = _unwind_on_sigterm()
             self._thread = threading.Thread(target=self._follow, args=(every_s,), name="klab-upload", daemon=True)
             self._thread.start()
 
@@ -120,6 +134,9 @@ class Mirror:
             self._thread.join()
             self._thread = None
         self._stop.clear()
+        if self._handled and signal.getsignal(signal.SIGTERM) is _unwind:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._handled = False
         try:
             if self.unsent():
                 self.push()
@@ -147,11 +164,14 @@ class Mirror:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "url").write_text(f"{self.url}\n")
             with (self.folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 for left in self.folder.glob("staging-*"):  # of a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
+                for part in self.folder.glob(".state-*"):
+                    part.unlink(missing_ok=True)
+                if not (self.folder / "url").exists():
+                    (self.folder / "url").write_text(f"{self.url}\n")
                 state = _load(self.folder)
                 try:
                     yield state
@@ -208,12 +228,17 @@ class Mirror:
             self.fs.get([self._key(name) for name in wanted], [str(part) for part in parts.values()])
             for name, part in parts.items():
                 target = self.files / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(part, target)
+                try:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(part, target)
+                except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                    self._note(f"{self.url}: {name} is left out: a file here is a folder there, or the other way round")
+                    continue
                 local = self._local(name)
                 assert local is not None
-                # An object that grew since it was listed is downloaded again next time.
-                state[name] = (*local, _token(wanted[name]))
+                # An object that changed since it was listed, or a transfer that was cut short, is downloaded again next time.
+                whole = local[0] == wanted[name].get("size", local[0])
+                state[name] = (*local, _token(wanted[name]) if whole else "")
                 self.moved.down += 1
                 self.moved.down_bytes += local[0]
         finally:
@@ -255,34 +280,43 @@ class Mirror:
         except FileNotFoundError:  # compacted and deleted meanwhile
             return
         try:
-            self._put(key, path, data, create=entry is None)
+            self._put(key, path, data, create=entry is None, instead_of=entry[2] if entry else "")
         except FileExistsError:
             info = self.fs.info(key)
             if self._differs(name, info, state) or state[name][0] != -1:
                 return
-            self._put(key, path, data, create=False)
+            self._put(key, path, data, create=False, instead_of=_token(info))
         state[name] = (seen.st_size, seen.st_mtime_ns, _token(self.fs.info(key)))
         self.moved.up += 1
         self.moved.up_bytes += seen.st_size
 
-    def _put(self, key: str, path: Path, data: bytes | None, *, create: bool) -> None:
-        """Write an object; with `create`, FileExistsError where there is one. Stores without that check are asked beforehand."""
+    def _put(self, key: str, path: Path, data: bytes | None, *, create: bool, instead_of: str) -> None:
+        """Write an object; FileExistsError with `create` where there is one, else where it is no longer `instead_of` (the store's token).
+        Stores without these checks are asked beforehand.
+        """
         if create and self.fs.exists(key):
             raise FileExistsError(key)
-        for mode in ("create", "overwrite") if create else ("overwrite",):
+        checks: list[dict[str, Any]] = [{"mode": "overwrite"}]
+        if create:
+            checks.insert(0, {"mode": "create"})
+        elif data is not None and self.url.scheme in S3:
+            checks.insert(0, {"mode": "overwrite", "IfMatch": instead_of})
+        for check in checks:
             try:
                 if data is None:
-                    self.fs.put_file(str(path), key, mode=mode)
+                    self.fs.put_file(str(path), key, **check)
                 else:
-                    self.fs.pipe_file(key, data, mode=mode)
+                    self.fs.pipe_file(key, data, **check)
                 return
             except (NotImplementedError, OSError) as error:
-                if mode == "overwrite" or not _unknown(error):
+                if "IfMatch" in check and _code(error) in ("PreconditionFailed", "412", "ConditionalRequestConflict"):
+                    raise FileExistsError(key) from None
+                if check is checks[-1] or not _unknown(error):
                     raise
 
-    def _own(self, state: dict[str, _Entry]) -> list[str]:
+    def _own(self, state: dict[str, _Entry]) -> set[str]:
         """The names that the URL stands for: of a file's URL that file alone, without what stands beside it."""
-        return [self.url.name] if self.single else list(state)
+        return state.keys() & {self.url.name} if self.single else set(state)
 
     def _gone(self, name: str, state: dict[str, _Entry]) -> None:
         """What vanished from the store: a copy that was in sync is moved aside; one that changed here since is uploaded as a new one."""
@@ -301,10 +335,28 @@ class Mirror:
             self.moved.notes.append(text)
 
 
+def _unwind_on_sigterm() -> bool:
+    """A node that is taken back gets SIGTERM and some seconds, enough for the last rows. A handler that somebody else has set stays."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+    signal.signal(signal.SIGTERM, _unwind)
+    return True
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
 def _unknown(error: Exception) -> bool:
-    """Does the store not know exclusive creation?"""
+    """Does the store not know this check?"""
+    return isinstance(error, NotImplementedError) or _code(error) == "NotImplemented"
+
+
+def _code(error: Exception) -> str:
+    """What an S3 service called it."""
     response = getattr(error.__cause__, "response", None) or {}
-    return isinstance(error, NotImplementedError) or response.get("Error", {}).get("Code") == "NotImplemented"
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _other_name(name: str, content: bytes) -> str:

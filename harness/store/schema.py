@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 
@@ -118,6 +119,10 @@ def _typed(name: str, kind: str, value: Json) -> Json:
     expected: type = {"str": str, "Status": str, "bool": bool, "Mapping[str, Json]": dict}[kind]
     if not isinstance(value, expected):
         raise ValueError(f"{name} is not {'a JSON object' if expected is dict else 'text' if expected is str else 'true or false'}")
+    # Half of a surrogate pair: JSON can spell it, and no terminal, page or database takes it.
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{name} is not text")
     return value
 
 

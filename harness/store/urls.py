@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ NO_ACCOUNT = ("s3", "s3a", "gs", "gcs")
 
 # A bucket that does not answer is an error within about half a minute, not after botocore's five tries of 60 s each.
 S3_OPTIONS = {"config_kwargs": {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}}}
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 CREDENTIALS = "credentials come from the usual places: the environment, the profile of the cloud's own tools, or the machine's role"
 
@@ -85,7 +88,9 @@ class Url:
 
 
 class Asking:
-    """Within the block, whatever the file system raises becomes CannotMeasure with one line; `doing` says what was asked for."""
+    """Within the block, whatever the file system raises becomes CannotMeasure with one line; `doing` says what was asked for. That a disk
+    of this machine is full is not the store's fault and stays an OSError.
+    """
 
     def __init__(self, url: Url, doing: str) -> None:
         self.url, self.doing = url, doing
@@ -94,7 +99,8 @@ class Asking:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, CannotMeasure | UsageError):
+        own = isinstance(error, CannotMeasure | UsageError) or (isinstance(error, OSError) and error.errno in FULL)
+        if isinstance(error, Exception) and not own:
             raise CannotMeasure(f"cannot {self.doing} {self.url}: {reason(error)}") from None
 
 

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from klab.harness.fleet.estimate import trial_estimate_s
 from klab.harness.fleet.local import Fleet
 from klab.harness.fleet.open import AnyFleet
-from klab.harness.measure.contest import GROUP_SLOTS, contest_key
+from klab.harness.measure.contest import GROUP_SLOTS
+from klab.harness.measure.entry import contest_key
 from klab.harness.measure.stats import FLOOR_ROUNDS
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.result import Result, Status

@@ -329,6 +329,9 @@ def judge(run: _Run, reference: Reference, rule: NodeRule, expected_gpus: int | 
         whole.on("identity").holds("chip", kind_of(run.chip) == reference.name, run.chip.title, reference.name, label="chip",
                                    reason="another chip", remedy="name the right one with --reference")  # fmt: skip
     accept_load.between(whole, run.devices, rule)
+    strays = [event["xid"] for event in run.xids if event["device"] == -1]
+    if strays:
+        accept_settings.xids(whole, strays, "")
     found = list(whole.found)
     for device in run.devices:
         add = Checks(device.index)
@@ -354,7 +357,7 @@ def _driver_checks(add: Checks, run: _Run, device: Device, reference: Reference,
     accept_settings.settings(add, device.before, run.chip, reference)
     accept_settings.memory_health(add, device.before, after)
     accept_settings.links(add, device.before, after, counted(device.trace), reference, alone=len(run.devices) == 1)
-    mine = [event["xid"] for event in run.xids if event["device"] in (device.index, -1)]
+    mine = [event["xid"] for event in run.xids if event["device"] == device.index]
     accept_settings.xids(add, mine, run.xid_trouble or run.deaf.get(device.index, ""))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -16,6 +16,8 @@ from klab.harness.watch.series import Metric, Point
 DURATIONS_US = (50.0, 200.0, 1000.0)
 # With so many devices in its nights, the noise of a series holds what devices differ by.
 DEVICES_IN_NOISE = 3
+# The median of so many nights says what an anchor takes, to half a night's deviation.
+FEWEST_ANCHORS = 3
 # Nights of different epochs are so far apart that no difference is taken between them (levels.slow_share reaches over 20).
 GAP = (math.nan,) * 20
 
@@ -58,11 +60,12 @@ class Basis:
 
     @property
     def per_look(self) -> list[float]:
-        """The logarithm of each look's median. Looks had as many processes each, or nearly (some may have failed)."""
-        values = values_of(self.point, self.anchored)
-        looks = max(1, min(self.point.looks, len(values)))
-        edges = [round(len(values) * n / looks) for n in range(looks + 1)]
-        return [log for a, b in pairwise(edges) if math.isfinite(log := log_of(values[a:b]))]
+        """The logarithm of each look's median tonight."""
+        return looks_of(self.point, self.anchored)
+
+    def lowest_looks(self, looks: int) -> list[float]:
+        """Of each night of `level` that was looked at so often, the logarithm of its lowest look; NaN for the others."""
+        return [min(looks_of(p, self.anchored), default=math.nan) if p.looks >= looks else math.nan for p in self.kept]
 
 
 def find_basis(point: Point, earlier: Sequence[Point], rule: Rule, since: int | None, metric: str) -> Basis:
@@ -74,7 +77,7 @@ def find_basis(point: Point, earlier: Sequence[Point], rule: Rule, since: int | 
     shared = [p for p in level if p.anchor == point.anchor and math.isfinite(log_of(p.anchored))]
     anchored = math.isfinite(log_of(point.anchored)) and len(shared) >= min(least, len(level))
     if anchored:
-        level = shared
+        level = shared if len(shared) == len(level) else _beside(point.anchor, level)
     same = [p for p in level if p.device_uuid == point.device_uuid]
     pooled = len(same) < min(least, len(level))
     spread = 0.0
@@ -123,6 +126,28 @@ def find_basis(point: Point, earlier: Sequence[Point], rule: Rule, since: int | 
     )
 
 
+def _beside(anchor: str, level: Sequence[Point]) -> list[Point]:
+    """The nights of this anchor, and those of others as if this one had been beside them; those that have none are left out.
+
+    By what the usual times of the two differ by on that device. Else a change of the anchor would make a standing regression the new level.
+    """
+    times: dict[tuple[str, str], list[float]] = {}
+    for p in level:
+        if math.isfinite(time := log_of(p.values) - log_of(p.anchored)):
+            times.setdefault((p.device_uuid, p.anchor), []).append(time)
+    found = []
+    for p in level:
+        here, there = times.get((p.device_uuid, anchor), ()), times.get((p.device_uuid, p.anchor), ())
+        if not math.isfinite(log_of(p.anchored)):
+            continue
+        if p.anchor == anchor:
+            found.append(p)
+        elif min(len(here), len(there)) >= FEWEST_ANCHORS:
+            factor = math.exp(middle(there) - middle(here))
+            found.append(replace(p, anchored=tuple(v * factor for v in p.anchored), anchor=anchor))
+    return found
+
+
 # Median over mean of the sample variance of so many normal values.
 _MEDIAN_OF_VARIANCE = {2: 0.455, 3: 0.693, 4: 0.789, 5: 0.839, 6: 0.870, 7: 0.891, 8: 0.907, 9: 0.918}
 
@@ -130,6 +155,19 @@ _MEDIAN_OF_VARIANCE = {2: 0.455, 3: 0.693, 4: 0.789, 5: 0.839, 6: 0.870, 7: 0.89
 def values_of(point: Point, anchored: bool) -> tuple[float, ...]:
     """What is compared over the nights."""
     return point.anchored if anchored else point.values
+
+
+def same_source(one: Point, other: Point) -> bool:
+    """Was the same kernel measured, from the same source, in the same configuration?"""
+    return (one.kernel, one.source_digest, dict(one.config)) == (other.kernel, other.source_digest, dict(other.config))
+
+
+def looks_of(point: Point, anchored: bool) -> list[float]:
+    """The logarithm of each look's median. Looks had as many processes each, or nearly (some may have failed)."""
+    values = values_of(point, anchored)
+    looks = max(1, min(point.looks, len(values)))
+    edges = [round(len(values) * n / looks) for n in range(looks + 1)]
+    return [log for a, b in pairwise(edges) if math.isfinite(log := log_of(values[a:b]))]
 
 
 # Looks and simulated nights ask for the same points again and again.

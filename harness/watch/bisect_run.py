@@ -18,7 +18,7 @@ from klab.harness.store.remote import local_of
 from klab.harness.tune.job import new_run_id
 from klab.harness.watch.bisect import PATHS, Hunt, Mark, Step
 from klab.harness.watch.compare import FAILURES, Bench, Pair, chosen_pairs, laps_policy, pair_up, run_passes
-from klab.harness.watch.compare_rule import Answer, Found, Halfway, Question
+from klab.harness.watch.compare_rule import LOOKS, Answer, Found, Halfway, Question
 from klab.harness.watch.compare_run import Request, gentle, locked, measure_words
 from klab.harness.watch.comparison import shown
 from klab.harness.watch.history import History
@@ -128,7 +128,11 @@ def bisect(search: Search, said: Callable[[str], None] = lambda text: None) -> O
                 raise _Ended(lab.over)
             question = Question(request.margin) if broken else Halfway(request.margin, threshold=math.log(ends.ratio or 1.0) / 2)
             with trials.against(a, commit) as (b, pair):
-                found = lab.measure(a, b, pair, question, questions=questions, most=FAILURES if broken else request.processes)
+                found = lab.measure(a, b, pair, question, questions=questions, most=passes_to_trust(ends.replicates) if broken else 0)
+                failed = pair.failures.get("B")
+            if broken and failed:
+                # The good one never failed: once is enough here.
+                found = Found(Answer.BROKEN, replicates=found.replicates, reason=f"{failed[-1].status.value}: {failed[-1].reason}")
             if found.answer is Answer.CANNOT_TELL and lab.over:
                 raise _Ended(lab.over)
             return _step(commit, found, ends)
@@ -144,6 +148,13 @@ def bisect(search: Search, said: Callable[[str], None] = lambda text: None) -> O
     commits = hunt.answer()
     about = f"bad is {ends.answer.value}: {shown(ends) or ends.reason}{f'; {ended}' if ended else ''}"
     return Outcome(commits, about, hunt.log(() if ended else commits, [about]), ends, hunt.steps, ended)
+
+
+def passes_to_trust(worked: int) -> int:
+    """After how many passes without a failure a commit works, where the bad one failed FAILURES times and worked `worked` times: as many as
+    leave a commit that fails as often a chance of 5%.
+    """
+    return FAILURES if worked == 0 else math.ceil(math.log(0.05) / math.log(worked / (worked + FAILURES)))
 
 
 class _Ended(Exception):
@@ -183,7 +194,8 @@ class _Lab:
         """One comparison of two planned sides. CannotMeasure where it is not b alone that fails."""
         bench = Bench(self.device, self.chip, [a, b], new_run_id(), deadline=self.request.deadline, stop=self.stop)
         pair.question = question
-        run_passes(bench, [pair], most=most or self.request.processes, questions=questions)
+        # Whether it works at all is seen after all passes: that it is as fast is no reason to end before.
+        run_passes(bench, [pair], most=most or self.request.processes, looks=() if most else LOOKS, questions=questions)
         found = pair.question.found or Found(Answer.CANNOT_TELL, reason="nothing was measured")
         if found.answer is Answer.NOT_COMPARED:
             raise CannotMeasure(
@@ -281,6 +293,8 @@ class _Trials:
                 raise CannotMeasure(
                     next((f"{name}: {why}" for name, why in alone), f"it does not have {self.kernel or 'a choice'} for the problem")
                 )
+            if found[0].question.found is not None:
+                raise CannotMeasure(found[0].question.found.reason)
             yield b, found[0]
 
 

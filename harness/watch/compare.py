@@ -67,14 +67,28 @@ def pair_up(a: Planned, b: Planned) -> tuple[list[Pair], list[tuple[str, str]]]:
     """(each kernel of each problem that both sides have, what only one of them has and why it is not compared)."""
     here, there = ({(t.problem.key, t.kernel): t for t in planned.trials} for planned in (a, b))
     pairs = _named([Pair(_name(t), t.problem, (t, there[key])) for key, t in here.items() if key in there])
-    alone = [
-        (_name(t), f"only {p.side.name} has it")
-        for p, own, other in ((a, here, there), (b, there, here))
-        for k, t in own.items()
-        if k not in other
-    ]
+    alone: list[tuple[str, str]] = []
+    for own, other, ours, theirs in ((a, b, here, there), (b, a, there, here)):
+        for trial in (t for key, t in ours.items() if key not in theirs):
+            absent = _unavailable(trial.kernel, own, other)
+            reason = f"{other.side.name}'s file of it: {absent['reason']}" if absent else ""
+            if reason and own is a and not absent.get("install"):
+                pairs.append(_lost(_name(trial), trial, reason))
+            else:
+                alone.append((_name(trial), f"only {own.side.name} has it{f'; {reason}' if reason else ''}"))
     alone += [(f"{p.side.name}", reason) for p in (a, b) for reason in dict.fromkeys(p.not_understood)]
     return pairs, alone
+
+
+def _unavailable(kernel: str, here: Planned, there: Planned) -> dict[str, Json]:
+    """{"reason", "install"} of the file that has this kernel `here` and gives none `there`; empty where it is not there at all."""
+    return there.facts.get("unavailable", {}).get(here.facts.get("files", {}).get(kernel), {})  # type: ignore[no-any-return]
+
+
+def _lost(name: str, trial: SideTrial, reason: str) -> Pair:
+    """A kernel that A has and whose file does not load on B: broken, without a pass."""
+    gone = dataclasses.replace(trial, source_digest="", side="B")
+    return Pair(name, trial.problem, (trial, gone), Question(found=Found(Answer.BROKEN, reason=reason)))
 
 
 def _name(trial: SideTrial) -> str:
@@ -238,12 +252,13 @@ def _close_broken(pair: Pair) -> None:
     a, b = (pair.failures.get(trial.side, []) for trial in pair.trials)
     if max(len(a), len(b)) < FAILURES:
         return
-    if len(a) >= FAILURES:
-        both = len(b) >= FAILURES
-        said = f"fails on {'both sides' if both else 'A'}: {_ending(a[-1])}"
-        pair.question.found = Found(Answer.NOT_COMPARED, reason=said if both else f"{said}; B may mend it")
+    runs = len(pair.question.logs)
+    if a:
+        # A kernel that fails now and then does so on both sides: who was the first to do it twice is chance.
+        said = f"fails on {'both sides' if b else 'A'}: {_ending(a[-1])}"
+        pair.question.found = Found(Answer.NOT_COMPARED, replicates=runs, reason=said if b else f"{said}; B may mend it")
     else:
-        pair.question.found = Found(Answer.BROKEN, reason=_ending(b[-1]))
+        pair.question.found = Found(Answer.BROKEN, replicates=runs, reason=_ending(b[-1]))
 
 
 def _ending(row: Result) -> str:
@@ -254,9 +269,7 @@ def conclude(
     pairs: Sequence[Pair], alone: Sequence[tuple[str, str]], notes: Sequence[str] = (), passes: int = 0, stopped: str = ""
 ) -> Comparison:
     """The comparison from what the passes left."""
-    lines = [
-        Line(pair.name, pair.question.found or Found(Answer.CANNOT_TELL, reason="nothing was measured"), *_both(pair)) for pair in pairs
-    ]
+    lines = [Line(pair.name, _with_failures(pair), *_both(pair)) for pair in pairs]
     timed = [pair for pair in pairs if pair.passes]
     common = sorted(set.intersection(*(set(pair.passes) for pair in timed))) if timed else []
     margin = pairs[0].question.margin if pairs else MARGIN
@@ -265,6 +278,19 @@ def conclude(
     else:
         mean = together([[pair.passes[n] for pair in timed] for n in common], questions=len(pairs) + 1, margin=margin)
     return Comparison.of(lines, mean, margin=margin, alone=alone, notes=notes, passes=passes, stopped=stopped)
+
+
+def _with_failures(pair: Pair) -> Found:
+    """What was found; a pass that failed is said, and as good as A is only what did not fail where A never did."""
+    found = pair.question.found or Found(Answer.CANNOT_TELL, reason="nothing was measured")
+    if found.answer in (Answer.BROKEN, Answer.NOT_COMPARED) or not pair.failures:
+        return found
+    said = [f"failed in one pass on {name}: {_ending(rows[-1])}" for name, rows in sorted(pair.failures.items()) if rows]
+    only_b = pair.failures.get(pair.trials[1].side) and not pair.failures.get(pair.trials[0].side)
+    doubtful = only_b and found.answer in (Answer.SAME, Answer.FASTER)
+    return dataclasses.replace(
+        found, answer=Answer.CANNOT_TELL if doubtful else found.answer, reason="; ".join(filter(None, (found.reason, *said)))
+    )
 
 
 def _both(pair: Pair) -> list[dict[str, Json]]:

@@ -92,6 +92,7 @@ Side = dict[Contestant, dict[str, Held]]
 
 def _read(folder: Path, report: ReadReport, request: Request) -> Side:
     found: Side = defaultdict(lambda: defaultdict(Held))
+    code: dict[Contestant, str] = {}
     rows = sorted(iter_results(folder, report), key=lambda row: row.recorded_at)
     for row in rows:
         if row.kind != "measured" or not _asked(row, request):
@@ -100,9 +101,10 @@ def _read(folder: Path, report: ReadReport, request: Request) -> Side:
         one = Contestant(
             row.chip, row.problem_key, canonical_json([row.policy.get("l2", Policy().l2), Policy.from_json(row.policy).setting]), row.kernel
         )
+        if code.setdefault(one, row.source_digest) != row.source_digest:
+            code[one] = row.source_digest
+            found[one].clear()  # the kernel's code changed within this set: what it is now counts, in every configuration
         held = found[one][canonical_json(row.config)]
-        if held.rows and held.rows[-1].source_digest != row.source_digest:
-            held.rows.clear()  # the kernel's code changed within this set: what it is now counts
         if row.status is Status.OK and _value(row, request.metric) is not None:
             held.rows.append(row)
             held.failed = None

@@ -102,7 +102,15 @@ def compare_live(
         pairs, alone = wanted_pairs(planned, chip, request)
         notes = differences(planned[0].facts, planned[1].facts)
         if not pairs:
-            return Comparison(Answer.SAME, NOTHING_CHANGED, (), Found(Answer.SAME), request.margin, alone, notes)
+            return Comparison(
+                Answer.SAME,
+                NOTHING_CHANGED + (" but what only one side has" if alone else ""),
+                (),
+                Found(Answer.SAME),
+                request.margin,
+                alone,
+                notes,
+            )
         device = stack.enter_context(locked(chip, request.device))
         run_id = new_run_id()
         bench = Bench(device, chip, planned, run_id, kernel_dirs=folders, deadline=request.deadline, said=said, stop=stop)

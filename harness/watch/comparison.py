@@ -72,7 +72,7 @@ class Comparison:
             Answer.NOT_COMPARED: "B was not compared with A",
         }.get(self.answer, f"B is {self.answer.value}")
         mean = f"; geometric mean of {self.metric} B/A {shown(self.mean)}" if self.mean.ratio is not None else ""
-        return f"{said}: {self.why}{mean}"
+        return f"{said}: {self.why}{mean}{f'; {len(self.alone)} not compared' if self.alone else ''}"
 
     def to_json(self) -> Iterator[dict[str, Json]]:
         """One object per pair, then one for all."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from klab.harness.watch import levels as lv
-from klab.harness.watch.basis import Basis, find_basis, middle
+from klab.harness.watch.basis import Basis, find_basis, middle, same_source
 from klab.harness.watch.rule import Rule
 from klab.harness.watch.series import Point, Series
 
@@ -40,7 +40,8 @@ class Course:
     """A series as it is judged. `spans` is empty where there are too few nights: `nights` of those that it needs.
 
     looks: how far above the reference each look of tonight was. before: tonight over the last epoch's level. rows: how far above the
-    reference each earlier night was. All are logarithms.
+    reference each earlier night was. passing: up to here it may be one of those changes that are gone the next night
+    (0: it has a new source). All are logarithms.
     """
 
     basis: Basis
@@ -49,6 +50,7 @@ class Course:
     looks: tuple[float, ...] = ()
     before: float | None = None
     rows: tuple[float, ...] = ()
+    passing: float = 0.0
 
     @property
     def point(self) -> Point:
@@ -96,6 +98,8 @@ class _Field:
         self.excess = self._excess(rows, np.array([b.tonight for b in bases]), at.reference, np.fmax(self.floor, self.sigma))
         self.errors = {nights: self._error(nights) for nights in rule.spans}
         self.final = np.sqrt(self._tonight(all_looks=True) + self.error**2)
+        self.limit = np.fmax(self.floor, rule.multiples * self.room * self.final)
+        self.passing = self._passing(rows) * self.limit
 
     def _excess(self, rows: lv.Floats, tonight: lv.Floats, reference: lv.Floats, sigma: lv.Floats) -> dict[int, lv.Floats]:
         """By span, how far the mean of its nights is from the reference. The level must not rest on those very nights alone."""
@@ -110,6 +114,28 @@ class _Field:
             mean = np.clip(last, -cut, cut).mean(axis=1) if nights > 1 else last[:, 0]
             found[nights] = np.where(counts - (nights - 1) >= self.least, mean, np.nan)
         return found
+
+    def _passing(self, rows: lv.Floats) -> float:
+        """How many times its limit a change must be, to be more than what has come and gone here while no source changed; at least 1."""
+        last = np.column_stack([rows, [b.tonight for b in self.bases]])
+        lowest = lv.align([b.lowest_looks(self.rule.looks) for b in self.bases])
+        sure = lowest > (self.reference + self.rule.confirm * self.limit)[:, None]
+        shares = (last - self.reference[:, None]) / self.limit[:, None]
+        worst: dict[str, float] = {}
+        for row, column in zip(*lv.came_and_went(shares, sure), strict=True):
+            kept = self.bases[row].kept
+            index = column - rows.shape[1] + len(kept)
+            # One night is one, however many series it moved. What a commit brought and another took away is no noise.
+            night = kept[index].night or str(column - rows.shape[1])
+            if same_source(kept[index], kept[index - 1]):
+                worst[night] = max(worst.get(night, 1.0), float(shares[row, column]))
+        judged = np.maximum(np.isfinite(rows).sum(axis=1) - self.least, 0)
+        largest, excused = sorted(worst.values(), reverse=True), int(self.rule.passing * judged.max())
+        return largest[excused] if excused < len(largest) else 1.0
+
+    def _passes(self, row: int) -> float:
+        basis = self.bases[row]
+        return float(self.passing[row]) if basis.kept and same_source(basis.point, basis.kept[-1]) else 0.0
 
     def _tonight(self, *, all_looks: bool) -> lv.Floats:
         """The variance of tonight's value: that of an earlier night, but for tonight's number of processes."""
@@ -151,4 +177,4 @@ class _Field:
             return Course(basis, len(basis.level), before=before)
         level = float(self.reference[row])
         looks = tuple(v - level for v in basis.per_look)
-        return Course(basis, int(self.nights[row]), tuple(spans), looks, before, tuple(v - level for v in basis.level))
+        return Course(basis, int(self.nights[row]), tuple(spans), looks, before, tuple(v - level for v in basis.level), self._passes(row))

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,6 +101,8 @@ class History:
     def _read(self, path: Path) -> Night | None:
         try:
             seen = path.stat()
+            if not stat.S_ISREG(seen.st_mode):  # a pipe would be waited for
+                raise ValueError("is no regular file")
             if seen.st_size > LARGEST_BYTES:
                 raise ValueError(f"larger than {LARGEST_BYTES >> 20} MiB")
             version = (str(path), seen.st_mtime_ns, seen.st_size)

@@ -84,7 +84,7 @@ def too_noisy(verdicts: Iterable[Verdict], rule: Rule) -> list[Verdict]:
 def _judged(series: Series, course: Course, rule: Rule) -> Verdict:
     """The verdict on a series that has a value tonight."""
     if not course.spans:
-        young = any(p.epoch != course.point.epoch for p in course.basis.earlier)
+        young = reasons.new_epoch(course)
         ratio = None if course.before is None else math.exp(course.before)
         return Verdict(series, Call.UNKNOWN.value, reasons.young(course), course.point, ratio, nights=course.nights, new_epoch=young)
     tonight = next(s for s in course.spans if s.nights == 1)
@@ -105,8 +105,17 @@ def _judged(series: Series, course: Course, rule: Rule) -> Verdict:
     lasting = course.basis.anchored and any(s.nights >= LASTING and s.excess > s.limit for s in course.spans)
     if not in_cycles and not (sign > 0 and lasting):
         return _told(series, Call.SUSPECT, reasons.not_in_cycles(course, span), course, span, tonight)
+    if sign > 0 and _may_pass(course, tonight, agreed):
+        return _told(series, Call.SUSPECT, reasons.may_pass(course, span), course, span, tonight)
     call = Call.SLOWER if sign > 0 else Call.FASTER
     return _told(series, call, reasons.confirmed(course, span, agreed, in_cycles), course, span, tonight)
+
+
+def _may_pass(course: Course, tonight: Span, agreed: float) -> bool:
+    """Is this the first night of it, its source the same, and others that loud were gone the next night?"""
+    if not tonight.limit < tonight.excess <= course.passing or course.elevated(agreed):
+        return False
+    return all(s.excess - tonight.excess / s.nights <= s.limit for s in course.spans if s.nights > 1)
 
 
 def _bar(span: Span, final: bool) -> float:

@@ -167,6 +167,17 @@ def room(known: Counts) -> Floats:
     return 1.0 + YOUNG / np.maximum(known, 1)
 
 
+def came_and_went(shares: Floats, sure: NDArray[np.bool_]) -> tuple[Counts, Counts]:
+    """Rows and columns of the nights beyond the limit with neighbours that were not half as far.
+
+    shares: how far each night was above the reference, over the limit; the last column is tonight. sure: of which earlier nights all looks
+    agreed.
+    """
+    here, beside = shares[:, 1:-1], np.fmax(shares[:, :-2], shares[:, 2:])
+    rows, columns = np.nonzero(sure[:, 1:] & (here > 1.0) & (beside < here / 2))
+    return rows, columns + 1
+
+
 def slow_share(matrix: Floats, own: Floats, nights: int) -> float:
     """The share of the variance of one night that does not average out over so many: what is alike on nights in a row, by all series.
 

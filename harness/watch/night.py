@@ -121,7 +121,8 @@ def estimate_night_s(policy: NightPolicy, chip: Chip, found: Watched) -> float:
     held = [_metered(one.trials[:1], Metric.ENERGY) for one in found.tracked if Metric.ENERGY in one.metrics]
     energies = {t.key: t for trials in held for t in trials}
     measure = policy.measure
-    passes = measure.processes * estimate_s(times.values(), chip) + measure.energy_processes * estimate_s(energies.values(), chip)
+    timing, energy = (estimate_s(trials.values(), chip, anchors=measure.anchors) for trials in (times, energies))
+    passes = measure.processes * timing + measure.energy_processes * energy
     return passes - COMPILE_S[chip.kind] * ((measure.processes - 1) * len(times) + measure.energy_processes * len(energies))
 
 

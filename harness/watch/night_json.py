@@ -19,8 +19,9 @@ OF_VERDICT = ("name", "identity", "unit", "value", "judged_value", "fails")
 
 
 def night_json(night: Night, *, strict: bool = False) -> str:
-    """The text. `counts` by call, `fails`: does the night fail, and `outcome` as in every output; of a verdict: the series' `name` and `identity`, the median `value` in
-    `unit`, what was judged (`judged_value`), and whether it `fails` the night. What JSON cannot hold (an infinite error) is null.
+    """The text. `counts` by call, `fails`: does the night fail, and `outcome` as every output says it; of a verdict: the series' `name` and
+    `identity`, the median `value` in `unit`, what was judged (`judged_value`), and whether it `fails` the night. What JSON cannot hold (an
+    infinite error) is null.
     """
     said: dict[str, Any] = {"headline": headline(night), "counts": counts(night), "fails": outcome(night, strict) == "failed"}
     said["outcome"] = outcome(night, strict)

@@ -236,6 +236,10 @@ def grown(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, in
     return {name: int(b - a) for name, a, b in pairs if a is not None and b is not None}
 
 
+def _address(handle: Any) -> int:
+    return ctypes.cast(handle, ctypes.c_void_p).value or 0 if isinstance(handle, ctypes._Pointer) else id(handle)
+
+
 class XidWatch:
     """Collects the Xid errors that the driver reports between its making and `collect`; `trouble` says why it cannot."""
 
@@ -279,7 +283,12 @@ class XidWatch:
         return found
 
     def _index(self, handle: Any) -> int:
-        """Which of the devices an event is of; -1 where it cannot be told (NVML hands out pointers)."""
+        """Which of the devices an event is of; -1 where it cannot be told. NVML hands out the pointers that it knows a device by, also of
+        one that is lost and does not tell its UUID any more.
+        """
+        same = next((i for i, known in self._handles.items() if _address(known) == _address(handle)), None)
+        if same is not None:
+            return same
         try:
             uuid = self._library.nvmlDeviceGetUUID(handle)
             return next((i for i, known in self._handles.items() if self._library.nvmlDeviceGetUUID(known) == uuid), -1)

@@ -11,12 +11,17 @@ from klab.harness.watch.series import Point
 
 def young(course: Course) -> str:
     """Too few nights to judge by."""
-    if course.nights == 0 and not course.basis.earlier:
-        return "its first night"
-    if any(p.epoch != course.point.epoch for p in course.basis.earlier):
+    if not any(p.values for p in course.basis.earlier):
+        return "its first night" if not course.basis.earlier else "the first night with a value of it"
+    if new_epoch(course):
         told = "" if course.before is None else f"; {change(course.before)} against the epoch before"
         return f"night {course.nights + 1} of a new epoch (judged after {course.basis.least}){told}"
     return f"{course.nights} earlier nights of the {course.basis.least} that a judgement needs"
+
+
+def new_epoch(course: Course) -> bool:
+    """Was it measured in another epoch before? A night that did not reach it, or in which it failed, tells of none."""
+    return any(p.values and p.epoch != course.point.epoch for p in course.basis.earlier)
 
 
 def within(course: Course, tonight: Span, rule: Rule) -> str:
@@ -43,6 +48,11 @@ def suspect(course: Course, span: Span, rule: Rule) -> str:
 def not_in_cycles(course: Course, span: Span) -> str:
     """Time says so and cycles do not."""
     return f"{_beyond(course, span)}; in cycles {change(span.cycles or 0.0)}: the clock changed, not the kernel's work"
+
+
+def may_pass(course: Course, span: Span) -> str:
+    """Beyond the limit at every look, as other nights were that left nothing behind."""
+    return f"{_beyond(course, span)}; changes of up to {share(course.passing)} came and went here: slower if the next night agrees"
 
 
 def confirmed(course: Course, span: Span, bar: float, in_cycles: bool) -> str:

@@ -86,9 +86,9 @@ def find_reference(name: str, recorded: Sequence[Path] = ()) -> Reference:
     A chip that nobody has published or recorded anything of has an empty one. UsageError for a file that cannot be used.
     """
     path = Path(name).expanduser()
-    published = path if name.endswith(".toml") or path.is_file() else PROFILES / "acceptance" / f"{name}.toml"
+    chip = name.lower()
+    published = path if name.endswith(".toml") or path.is_file() else PROFILES / "acceptance" / f"{chip}.toml"
     expected: dict[str, Expectation] = {}
-    chip = name
     if published.is_file():
         chip, expected = read_published(published)
     elif published == path:
@@ -142,7 +142,7 @@ def read_recorded(folders: Iterable[Path], chip: str) -> tuple[list[RecordedDevi
             figures = {str(k): float(v) for k, v in found.figures.items() if k in MEASURES and math.isfinite(float(v))}
             if found.chip != chip:
                 raise ValueError(f"it is of a {found.chip}")
-        except (OSError, ValueError, TypeError, AttributeError, UsageError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError, UsageError) as error:
             notes.append(f"{path.name} is not used: {error}")
             continue
         if found.device not in newest or newest[found.device].at < found.at:

@@ -23,6 +23,8 @@ class Rule(Record):
     spans: the last so many nights together are held against the reference too: what is too small for one night shows in ten.
     peers: how many nights the noise of series of like duration counts for, beside a series' own nights.
     device_spread, device_spread_anchored: what two GPUs of one kind differ by, while this one has too few nights of its own.
+    passing: the share of nights that may bring a slow-down that is gone the next night though no source changed. Where the history has
+    more of such, what is no larger than they were, of a series with unchanged source, is suspect on its first night.
     too_noisy: a series that could not show so much tonight is counted as too noisy. blind: one that could not even show this is unknown.
     recent: a series that was measured in the last so many nights of the history is expected tonight.
     patience: after so many nights in a row without a value, whatever the excuse, a series is missing.
@@ -50,6 +52,8 @@ class Rule(Record):
     # GPUs of one node differ by more than 5% in time; over an anchor of the same lap by less (a guess until calibrated).
     device_spread: float = 0.05
     device_spread_anchored: float = 0.015
+    # What is aimed at. One night in 20 is what the limits allow anyway, so quiet machines hardly feel it (docs/night.md).
+    passing: float = 0.05
     too_noisy: float = 0.05
     blind: float = 0.25
     recent: int = 5
@@ -69,6 +73,7 @@ class Rule(Record):
             "confirm",
             "device_spread",
             "device_spread_anchored",
+            "passing",
             "too_noisy",
             "blind",
         ):

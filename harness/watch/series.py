@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any, Self
 
 from klab.harness.store.result import Status
@@ -155,9 +156,10 @@ class Verdict(Record):
     @classmethod
     def from_json(cls, data: Mapping[str, Json]) -> Self:
         """The inverse of `to_json`; UsageError for what is no verdict."""
-        inside: dict[str, Any] = {"series": Series.from_json(data.get("series") or {})}
+        inside: dict[str, Any] = {"series": Series(**_known(Series, data.get("series")))}
+        Metric(inside["series"].metric)
         if data.get("point") is not None:
-            inside["point"] = Point.from_json(data["point"])
+            inside["point"] = Point(**_known(Point, data["point"]))
         return cls(**{**_known(cls, data), "call": Call(data["call"]).value, **inside})
 
 
@@ -205,20 +207,48 @@ class Night(Record):
     def from_json(cls, data: Mapping[str, Json]) -> Self:
         """The inverse of `to_json`; UsageError for what is no night."""
         inside = {"verdicts": tuple(Verdict.from_json(v) for v in data.get("verdicts", ()))}
-        return cls(**{**_known(cls, data), **inside, "lapsed": tuple(Lapsed.from_json(one) for one in data.get("lapsed", ()))})
+        return cls(**{**_known(cls, data), **inside, "lapsed": tuple(Lapsed(**_known(Lapsed, one)) for one in data.get("lapsed", ()))})
 
     def points(self) -> dict[str, Point]:
         """Tonight's points by the identity of their series."""
         return {v.series.identity: v.point for v in self.verdicts if v.point is not None}
 
 
-def _known(cls: type, data: Mapping[str, Json]) -> dict[str, Any]:
-    """The fields of `data` as constructor arguments; UsageError for a foreign or missing one."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    if set(data) - names or needed - set(data):
-        raise UsageError(f"not a {cls.__name__}: unknown {sorted(set(data) - names)}, missing {sorted(needed - set(data))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+def _known(cls: type, data: Any) -> dict[str, Any]:
+    """The fields of `data` as constructor arguments; UsageError for a foreign or missing one, or a value of another kind.
+
+    A file of others is read here: what it claims must not end a night hours later.
+    """
+    if not isinstance(data, Mapping):
+        raise UsageError(f"not a {cls.__name__}: {str(data)[:40]!r}")
+    kinds, needed = _fields(cls)
+    if data.keys() - kinds.keys() or needed - data.keys():
+        raise UsageError(f"not a {cls.__name__}: unknown {sorted(data.keys() - kinds.keys())}, missing {sorted(needed - data.keys())}")
+    return {name: _value(cls, name, kinds[name], value) for name, value in data.items()}
+
+
+@cache
+def _fields(cls: type) -> tuple[dict[str, str], frozenset[str]]:
+    """The kinds of a class's fields by their names, and which of them must be given."""
+    fields = dataclasses.fields(cls)
+    needed = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    return {f.name: str(f.type) for f in fields}, frozenset(needed)
+
+
+def _value(cls: type, name: str, kind: str, value: Any) -> Any:
+    if kind.startswith("tuple["):
+        inside = kind.removeprefix("tuple[").partition(",")[0]
+        if isinstance(value, list | tuple):
+            return tuple(math.nan if inside == "float" and one is None else _value(cls, name, inside, one) for one in value)
+    elif (value is None and kind.endswith(" | None")) or kind.removesuffix(" | None") not in _KINDS:
+        return value  # what is not in the list is a class of its own, which looks itself
+    elif isinstance(value, _KINDS[kind.removesuffix(" | None")]) and (kind == "bool" or not isinstance(value, bool)):
+        return value
+    raise UsageError(f"not a {cls.__name__}: {name} is {str(value)[:40]!r}")
+
+
+# How JSON may hold what a field has. An infinite number was written as null.
+_KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "bool": bool, "float": (int, float), "Mapping[str, Json]": Mapping}
 
 
 def _median(values: Sequence[float]) -> float | None:

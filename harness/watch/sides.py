@@ -55,13 +55,15 @@ class Given:
 
 def understand(said: str, repository: Callable[[], Repository]) -> Given:
     """What a word means: "KIND:..." says it; else what is there by that name. UsageError when nothing is, or two things are."""
+    if not said:
+        raise UsageError("a side is empty: write . for the checkout as it is")
     kind, colon, rest = said.partition(":")
     if colon and kind in set(Kind):
         return Given(Kind(kind), _settled(Kind(kind), rest, repository), said)
     path = Path(said)
     there = Kind.RESULTS if is_url(said) else _kind_of(path) if path.exists() else None
     commit = None
-    if there is None or (there is not Kind.ENVIRONMENT and not is_url(said)):
+    if not is_url(said):
         with contextlib.suppress(UsageError):
             commit = repository().resolve(said)
     if commit and there:

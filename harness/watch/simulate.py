@@ -58,12 +58,16 @@ class Noise(Record):
 
 @dataclass(frozen=True)
 class Change(Record):
-    """From night `at` on, the series with these indices take `size` more time (0.05: 5% slower; every=True: so much more each night)."""
+    """From night `at` on, the series with these indices take `size` more time (0.05: 5% slower; every=True: so much more each night).
+
+    source: whether their source changed that night too, as it does where a commit is the cause.
+    """
 
     at: int
     size: float
     series: tuple[int, ...]
     every: bool = False
+    source: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class World:
         anchor = "" if made["anchored"] is None else "matmul"
         return Point(
             taken("values"), taken("anchored"), taken("cycles"), anchor=anchor, looks=looks, kernel="made",
+            source_digest=str(made["source"][row]),
             device_uuid=f"GPU-{made['device']}", epoch=f"epoch {made['epoch']}", night=f"{night:05d}",
         )  # fmt: skip
 
@@ -138,7 +143,7 @@ class World:
         self._own = rho * self._own + np.sqrt(1.0 - rho * rho) * fresh
         device = int(rng.integers(noise.devices))
         level = np.log(self.durations_us) + noise.drift * night
-        epoch = 0
+        epoch, source = 0, np.zeros(count, dtype=np.int64)
         for change in self.changes:
             if night < change.at:
                 continue
@@ -146,6 +151,7 @@ class World:
                 epoch += 1
                 level += change.shift * np.random.default_rng((self.seed, 2, change.at)).normal(size=count)
             else:
+                source[list(change.series)] += change.source
                 level[list(change.series)] += np.log1p(change.size) * (night - change.at + 1 if change.every else 1)
         slow = np.where(rng.random(count) < noise.night_spikes, rng.uniform(noise.spike_least, noise.spike_most, count), 0.0)
         shape = (count, self.looks, self.processes)
@@ -162,7 +168,7 @@ class World:
         # The anchor takes 100 us; what it does not feel as this series does remains.
         anchored = value / (100.0 * np.exp(common + speed + anchor)) if noise.anchored else None
         cycles = value * (1.5e3 * np.exp(-common)) if noise.clock else None
-        return {"values": value, "anchored": anchored, "cycles": cycles, "device": device, "epoch": epoch}
+        return {"values": value, "anchored": anchored, "cycles": cycles, "device": device, "epoch": epoch, "source": source}
 
 
 def _draw(rng: np.random.Generator, shape: tuple[int, ...], tails: int) -> Floats:
@@ -217,13 +223,27 @@ SIZES = (0.05, 0.03)
 EVERY = 10
 
 
-def rates(noise: Noise, worlds: int, *, count: int = 200, rule: Rule | None = None, sizes: Sequence[float] = SIZES, seed: int = 0) -> Rates:
-    """Judge worlds in which nothing happens before night 30; from then on a tenth of the series takes longer by each of the `sizes`."""
+def rates(
+    noise: Noise,
+    worlds: int,
+    *,
+    count: int = 200,
+    rule: Rule | None = None,
+    sizes: Sequence[float] = SIZES,
+    seed: int = 0,
+    source: bool = False,
+) -> Rates:
+    """Judge worlds in which nothing happens before night 30; from then on a tenth of the series takes longer by each of the `sizes`.
+
+    source: with a new source, as after a commit.
+    """
     rule, found = rule or Rule(), Rates()
     first, third, changed = Counter[float](), Counter[float](), Counter[float]()
     for world in range(worlds):
         here = {size: set(range((world + n * EVERY // len(sizes)) % EVERY, count, EVERY)) for n, size in enumerate(sizes)}
-        made = World(count, noise, changes=[Change(STEP, size, tuple(which)) for size, which in here.items()], seed=seed + world)
+        made = World(
+            count, noise, changes=[Change(STEP, size, tuple(which), source=source) for size, which in here.items()], seed=seed + world
+        )
         seen: set[int] = set()
         for night, verdicts in watch(made, STEP + 3, rule, first=FIRST):
             if night < STEP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 from klab.harness.store import paths
 from klab.kernels.errors import CannotMeasure, UsageError
 
-# The process that made a temporary folder is in its name, so that the next one finds what a killed one left.
+# The process that made a temporary folder and its host are in its name, so that the next one finds what a killed one left, and leaves
+# alone what runs on another node (or in another container) from the same repository.
 PREFIX = "klab-sides-"
-_LEFT = re.compile(rf"{PREFIX}(\d+)-")
+_HOST = re.sub(r"\W", "_", platform.node()) or "here"
+_LEFT = re.compile(rf"{PREFIX}(\d+)-{_HOST}-")
 # What makes a folder a checkout of klab, at every commit that klab can compare.
 MARKS = ("kernels/contract.py", "harness/measure/worker.py")
 # Checking out a repository with large files over a network file system; git itself never gives up.
@@ -104,7 +107,7 @@ class Repository:
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder for worktrees, under $TMPDIR, that goes with the block."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")).resolve()
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-{_HOST}-")).resolve()
     try:
         yield folder
     finally:

@@ -37,6 +37,8 @@ class Board:
     grows: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     links_down: int = 0
+    # What the lines of the last 40 seconds under load say instead.
+    lines: dict[str, Any] = field(default_factory=dict)
 
     @property
     def uuid(self) -> str:
@@ -52,7 +54,7 @@ class FakeNvml:
     class NVMLError(Exception):
         value = 3
 
-    NVML_ERROR_UNINITIALIZED, NVML_ERROR_DRIVER_NOT_LOADED, NVML_ERROR_GPU_IS_LOST = 1, 9, 15
+    NVML_ERROR_UNINITIALIZED, NVML_ERROR_DRIVER_NOT_LOADED, NVML_ERROR_TIMEOUT, NVML_ERROR_GPU_IS_LOST = 1, 9, 10, 15
 
     def __init__(self, boards: list[Board], *, driver: str = "580.95.05", generation: int = 4) -> None:
         self.boards, self.driver, self.generation = boards, driver, generation
@@ -64,6 +66,11 @@ class FakeNvml:
             assert not any(verb in name for verb in ("Set", "Clear", "Reset", "Freeze")), f"{name} changes the machine"
             object.__getattribute__(self, "asked").append(name)
         return object.__getattribute__(self, name)
+
+    def error(self, text: str, value: int) -> Exception:
+        made = self.NVMLError(text)
+        made.value = value
+        return made
 
     def _known(self, value: Any) -> Any:
         if value is None:
@@ -229,7 +236,7 @@ class FakeNvml:
 
     def nvmlEventSetWait(self, events, timeout):
         if not self.pending:
-            raise self.NVMLError("Timeout")
+            raise self.error("Timeout", self.NVML_ERROR_TIMEOUT)
         board, xid = self.pending.pop(0)
         return SimpleNamespace(device=board, eventData=xid)
 
@@ -282,6 +289,7 @@ class FakeRunner:
                 {"at": float(second), "tflops": rate, "sm_clock_mhz": board.clock_mhz, "temperature_c": board.temperature_c,
                  "memory_temperature_c": board.memory_temperature_c, "margin_c": board.margin_c, "power_w": board.power_w,
                  "reasons": board.reasons, "pcie_generation": board.fact("pcie_generation", 5), "pcie_width": board.fact("pcie_width", 16)}
+                | (board.lines if second > self.seconds - 40 else {})
             )  # fmt: skip
         return Said([*lines, {"checked": int(self.seconds), "wrong": board.wrong}, {"done": True}])
 

@@ -11,6 +11,8 @@ class FakeBoard:
     follows the load. `step_w`: what the reading is rounded to.
     """
 
+    ahead_s = 0.008
+
     def __init__(
         self, *, period_s=0.1, window_s=0.025, phase_s=0.013, lag_s=0.0, counter_s=0.1, counter_window_s=None, idle_w=80.0, load_w=620.0,
         noise=0.01, step_w=0.001, rise_s=0.0, jitter=0.0, poll_s=0.0003, dies_at=float("inf"), seed=0,
@@ -32,7 +34,7 @@ class FakeBoard:
         self.now += seconds
 
     def feed(self):
-        end = self.now + 0.008
+        end = self.now + self.ahead_s
         if self.spans and self.spans[-1][1] >= self.now:
             self.spans[-1][1] = end
         else:

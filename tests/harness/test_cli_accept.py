@@ -67,6 +67,11 @@ def test_a_good_machine_ends_with_zero_and_leaves_a_page(klab, machine, tmp_path
     assert (read["outcome"], len(read["devices"])) == ("accepted", 2)
 
 
+def test_the_name_of_a_reference_may_be_in_capitals(klab, machine, tmp_path):
+    machine(Board(0))
+    assert klab("accept", "--chip", "h200", "--reference", "H200", "--results", tmp_path)[0] == 0
+
+
 def test_a_bad_machine_ends_with_one_and_says_why(klab, machine, tmp_path):
     machine(Board(0), Board(1, facts={"rows": (0, 0, 0, 1)}))
     code, out, err = klab("accept", "--chip", "h200", "--out", tmp_path / "report", "--results", tmp_path, "--record")
@@ -116,6 +121,7 @@ def test_recorded_devices_are_expected_of_the_next_machine(klab, machine, tmp_pa
         (["--minutes", "99999"], "no more than a day"),
         (["--gpus", "0"], "--gpus 0"),
         (["--reference", "nowhere.toml"], "no such file"),
+        (["--reference", "h2000"], "nothing is published or recorded"),
         (["--chip", "h300"], "unknown chip"),
     ],
 )
@@ -190,4 +196,4 @@ def test_rows_for_a_terminal():
     columns, rows = device_rows(found)
     assert len(columns) == len(rows[0])
     assert re.match(r"0 gpu-[0-9a-f]{8}", rows[0][0])
-    assert [row[:3] for row in finding_rows(found)] == [("warn", "1", "persistence")]
+    assert [row[:3] for row in finding_rows(found)] == [("warn", "1", "persistence"), ("not known", "machine", "devices")]

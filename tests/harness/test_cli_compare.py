@@ -4,6 +4,7 @@ The planted repositories measure with a clock of their own that counts the work 
 commits to an answer, on a machine that is as busy as it likes. The thorough test takes the real clock.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,12 +14,15 @@ import time
 import types
 
 import pytest
+from made_results import made
 from planted_repository import Planted, config, git
 
 from klab.harness.catalog.chips import find_chip
 from klab.harness.plan.trial import Policy
 from klab.harness.store.read import iter_results
+from klab.harness.store.result import Status
 from klab.harness.watch import compare
+from klab.harness.watch.compare_rule import Answer, Found
 from klab.harness.watch.compare_run import Request, compare_live, understood, wanted_pairs, write_out
 from klab.harness.watch.sides import AsWritten, Kind, Planned, Side, SideTrial
 from klab.harness.watch.worktree import PREFIX
@@ -107,6 +111,46 @@ def test_pairs_are_what_both_sides_have_and_the_rest_is_said():
         wanted_pairs([a, b], find_chip("cpu"), Request(kernels=("nothing",)))
     with pytest.raises(UsageError, match="nothing to compare"):
         wanted_pairs([a, b], find_chip("cpu"), Request(problems=("9x9",)))
+
+
+def test_a_kernel_whose_file_does_not_load_on_b_is_broken_and_not_just_absent():
+    a, b = planned("A", {"torn": ("1", {}), "gone": ("1", {}), "lacking": ("1", {}), "same": ("1", {})}), planned("B", {"same": ("1", {})})
+    a.facts["files"] = {f"copy/{name}": f"kernels/copy/{name}.py" for name in ("torn", "gone", "lacking", "same")}
+    b.facts["unavailable"] = {
+        "kernels/copy/torn.py": {"reason": "NameError: name 'x' is not defined", "install": None},
+        "kernels/copy/lacking.py": {"reason": "needs flashinfer", "install": "pip install flashinfer"},
+    }
+    for changed in (False, True):
+        pairs, alone = wanted_pairs([a, b], find_chip("cpu"), Request(changed=changed))
+        (torn,) = (pair for pair in pairs if not pair.question.open)
+        assert torn.name.endswith("torn") and not torn.same_code and torn.question.found.answer == "broken"
+        assert {name.split()[-1]: why for name, why in alone[:2]} == {
+            "gone": "only A has it", "lacking": "only A has it; B's file of it: needs flashinfer"
+        }  # fmt: skip
+        told = compare.conclude([torn], alone)
+        assert told.exit_code() == 1 and "NameError" in told.lines[0].found.reason and "not compared" in told.headline()
+    # The other way round B mends it: nothing is broken.
+    (one,), alone = compare.pair_up(dataclasses.replace(b, side=a.side), dataclasses.replace(a, side=b.side))
+    assert one.question.open and any("NameError" in why for _, why in alone)
+
+
+@pytest.mark.parametrize(
+    ("failing", "answer", "said"),
+    [
+        ("B", "same", "failed in one pass on B: incorrect: output 0"), ("BB", "broken", "incorrect: output 0"),
+        ("AB", "same", "failed in one pass on A"), ("ABB", "not compared", "fails on both sides"), ("BAA", "not compared", "on both sides"),
+        ("AA", "not compared", "B may mend it"),
+    ],
+)  # fmt: skip
+def test_what_fails_now_and_then_is_said_and_no_fault_of_b_where_a_does_it_too(failing, answer, said):
+    ((pair,), _) = wanted_pairs([planned(name, {"k": ("1", {})}) for name in ("A", "B")], find_chip("cpu"), Request())
+    for number, side in enumerate(failing):
+        row = dataclasses.replace(made(COPY, "torch_copy"), status=Status.INCORRECT, reason="output 0")
+        compare._note(pair, {side: row}, number)
+    assert pair.question.open == (answer == "same")
+    pair.question.found = pair.question.found or Found(Answer.SAME, 1.0, 0.999, 1.001, 5)
+    found = compare.conclude([pair], []).lines[0].found
+    assert said in found.reason and found.answer == ("cannot tell" if failing == "B" else answer)
 
 
 def test_what_each_sides_own_profile_chose_is_compared(monkeypatch):

@@ -130,6 +130,19 @@ def test_a_broken_kernel_ends_with_1_and_a_waived_one_with_0(night, place):
     assert code == 0 and "incorrect" in err
 
 
+def test_an_expired_waiver_ends_with_1_and_is_told_everywhere(night, place):
+    with (place / "policy.toml").open("a") as file:
+        file.write('[[waiver]]\nseries = "h200 *"\nowner = "ann"\nexpires = 2020-02-29\n')
+    code, out, err = night(lambda t, p: 100.0, "--json")
+    told = "the waiver of ann for 'h200 *' expired on 2020-02-29: renew it in the policy or remove it"
+    last = json.loads(out.splitlines()[-1])
+    assert code == last["exit"] == 1 and last["lapsed"] == [{"series": "h200 *", "owner": "ann", "expires": "2020-02-29"}]
+    assert err.count(told) == 1 and "1 expired waiver; 2 unknown of 2 series" in err
+    assert told in (place / "out" / "junit.xml").read_text() and json.loads((place / "out" / "badge.json").read_text())["color"] == "red"
+    code, out, err = night(pytest.fail, "--dry-run")
+    assert code == 0 and told in err, "and before anything is measured"
+
+
 def test_a_suspect_ends_with_3_where_it_is_asked_for(night):
     crashed = lambda t, p: Status.CRASHED if t.kernel == OWN and p == 0 else 100.0  # noqa: E731
     assert night(crashed)[0] == 0

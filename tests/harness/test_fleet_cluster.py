@@ -116,6 +116,7 @@ def test_an_engine_is_one_of_two_and_names_its_chips(monkeypatch):
     [
         ("ray://10.0.0.1:10001", UsageError, "klab joins the cluster itself"),
         ("headnode", UsageError, "write HOST:PORT"),
+        ("", UsageError, "write HOST:PORT"),
         ("127.0.0.1:port", UsageError, "write HOST:PORT"),
         ("127.0.0.1:{closed}", CannotMeasure, r"no Ray cluster at 127.0.0.1:\d+ \(Connection refused\); start one with `ray start --head`"),
     ],
@@ -126,6 +127,17 @@ def test_an_address_that_leads_nowhere_is_one_line_at_once(address, error, said)
         held.bind(("127.0.0.1", 0))  # bound and not listening: refuses
         with pytest.raises(error, match=said):
             cluster.Cluster(address.format(closed=held.getsockname()[1]))
+
+
+@pytest.mark.parametrize(("answer", "said"), [(b"", "timed out"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else answers there")])
+def test_who_listens_and_is_no_cluster_is_one_line_at_once_too(answer, said, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(cluster, "KNOCK_S", 30.0 if answer else 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        if answer:
+            threading.Thread(target=lambda: held.accept()[0].sendall(answer), daemon=True).start()
+        with pytest.raises(CannotMeasure, match=rf"no Ray cluster at 127.0.0.1:\d+ \({said}\); start one"):
+            cluster.Cluster(f"127.0.0.1:{held.getsockname()[1]}")
 
 
 def test_a_trial_travels_with_its_key(catalogue):

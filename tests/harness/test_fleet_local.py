@@ -197,6 +197,24 @@ def test_devices_are_chosen_by_index_or_uuid(monkeypatch):
         devices(H200, ["7"])
 
 
+def test_cuda_that_does_not_start_cannot_measure_and_is_no_traceback(monkeypatch):
+    """One GPU off the bus keeps CUDA from starting: exit code 4, and not the 1 of a slow or refused one."""
+    import torch
+
+    from klab.harness.catalog import chips
+
+    def broken(index):
+        raise RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_name", broken)
+    for ask in (lambda: devices(H200), lambda: chips.find_chip("auto")):
+        with pytest.raises(CannotMeasure, match="CUDA does not start: CUDA unknown error"):
+            ask()
+
+
 def test_the_cpu_is_always_here():
     (cpu,) = devices(CHIP)
     assert (cpu.id, cpu.cuda_visible) == ("cpu", "")
@@ -211,6 +229,9 @@ def test_estimates_grow_with_what_is_asked(catalogue):
     wants = one[0].with_policy(energy=True)
     assert trial_estimate_s(wants, H200) > trial_estimate_s(one[0], H200) + 6.0
     assert trial_estimate_s(wants, CHIP) == trial_estimate_s(one[0], CHIP), "a CPU has no sensor"
+    laps_s = estimate_s(two, CHIP, anchors=["matmul", "copy"]) - estimate_s(two, CHIP)
+    assert laps_s > 30 * 2 * one[0].policy.round_ms / 1e3, "each anchor has a round in every lap"
+    assert laps_s == pytest.approx(estimate_s(one, CHIP, anchors=["matmul", "copy"]) - estimate_s(one, CHIP)), "once per lap, not per trial"
     assert trial_estimate_s(one[0].with_policy(limit_s=0.01), CHIP) < trial_estimate_s(one[0], CHIP)
 
 

@@ -1,6 +1,6 @@
-"""A real Ray cluster of five nodes on this machine, with made-up accelerators: who measures what, and what dies with whom.
+"""A real Ray cluster of four nodes on this machine, with made-up accelerators: who measures what, and what dies with whom.
 
-Nothing here waits without a limit; where Ray is absent, all is skipped.
+Nothing here waits without a limit, and no limit is near what a busy machine takes; where Ray is absent, all is skipped.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fault_table import fault
 
 from klab.harness.fleet import ray_fleet
 from klab.harness.fleet.open import open_fleet
@@ -25,6 +26,7 @@ from klab.harness.measure import environment
 from klab.harness.plan.trial import Policy, Trial
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Status
+from klab.harness.tune import remote_compiler
 from klab.harness.tune.remote_compiler import remote_compilers
 from klab.kernels.contract import Chip
 from klab.kernels.discover import discover
@@ -32,7 +34,7 @@ from klab.kernels.errors import CannotMeasure
 from klab.kernels.matmul.problem import Matmul
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kernel-lab[ray]'")
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 FAKE_A = Chip("fakea", "Fake A", "cpu", 1, 2000, 2000, {"float32": 0.05}, 8 << 30, 10.0, 1 << 18)
 FAKE_B = dataclasses.replace(FAKE_A, name="fakeb", title="Fake B")
@@ -42,27 +44,30 @@ POLICY = Policy(warmup_ms=1.0, round_ms=0.3, min_rounds=6, max_rounds=10, limit_
 SLOW = Policy(**{**POLICY.to_json(), "max_rounds": 10**6, "target_ci": 1e-9, "limit_s": 1.0})
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 SECRET = "KLAB_TEST_TOKEN"
+# Longer than anything here takes on a machine whose cores are wanted by many.
+AMPLE_S = 180.0
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A head, two nodes with a "Fake A" each, one with a "Fake B", one with a CPU alone. Every node has locks of its own."""
+    """A head with a CPU alone, two nodes with a "Fake A" each, one with a "Fake B". Every node has locks of its own."""
     from ray.cluster_utils import Cluster
 
     # Whoever runs this may have a token of Ray's in his home, or none.
     before = dict(os.environ)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    # Processes that Ray starts in advance are not needed, and cost what the tests take.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_prestart_worker_first_driver": "0"}
+    os.environ.pop("RAY_ADDRESS", None)
 
     def variables():
         return {"KLAB_LOCK_DIR": str(tmp_path_factory.mktemp("locks")), "AWS_SECRET_ACCESS_KEY": SECRET, "RAY_worker_niceness": "0"}
 
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+    made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     nodes = {}
     try:
-        for name, kind in (("a1", "FAKEA"), ("a2", "FAKEA"), ("b", "FAKEB"), ("plain", None)):
-            resources = {f"accelerator_type:{kind}": 1} if kind else {}
-            nodes[name] = made.add_node(**NODE, resources=resources, env_vars=variables(), wait=False)
-        made.wait_for_nodes(timeout=60)
+        for name, kind in (("a1", "FAKEA"), ("a2", "FAKEA"), ("b", "FAKEB")):
+            nodes[name] = made.add_node(**NODE, resources={f"accelerator_type:{kind}": 1}, env_vars=variables(), wait=False)
+        made.wait_for_nodes(timeout=AMPLE_S)
         yield SimpleNamespace(ray=made, address=made.address, nodes=nodes)
     finally:
         with suppress(Exception):
@@ -75,13 +80,16 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fleet(cluster):
     """One for all tests that measure: a worker takes seconds to start."""
-    with open_fleet("ray", [FAKE_A, FAKE_B], "r", address=cluster.address) as made:
+    with RayFleet([FAKE_A, FAKE_B], "r", address=cluster.address, place_s=AMPLE_S) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
-def _sources_as_they_are_now():
+def _a_busy_machine(monkeypatch):
+    """Nothing is given up because this machine is slow, and sources that somebody edits meanwhile are read anew."""
     klab_digest.cache_clear()
+    monkeypatch.setattr(ray_fleet, "STRAGGLERS_S", AMPLE_S)
+    monkeypatch.setattr(remote_compiler, "COME_UP_S", AMPLE_S)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +142,13 @@ def test_trials_of_two_chips_go_where_they_belong_and_give_the_same_rows(fleet, 
     assert not any(SECRET.encode() in Path(f"/proc/{worker}/environ").read_bytes() for worker in workers)
 
 
-def strike(seat, blow):
-    """Do it when the seat's node is in the midst of a contest: it has begun one, and has no row of it yet."""
+def strike(seat, method, blow):
+    """Do it once, when the seat's node has answered: "begin" is before any row was told, "next" mostly in the midst of the measuring."""
     asks = seat._ask
 
-    def ask(method, *arguments, **limits):
-        answer = asks(method, *arguments, **limits)
-        if method == "next" and not answer["rows"] and not answer["done"]:
+    def ask(asked, *arguments, **limits):
+        answer = asks(asked, *arguments, **limits)
+        if asked == method:
             seat._ask = asks
             blow()
         return answer
@@ -152,30 +160,32 @@ def test_a_worker_that_is_killed_costs_no_row(fleet, cluster, kernel):
     wanted = trials(kernel, FAKE_B, [20], SLOW)
     seat, told = seat_on(fleet, cluster, "b"), []
     (worker,) = children(seat.hello["pid"])
-    strike(seat, lambda: os.kill(worker, signal.SIGKILL))
+    strike(seat, "next", lambda: os.kill(worker, signal.SIGKILL))
     fleet.run(wanted, told.append)
-    assert keys(told) == keys(wanted) and {row.status for row in told} == {Status.OK} and gone(worker)
+    assert keys(told) == keys(wanted) and {row.status for row in told} == {fault("ray-worker").row} and gone(worker)
 
 
 def test_an_actor_that_is_killed_is_started_again(fleet, cluster, kernel):
-    wanted = trials(kernel, FAKE_B, [28], SLOW)
+    wanted = trials(kernel, FAKE_B, [28])
     seat, told = seat_on(fleet, cluster, "b"), []
     actor = seat.hello["pid"]
-    strike(seat, lambda: os.kill(actor, signal.SIGKILL))
+    strike(seat, "begin", lambda: os.kill(actor, signal.SIGKILL))
     fleet.run(wanted, told.append)
-    assert keys(told) == keys(wanted) and {row.status for row in told} == {Status.OK}
+    declared = fault("ray-actor")
+    assert keys(told) == keys(wanted) and {row.status for row in told} == {declared.row}
     assert seat.hello["pid"] != actor
-    assert any(re.search(r"was lost \(.+\); its 1 running trial is measured again", note) for note in fleet.notes), fleet.notes
+    assert any(re.search(rf"was lost \(.+\); {declared.says}", note) for note in fleet.notes), fleet.notes
 
 
 def test_a_node_that_dies_in_the_middle_loses_nothing_and_doubles_nothing(fleet, cluster, kernel, capsys):
     wanted = trials(kernel, FAKE_A, [40, 41, 42, 43], SLOW)
     dying, told = seat_on(fleet, cluster, "a1"), []
-    strike(dying, lambda: cluster.ray.remove_node(cluster.nodes["a1"], allow_graceful=False))
+    strike(dying, "begin", lambda: cluster.ray.remove_node(cluster.nodes["a1"], allow_graceful=False))
     summary = fleet.run(wanted, told.append)
     assert keys(told) == keys(wanted), "each once"
-    assert {row.status for row in told} == {Status.OK} and summary.unfinished == [] and summary.stopped == ""
-    assert [note for note in summary.notes if "was lost" in note and "running trial is measured again" in note]
+    declared = fault("ray-node")
+    assert {row.status for row in told} == {declared.row} and summary.unfinished == [] and summary.stopped == ""
+    assert [note for note in summary.notes if "was lost" in note and declared.says in note]
     assert dying.lost
     assert capsys.readouterr().out == "", "standard output is for rows"
 
@@ -188,10 +198,8 @@ def test_refreshing_ends_the_workers_and_keeps_the_devices(fleet):
 
 
 def test_a_chip_that_the_cluster_lacks_is_an_error_before_anything_starts(cluster):
-    before = time.monotonic()
     with pytest.raises(CannotMeasure, match=r"the cluster has no NVIDIA H200 \(it has .*1 node with 1 x FAKEB"):
         open_fleet("ray", [FAKE_B, H200], "r", address=cluster.address)
-    assert time.monotonic() - before < 30.0
 
 
 def test_a_node_with_another_klab_does_not_measure(fleet, cluster, kernel, monkeypatch):
@@ -211,7 +219,7 @@ def test_a_device_that_somebody_else_has_is_not_waited_for_for_ever(cluster, ker
 
     with RayFleet([FAKE_B], "r", address=cluster.address, place_s=2.0) as late:
         holder = ray.remote(Somebody).options(num_cpus=0, resources={"accelerator_type:FAKEB": 1}).remote()
-        assert ray.get(holder.here.remote(), timeout=60)
+        assert ray.get(holder.here.remote(), timeout=AMPLE_S)
         with pytest.raises(CannotMeasure, match="the device was not free in time"):
             late.run(trials(kernel, FAKE_B, [4]), pytest.fail)
 
@@ -224,10 +232,10 @@ def test_nodes_without_gpus_compile(cluster, kernel):
         assert made.notes == [] and len(makers) == 1
         compiler = makers[0]()
         (trial,) = trials(kernel, FAKE_B, [4])
-        assert compiler.ask(trial, 60.0)["status"] == "ok"
+        assert compiler.ask(trial, AMPLE_S)["status"] == "ok"
         compiler._make_local = lambda: SimpleNamespace(ask=lambda *_: {"status": "here"}, kill=lambda: None, close=lambda: None)
         ray.kill(compiler._actor)
-        assert compiler.ask(trial, 60.0)["status"] == "here", "this machine compiles in its place"
+        assert compiler.ask(trial, AMPLE_S)["status"] == "here", "this machine compiles in its place"
 
 
 DRIVER = """
@@ -252,8 +260,8 @@ def test_when_the_driver_dies_so_do_its_actors_and_their_workers(cluster):
         assert len(pids) == 2 and not any(gone(pid) for pid in pids)
     finally:
         driver.kill()
-        driver.wait(timeout=30)
-    until = time.monotonic() + 60.0
+        driver.wait(timeout=AMPLE_S)
+    until = time.monotonic() + AMPLE_S / 2
     while not all(gone(pid) for pid in pids) and time.monotonic() < until:
         time.sleep(0.1)
     assert all(gone(pid) for pid in pids)

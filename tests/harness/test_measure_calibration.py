@@ -67,11 +67,20 @@ def test_it_goes_to_json_and_back():
         ({"sensor_period_ms": 100}, "sensor_period_ms is no figure"), ({"copy_gb_per_s": {"value": -1}}, "copy_gb_per_s.value"),
         ({"copy_gb_per_s": {"value": "fast"}}, "copy_gb_per_s.value"), ({"anchors": [1]}, "not a calibration"),
         ({"matmul_tflops": {"bfloat16": {"value": True}}}, "matmul_tflops.bfloat16.value"),
+        ({"copy_gb_per_s": {"value": 10**400}}, "too large"), ({"schema": float("inf")}, "infinity"),
+        ({"copy_gb_per_s": {"value": 5.0, "low": 6.0, "high": 7.0}}, "copy_gb_per_s lies outside its interval"),
     ],
 )  # fmt: skip
 def test_what_is_no_calibration_is_refused_by_name(change, named):
     with pytest.raises(UsageError, match=named):
         Calibration.from_json(made().to_json() | change)
+
+
+def test_texts_of_a_foreign_file_give_a_terminal_no_orders():
+    figure = {"value": 1.0, "note": "\x1b]0;title\x07"}
+    found = Calibration.from_json(made().to_json() | {"device": "\x1b[31mred", "notes": ["a\nb"], "matmul_tflops": {"\x1b[2J": figure}})
+    assert (found.device, found.notes, list(found.matmul_tflops)) == ("?[31mred", ("a?b",), ["?[2J"])
+    assert found.matmul_tflops["?[2J"].note == "?]0;title?"
 
 
 def test_the_newest_is_read_and_the_earlier_ones_stay(tmp_path):
@@ -131,6 +140,7 @@ def test_a_cpu_goes_by_its_machine():
         (1.0, 0.1, 0.1, 2.1, 20),  # power is read from the one-second average: its rise is waited for
         (1.5, 0.1, 0.01, 3.1, 125),
         (0.02, 0.02, 0.02, 2.0, 63),
+        (1e305, 0.1, 1e-309, 10.0, 1250),  # what no sensor does, in a file that somebody wrote
     ],
 )
 def test_the_guard_follows_the_sensor(window_s, period_s, seen_s, ramp_s, updates):

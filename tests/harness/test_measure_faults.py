@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from klab.harness.measure.faults import is_fatal, one_line, status_of
+from klab.harness.measure.faults import from_outside, is_fatal, one_line, status_of
 from klab.harness.store.result import Status
 from klab.kernels.errors import CannotMeasure
 
@@ -43,6 +43,8 @@ def test_what_an_exception_means(error, building, status):
         ("CUDA error: device-side assert triggered", True),
         ("CUDA error: invalid argument" + ADVICE, False),
         ("CUDA out of memory", False),
+        ("CUDA error: the GPU has fallen off the bus", True),
+        ("CUDA error: uncorrectable ECC error encountered" + ADVICE, True),
     ],
 )
 def test_what_breaks_the_context_for_good(text, fatal):
@@ -53,3 +55,17 @@ def test_one_line_of_a_page():
     assert one_line(RuntimeError("\n\n  first \nsecond")) == "RuntimeError: first"
     assert one_line(MemoryError()) == "MemoryError"
     assert len(one_line(ValueError("x" * 9999))) == 300
+
+
+@pytest.mark.parametrize(
+    ("reason", "outside"),
+    [
+        ("killed by SIGKILL (out of host memory?), in sample", True),
+        ("RuntimeError: No CUDA GPUs are available", True),
+        ("NVMLError: GPU is lost", True),
+        ("killed by SIGSEGV, in prepare", False),
+        ("AcceleratorError: CUDA error: unspecified launch failure", False),
+    ],
+)
+def test_what_need_not_be_the_kernels_fault(reason, outside):
+    assert from_outside(reason) is outside

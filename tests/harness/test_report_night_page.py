@@ -20,7 +20,9 @@ from test_watch_outputs import hostile
 from klab.harness.report.curve import curves
 from klab.harness.report.figures.history import draw, draw_map, draw_menu, spark
 from klab.harness.report.night_page import night_page
-from klab.harness.watch.series import Call, Point
+from klab.harness.report.sections import night as night_section
+from klab.harness.report.sections import night_changes
+from klab.harness.watch.series import Call, Lapsed, Point
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,13 @@ def test_figures_are_what_plotly_takes() -> None:
     assert len(set(twice)) == 31, "two nights of one minute are two columns"
 
 
+def test_a_menu_has_an_end_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("klab.harness.report.figures.history.MENU_SERIES", 15)
+    tonight, earlier = eventful()
+    menu = draw_menu(list(curves([*earlier, tonight], historian).values()), "menu", "all")
+    assert len(menu.layout["updatemenus"][0]["buttons"]) == 15 and "5 are left out" in menu.caption
+
+
 def test_two_hundred_series_fit() -> None:
     nights = history(200, 60)
     text = night_page(nights[-1], nights[:-1], lambda values: [])
@@ -191,3 +200,11 @@ def test_in_a_browser(browser: Browser, page: str, tmp_path: Path, theme: str, w
     assert len(sparks) == 20 and min(sparks) > 100
     assert browser.console() == []
     assert [url for url in browser.requests() if not url.startswith(("data:", "blob:"))] == [path.resolve().as_uri()]
+
+
+def test_an_expired_waiver_is_on_the_page_first_and_among_the_waivers() -> None:
+    fine = dataclasses.replace(history(1, 1)[0], lapsed=(Lapsed("h200 <b> *", "ann", "2026-09-30"),))
+    told = "the waiver of ann for &#x27;h200 &lt;b&gt; *&#x27; expired on 2026-09-30: renew it in the policy or remove it"
+    for part in (night_section.strip(fine, []), night_changes.waivers(fine)):
+        assert part is not None and told in part.replace("&#39;", "&#x27;").replace("'", "&#x27;")
+    assert "failed" in night_section.strip(fine, []) and night_changes.waivers(dataclasses.replace(fine, lapsed=())) is None

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_results import made
@@ -132,6 +133,9 @@ def test_a_run_is_known_to_the_next_machine(bucket: str, tmp_path: Path, monkeyp
 
     another_machine(monkeypatch, tmp_path, "second")
     monkeypatch.setenv("KLAB_RESULTS", bucket)
+    # What a worker of its own would say after four seconds.
+    epoch = json.loads(next(iter(parts.values())).splitlines()[0])["epoch"]
+    monkeypatch.setattr("klab.harness.tune.job.Job.epochs", lambda *_: [epoch])
     code, out, second_err = klab("measure", *asked, "--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["known"] == first["new"]["ok"] and objects(bucket) == parts
     code, out, _ = klab("results", "--json")
@@ -210,6 +214,38 @@ def test_two_machines_whose_part_files_have_one_name(bucket: str, tmp_path: Path
     assert seeds(bucket) == [1, 2, 3, 4]
 
 
+def test_two_machines_that_replace_one_object_at_once_keep_both(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second looks, the first writes, the second writes: its look is outdated."""
+    store().pipe_file(f"{bucket}/page.html", b"old")
+    machines = []
+    for name in ("first", "second"):
+        another_machine(monkeypatch, tmp_path, name)
+        (remote.local_of(bucket) / "page.html").write_text(f"of the {name}")
+        machines.append(remote.mirror_of(remote.local_of(bucket)))
+    first, second = machines
+    assert first is not None and second is not None
+    look, meanwhile = second.fs.info, [first.push]
+
+    def info(key: str) -> object:
+        found = look(key)
+        while meanwhile:
+            meanwhile.pop()()
+        return found
+
+    second.fs.info = info
+    second.push()
+    assert sorted(objects(bucket).values()) == [b"of the first", b"of the second"] and objects(bucket)["page.html"] == b"of the first"
+
+
+def test_a_page_is_named_by_its_url(bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from klab.harness.cli import run
+
+    monkeypatch.setattr("klab.harness.report.write.write_report", lambda *_, **__: None)
+    setup, job = SimpleNamespace(chip=SimpleNamespace(name="cpu"), plan=None, catalogue=None), SimpleNamespace(sources=list)
+    run._report([setup], job, remote.local_of(bucket) / "page.html", as_json=True)  # type: ignore[list-item, arg-type]
+    assert json.loads(capsys.readouterr().out)["page"] == f"{bucket}/page.html"
+
+
 def test_a_long_run_has_parts_of_a_bounded_size(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journals, "REMOTE_PART_BYTES", 3000)
     write(bucket, list(range(8)))
@@ -282,4 +318,5 @@ def test_nothing_is_deleted_behind_a_url(bucket: str, klab: Klab) -> None:
     code, _, err = klab("results", "--results", bucket, "--compact", "--delete-originals")
     assert code == 2 and "nothing is deleted behind a URL" in err
     code, _, err = klab("results", "--results", bucket, "--compact")
+    assert f"{bucket}: 2 new rows in {bucket}/" in " ".join(err.split())
     assert code == 0 and sorted(Path(name).suffix for name in objects(bucket)) == [".jsonl", ".parquet"]

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import time
+import types
 
 import pytest
 from planted_repository import git
 
+from klab.harness.store.result import Status
 from klab.harness.watch import bisect_run
 from klab.harness.watch.bisect import PATHS, Hunt, Mark, Step
 from klab.harness.watch.bisect_run import Search, Wanted, bisect, track_words
@@ -232,6 +234,25 @@ def test_what_broke_is_searched_too(tmp_path, monkeypatch):
     found, _ = speeds.search()
     assert found.commits == [speeds.commits[3]] and "broken" in found.why
     assert all(step.why in ("it works", "incorrect: output 0") for step in found.steps)
+
+
+def test_a_commit_that_fails_now_and_then_is_not_said_to_work(tmp_path, monkeypatch):
+    speeds = Speeds(tmp_path, monkeypatch, ["100", "100", "flaky", "flaky", "wrong"])
+    asked = []
+
+    def measure(a, b, pair, question, *, questions=1, most=0):
+        asked.append(most)
+        if speeds.speed(b.side) == "wrong":
+            return Found(Answer.BROKEN, replicates=3, reason="incorrect: output 0")
+        if speeds.speed(b.side) == "flaky":
+            pair.failures["B"] = [types.SimpleNamespace(status=Status.INCORRECT, reason="output 0")]
+        return Found(Answer.CANNOT_TELL, reason="the interval is too wide", replicates=most)
+
+    monkeypatch.setattr(bisect_run._Lab, "measure", staticmethod(measure))
+    found, _ = speeds.search()
+    assert found.commits == [speeds.commits[2]] and {step.mark.value for step in found.steps} == {"good", "bad"}
+    # Two failures of five: six passes without one leave 5%.
+    assert set(asked[1:]) == {6} == {bisect_run.passes_to_trust(3)} and bisect_run.passes_to_trust(0) == 2
 
 
 def test_ends_that_do_not_differ_and_a_deadline_that_is_over(tmp_path, monkeypatch):

@@ -121,6 +121,10 @@ def test_of_a_kernel_whose_code_changed_within_a_set_the_newest_counts(stored):
     old = dataclasses.replace(row("old", 50.0, recorded_at="2026-11-19T00:00:00Z"), source_digest="older")
     (line,) = compared(stored, [old, row("a", 100.0)], [row("b", 100.0)]).lines
     assert line.found.ratio == pytest.approx(1.0, abs=0.01) and line.differs == "nothing"
+    # Also where the newest code was measured with another configuration.
+    elsewhere = dataclasses.replace(old, config={"block_m": 8})
+    found = compare_results(stored("c", [elsewhere, row("c", 100.0)]), stored("d", [row("d", 100.0)]), Request())
+    assert found.lines[0].found.ratio == pytest.approx(1.0, abs=0.01) and found.lines[0].differs == "nothing"
 
 
 def test_cold_and_warm_caches_are_two_things(stored):

@@ -114,6 +114,44 @@ def test_what_is_no_night_is_reported_and_stops_nothing(tmp_path):
     assert len(history.problems) == len(BAD) + 1, "each is told once"
 
 
+WRONG = [
+    (("point", "values"), [1.0, "2"]), (("point", "anchored"), 5), (("point", "anchored"), [[1.0]]), (("point", "config"), [1]),
+    (("point", "epoch"), ["e"]), (("point", "looks"), True), (("series", "chip"), {}), (("series", "metric"), "speed"),
+    (("series",), None), (("ratio",), "1.0"), (("reason",), 7), (("call",), "well"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "value"), WRONG)
+def test_a_value_of_another_kind_is_told_here_and_not_after_hours_of_measuring(tmp_path, where, value):
+    history = History(tmp_path)
+    path = history.add(night(1))
+    history.add(night(2))
+    data = json.loads(path.read_text())
+    inside = data["verdicts"][0]
+    for name in where[:-1]:
+        inside = inside[name]
+    inside[where[-1]] = value
+    path.write_text(json.dumps(data))
+    assert history.nights("cpu") == [night(2)] and len(history.problems) == 1
+    assert history.problems[0].startswith(f"{path}: left out of the history: ")
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path):
+    history = History(tmp_path)
+    history.add(night(1))
+    os.mkfifo(tmp_path / "cpu" / "pipe.json")
+    assert history.nights("cpu") == [night(1)] and "is no regular file" in history.problems[0]
+
+
+def test_a_value_that_was_infinite_leaves_the_others_readable(tmp_path):
+    history = History(tmp_path)
+    point = dataclasses.replace(POINT, values=(math.inf, 2.0, 4.0))
+    history.add(dataclasses.replace(night(1), verdicts=(Verdict(SERIES, "ok", "", point),)))
+    (found,) = history.nights("cpu")[0].points().values()
+    assert len(found.values) == 3 and found.value == 3.0
+
+
 def test_a_huge_file_is_not_read(tmp_path, monkeypatch):
     history = History(tmp_path)
     path = history.add(night(1))

@@ -309,3 +309,54 @@ def test_a_verdict_goes_to_json_and_back():
 def test_a_rule_without_sense_is_refused_by_name(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         Rule(**wrong)
+
+
+def test_another_anchor_hides_no_standing_regression():
+    old = made(STEADY)
+    slower = [replace(p, anchor="copy", anchored=tuple(v / 55 for v in p.values)) for p in made([105.0] * 25, looks=3, seed=5)]
+    same = [replace(p, anchor="copy", anchored=tuple(v / 55 for v in p.values)) for p in made([100.0] * 25, looks=3, seed=5)]
+    for count in (0, 4, 5, 12, 24):
+        assert judged(old + slower[:count], slower[count]).call == "slower", count
+        assert judged(old + same[:count], same[count]).call == "ok", count
+
+
+def _restless(nights, **fields):
+    """30 series of 30 nights; on each of `nights` another one of them is 8% slower, the next night it is not. Histories by identity."""
+    series = {f"h200/p{n}/chosen/time": Series("h200", "matmul", f"p{n}", "m16", "chosen", "time") for n in range(30)}
+    history = {identity: made([100.0] * 30, seed=n) for n, identity in enumerate(series)}
+    for n, night in enumerate(nights):
+        history[f"h200/p{n}/chosen/time"][night] = made([108.0], looks=3, seed=99, night=f"{night:04d}", **fields)[0]
+    return series, history
+
+
+def test_where_changes_come_and_go_the_next_night_must_agree():
+    def call(value, **fields):
+        tonight = {i: made([100.0], seed=7)[0] for i in history} | {other: made([value], looks=3, seed=7, **fields)[0]}
+        return judge_night(history, tonight, RULE, series)[other]
+
+    series, history = _restless((8, 11, 14))
+    other = list(series)[20]
+    first = call(106.0)
+    assert first.call == "suspect" and not first.fails and "came and went here: slower if the next night agrees" in first.reason
+    assert call(115.0).call == "slower", "more than came and went"
+    assert call(106.0, source_digest="new").call == "slower", "a commit is the likely cause"
+    history[other].append(made([106.0], looks=3, seed=9)[0])
+    assert call(106.0).call == "slower"
+
+
+def test_what_is_no_habit_of_the_machine_holds_nothing_back():
+    def call():
+        tonight = {i: made([106.0 if i == other else 100.0], looks=3, seed=7)[0] for i in history}
+        return judge_night(history, tonight, RULE, series)[other].call
+
+    series, history = _restless((8,))
+    other = list(series)[20]
+    assert call() == "slower", "once in 25 nights"
+    series, history = _restless((8, 8, 8, 8))
+    assert call() == "slower", "one night, however many series"
+    series, history = _restless((8, 11, 14), source_digest="tried")
+    assert call() == "slower", "commits that were taken back"
+    series, history = _restless(())
+    for n in range(6):
+        history[f"h200/p{n}/chosen/time"][12 + n :] = made([108.0] * (18 - n), looks=3, seed=n)
+    assert call() == "slower", "what stayed did not come and go"

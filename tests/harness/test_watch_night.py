@@ -140,7 +140,9 @@ def test_what_the_budget_does_not_reach_is_unknown_and_comes_first_next_night(la
     assert any("the budget ended before 1 of the problems" in note for note in night.notes)
     assert fleet.clock.now <= 8.0
     again = lab.night(NightFleet(clock=Clock()), deadline=8.0)
-    assert {v.series.operator for v in again.verdicts if v.point.values} == {"activation"}
+    reached = [v for v in again.verdicts if v.point.values]
+    assert {v.series.operator for v in reached} == {"activation"}
+    assert {(v.reason, v.new_epoch) for v in reached} == {("the first night with a value of it", False)}
 
 
 def test_a_budget_that_never_reaches_a_series_makes_it_missing(lab):

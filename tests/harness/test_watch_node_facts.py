@@ -1,5 +1,7 @@
 """What the driver says, by a NVML that is not there; and that nothing on a machine is ever changed."""
 
+import ctypes
+
 import pytest
 from fake_node import Board, FakeNvml
 
@@ -93,6 +95,20 @@ def test_xids_are_told_of_the_gpu_that_had_them():
     assert watch.collect() == [{"device": 1, "xid": 63}, {"device": 1, "xid": 48}]
     assert watch.collect() == []
     assert watch.trouble == ""
+
+
+def test_a_lost_gpu_is_known_by_its_pointer():
+    """It does not tell its UUID any more, and the others must not be blamed for its Xid 79."""
+    known, again = ({i: ctypes.cast(0x1000 * (i + 1), pynvml.c_nvmlDevice_t) for i in range(3)} for _ in range(2))
+    stranger = known.pop(2)
+    library = FakeNvml([])
+
+    def lost(handle):
+        raise library.error("GPU is lost", library.NVML_ERROR_GPU_IS_LOST)
+
+    library.nvmlDeviceGetUUID = lost
+    library.pending = [(again[1], 79), (stranger, 45)]
+    assert XidWatch(library, known).collect() == [{"device": 1, "xid": 79}, {"device": -1, "xid": 45}]
 
 
 def test_events_that_may_not_be_asked_for_say_so():

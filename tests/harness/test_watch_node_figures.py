@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from klab.harness.watch.node_figures import LEAST_BOOTSTRAP, dip, figure, slope
+from klab.harness.watch.node_figures import LEAST_BOOTSTRAP, counted, dip, figure, slope
 
 
 def trace(rates):
@@ -33,3 +33,11 @@ def test_a_fall_in_the_last_minute_is_a_dip_and_no_slope():
     assert dip(trace([735.0] * 480)) == 0.0
     assert dip(trace([735.0] * 200 + [0.0] + [735.0] * 200)) == pytest.approx(1 / 30, rel=0.1), "one lost second is none"
     assert dip(trace([735.0])) is None
+
+
+def test_the_warm_up_does_not_count():
+    """A cold device is faster: a fifth of a short run, and a minute of a long one."""
+    assert next(line["at"] for line in counted(trace([900.0] * 20 + [735.0] * 81))) == 21.0
+    assert next(line["at"] for line in counted(trace([900.0] * 60 + [735.0] * 540))) == 61.0
+    assert slope(trace([900.0] * 60 + [735.0] * 541)).change == pytest.approx(0.0, abs=1e-6)
+    assert counted([]) == []

@@ -14,7 +14,7 @@ from klab.harness.catalog.chips import find_chip
 from klab.harness.plan.trial import Policy
 from klab.harness.watch.sides import Given, Kind, Side, opened, plan, shim_for, understand
 from klab.harness.watch.twin import SideClient, Twin
-from klab.harness.watch.worktree import PREFIX, Repository
+from klab.harness.watch.worktree import _HOST, PREFIX, Repository
 from klab.kernels.errors import CannotMeasure, UsageError
 
 # A klab in miniature: it is imported, greets and answers, and needs nothing.
@@ -84,8 +84,11 @@ def test_a_word_is_a_commit_a_checkout_a_venv_or_results(repository, tmp_path):
 def test_a_word_that_is_nothing_or_two_things_is_refused(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "main").mkdir()
+    (tmp_path / "tagged" / "bin").mkdir(parents=True)
+    (tmp_path / "tagged" / "bin" / "python").touch()
+    git(repository.root, "tag", "tagged")
     for word, said in (
-        ("main", "both a commit and a path"), ("nowhere", "no commit of"), ("--output=x", "no commit of"), ("commit:nowhere", "no commit"),
+        ("main", "both a commit and a path"), ("tagged", "commit:tagged or env:tagged"), ("", "a side is empty"), ("nowhere", "no commit of"), ("--output=x", "no commit of"), ("commit:nowhere", "no commit"),
         ("tree:main", "no checkout"), ("env:main", "no bin/python"), ("results:gone", "does not exist"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
@@ -115,12 +118,15 @@ def test_worktrees_hold_the_commits_and_leave_nothing_behind(repository):
 def test_what_a_killed_comparison_left_is_swept_and_what_lives_is_not(repository, tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for pid in (ended.pid, os.getpid()):
-        (tmp_path / f"{PREFIX}{pid}-x").mkdir()
-        repository.git("worktree", "add", "--quiet", "--detach", str(tmp_path / f"{PREFIX}{pid}-x" / "A"), "HEAD")
-    assert repository.sweep() == [tmp_path / f"{PREFIX}{ended.pid}-x"]
+    # The third is of another node that shares the repository: no process of this one tells whether it is alive.
+    for name in (f"{ended.pid}-{_HOST}", f"{os.getpid()}-{_HOST}", f"{ended.pid}-elsewhere"):
+        (tmp_path / f"{PREFIX}{name}-x").mkdir()
+        repository.git("worktree", "add", "--quiet", "--detach", str(tmp_path / f"{PREFIX}{name}-x" / "A"), "HEAD")
+    assert repository.sweep() == [tmp_path / f"{PREFIX}{ended.pid}-{_HOST}-x"]
     listed = repository.git("worktree", "list")
-    assert str(os.getpid()) in listed and f"{PREFIX}{ended.pid}-" not in listed
+    assert (
+        f"{PREFIX}{os.getpid()}-" in listed and f"{PREFIX}{ended.pid}-elsewhere" in listed and f"{PREFIX}{ended.pid}-{_HOST}" not in listed
+    )
 
 
 def test_git_is_not_misled_by_the_variables_of_a_hook(repository, monkeypatch, tmp_path):

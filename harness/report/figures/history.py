@@ -29,6 +29,8 @@ READING = (
     "of the same minutes and scaled back by the anchor's usual time. Bars: the least and the most of the processes. Level lines: the "
     "median between changes. Verticals: solid where the level changed, dotted where an epoch began."
 )
+# Every entry of a menu says of every curve whether it is seen: 1,250 of them are 17 MB, and no menu for people.
+MENU_SERIES = 200
 # A map of more rows than this is taller than a reader scrolls.
 MAP_ROWS = 150
 # Beyond this a cell of the map has its full colour: twice what a night must see.
@@ -48,7 +50,8 @@ def draw(curve: Curve, identity: str) -> Figure:
 
 def draw_menu(found: Sequence[Curve], identity: str, title: str) -> Figure:
     """Many series, one at a time."""
-    drawn = [curve for curve in found if curve.measured]
+    measured = [curve for curve in found if curve.measured]
+    drawn = measured[:MENU_SERIES]
     if not drawn:
         return Figure(identity, title, "", empty="None of them has a value on any of these nights.")
     if len(drawn) == 1:
@@ -68,7 +71,10 @@ def draw_menu(found: Sequence[Curve], identity: str, title: str) -> Figure:
         height=360, showlegend=False, xaxis=axis("", type="date"), yaxis=_y_axis(drawn[0]), updatemenus=[menu], **_marks(drawn[0])
     )
     shape["margin"] = shape["margin"] | {"t": 64}
-    return Figure(identity, title, f"{len(drawn)} series; the menu chooses.", [trace for part in parts for trace in part], shape)
+    caption = f"{len(drawn)} series; the menu chooses."
+    if len(measured) > len(drawn):
+        caption += f" The first in the order of the tables; {len(measured) - len(drawn)} are left out."
+    return Figure(identity, title, caption, [trace for part in parts for trace in part], shape)
 
 
 def traces(curve: Curve, *, visible: bool = True) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from klab.harness.report.html import Markup, el, pairs
 from klab.harness.watch.series import Call, Night
-from klab.harness.watch.wording import commit_of, counts, headline, line, outcome
+from klab.harness.watch.wording import commit_of, counts, headline, lapsed_lines, line, outcome
 
 WORDS = (
     ("ok", "Within the limit of its baseline."),
@@ -15,7 +15,8 @@ WORDS = (
     ("unknown", "Not judged: too few nights of this epoch, or too noisy, or not reached within the budget. The reason says which."),
     ("missing", "It was watched and gave no value tonight."),
     ("broken", "It crashed, hung, or computed something wrong."),
-    ("waived", "A failing verdict that somebody answers for until a date; it is shown and fails no night."),
+    ("waived", "A failing verdict that somebody answers for until a date; it is shown and fails no night. A waiver past its date fails "
+     "every night until it is renewed or removed."),
     ("tonight", "The median over fresh processes, as measured."),
     ("against usual", "What was judged, over its baseline, with its 95% interval: above zero is worse. Where the night had an anchor, both "
      "sides are divided by the anchor's time in the same minutes."),
@@ -45,7 +46,7 @@ def strip(night: Night, earlier: Sequence[Night], strict: bool = False) -> Marku
         ("Nights before it", len(earlier)),
         ("The last nights", _run([*earlier, night])),
     ]
-    notes = [el("li", line(note)) for note in night.notes]
+    notes = [el("li", el("b", told)) for told in lapsed_lines(night)] + [el("li", line(note)) for note in night.notes]
     aside = el("aside", el("h2", "Know before reading"), el("ul", notes), class_="warnings") if notes else None
     return el("header", el("h1", f"klab nightly: {line(night.chip, 60)}"), pairs(facts), aside)
 

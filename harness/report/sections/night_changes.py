@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from klab.harness.report.curve import Curve, epoch_changes
 from klab.harness.report.html import Markup, el, table
 from klab.harness.watch.series import Night
-from klab.harness.watch.wording import change, line, name_of
+from klab.harness.watch.wording import change, lapsed_lines, line, name_of
 from klab.kernels.contract import Json
 
 COLUMNS = ("Since", "Series", "Change", "Commits", "What else changed")
@@ -75,8 +75,10 @@ def _moved(ratios: Sequence[float]) -> str:
 
 
 def waivers(night: Night) -> Markup | None:
-    """What is waived tonight, by whom and until when."""
+    """What is waived tonight, by whom and until when; and the waivers that are past their day."""
+    expired = [el("p", el("b", "expired", class_="slower"), f": {told}") for told in lapsed_lines(night)]
     rows = [[name_of(one.series), one.call, line(one.waiver, 200), line(one.reason)] for one in night.verdicts if one.waiver]
-    if not rows:
+    if not rows and not expired:
         return None
-    return el("section", el("h2", "Waivers"), table(("Series", "Verdict", "Who answers for it, until when", "Reason"), rows), id="waivers")
+    shown = table(("Series", "Verdict", "Who answers for it, until when", "Reason"), rows) if rows else None
+    return el("section", el("h2", "Waivers"), expired, shown, id="waivers")

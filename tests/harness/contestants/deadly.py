@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import time
+from pathlib import Path
 
 from klab.kernels.contract import kernel
 from klab.kernels.matmul.problem import Matmul
@@ -27,6 +28,20 @@ def aborts(problem, config, chip):
 def segfaults(problem, config, chip):
     """Reads address 8."""
     return lambda inputs, outputs: ctypes.string_at(8)
+
+
+@contestant
+def tears_the_heap(problem, config, chip):
+    """Frees a block twice, as a C kernel does that loses count."""
+
+    def launch(inputs, outputs):
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+        block = libc.malloc(64)
+        libc.free(block)
+        libc.free(block)
+
+    return launch
 
 
 @contestant
@@ -80,6 +95,22 @@ def takes_its_time(problem, config, chip):
 
     def launch(inputs, outputs):
         time.sleep(0.03)
+        outputs["out"].copy_(product(inputs))
+
+    return launch
+
+
+@contestant
+def loses_its_device(problem, config, chip):
+    """Right, but the device is gone as often as the file that $KLAB_FAULT_TIMES names has bytes (tests/harness/faulty_worker.py)."""
+
+    def launch(inputs, outputs):
+        left = Path(os.environ.get("KLAB_FAULT_TIMES", os.devnull))
+        times = len(left.read_bytes())
+        if times:
+            left.write_bytes(b"." * (times - 1))
+            Path(os.environ["KLAB_FAULT_LOST"]).touch()
+            raise RuntimeError("CUDA error: unspecified launch failure")
         outputs["out"].copy_(product(inputs))
 
     return launch
