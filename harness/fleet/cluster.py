@@ -139,7 +139,7 @@ def screeners(nodes: Sequence[Node], memory_bytes: int, busy: Iterable[str] = ()
 
 
 def _knock(address: str) -> None:
-    """CannotMeasure where nobody listens at `host:port`, or nobody that speaks as Ray does: Ray itself tries for minutes before it says so."""
+    """CannotMeasure where nobody listens at `host:port`, or nobody who speaks as Ray does: Ray itself tries for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon:
         if address in ("auto", "local"):

@@ -100,7 +100,8 @@ def settle() -> list[str]:
             failed.append(str(error))
         lines += mirror.moved.notes
         moved = mirror.moved
-        sizes = [f"{size / 1e6:,.1f} MB {way}" for size, way in ((moved.down_bytes, "downloaded"), (moved.up_bytes, "uploaded")) if size]
+        ways = ((moved.down_bytes, "downloaded"), (moved.up_bytes, "uploaded"))
+        sizes = [f"{size / 1e6:,.1f} MB {way}" if size >= 1e5 else f"{size / 1e3:,.1f} kB {way}" for size, way in ways if size]
         if sizes:
             lines.append(f"{mirror.url}: {', '.join(sizes)}")
     if failed:

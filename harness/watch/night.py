@@ -32,6 +32,7 @@ from klab.kernels.errors import CannotMeasure
 TIME_SHARE = 0.6
 # Nights in which the device is looked for that measured last.
 LOOKED_BACK = 7
+_MOMENT = "%Y-%m-%dT%H:%M:%SZ"
 # Of each device: what a reader of a night asks for first.
 DEVICE_FACTS = ("device", "driver", "power_limit_w", "cpu_model", "host")
 
@@ -69,13 +70,16 @@ def run_night(
         raise CannotMeasure(f"nothing was measured on {chip.name}: {'; '.join(list(reasons)[:3])}")
     notes = [f"the measuring ended early: {looks.lost}"] if looks.lost else []
     notes += [*history.problems, *fleet.notes, *made.notes, *_anchor_notes(rows, policy.measure.anchors)]
+    if ahead := [night for night in nights if night.at > at.strftime(_MOMENT)]:
+        told_at = f"{len(ahead)} of {len(nights)} nights of the history are dated after tonight, up to {max(n.at for n in ahead)}"
+        notes.append(f"{told_at}: a clock is wrong, or was; they count like the others")
     if noisy := too_noisy(verdicts, policy.rule):
         notes.append(f"{len(noisy)} of {len(verdicts)} series are too noisy to have shown {policy.rule.too_noisy:.0%} tonight")
     notes += waiver_notes(verdicts, policy.waivers, at.date())
     checkout = environment.checkout()
     return Night(
         identity=identity,
-        at=at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        at=at.strftime(_MOMENT),
         chip=chip.name,
         commit=str(checkout["commit"] or ""),
         dirty=bool(checkout["dirty"]),

@@ -16,7 +16,7 @@ def young(course: Course) -> str:
     if new_epoch(course):
         told = "" if course.before is None else f"; {change(course.before)} against the epoch before"
         return f"night {course.nights + 1} of a new epoch (judged after {course.basis.least}){told}"
-    return f"{course.nights} earlier nights of the {course.basis.least} that a judgement needs"
+    return f"{course.nights} earlier night{'' if course.nights == 1 else 's'} of the {course.basis.least} that a judgement needs"
 
 
 def new_epoch(course: Course) -> bool:

@@ -21,7 +21,9 @@ STEADY = [100.0] * 20
 def test_too_few_nights_are_unknown(count):
     verdict = judged(made([100.0] * count), made([150.0], seed=1)[0])
     assert verdict.call == "unknown" and not verdict.fails and verdict.limit is None
-    assert verdict.reason == ("its first night" if count == 0 else f"{count} earlier nights of the 5 that a judgement needs")
+    assert verdict.reason == (
+        "its first night" if count == 0 else f"{count} earlier night{'s'[: count > 1]} of the 5 that a judgement needs"
+    )
 
 
 def test_after_five_nights_a_large_change_is_seen():
@@ -330,9 +332,9 @@ def _restless(nights, **fields):
 
 
 def test_where_changes_come_and_go_the_next_night_must_agree():
-    def call(value, **fields):
+    def call(value, rule=RULE, **fields):
         tonight = {i: made([100.0], seed=7)[0] for i in history} | {other: made([value], looks=3, seed=7, **fields)[0]}
-        return judge_night(history, tonight, RULE, series)[other]
+        return judge_night(history, tonight, rule, series)[other]
 
     series, history = _restless((8, 11, 14))
     other = list(series)[20]
@@ -341,7 +343,7 @@ def test_where_changes_come_and_go_the_next_night_must_agree():
     assert call(115.0).call == "slower", "more than came and went"
     assert call(106.0, source_digest="new").call == "slower", "a commit is the likely cause"
     history[other].append(made([106.0], looks=3, seed=9)[0])
-    assert call(106.0).call == "slower"
+    assert call(106.0).call == "slower" and call(106.0, Rule(spans=(1,))).call == "slower"
 
 
 def test_what_is_no_habit_of_the_machine_holds_nothing_back():

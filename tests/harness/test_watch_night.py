@@ -244,6 +244,16 @@ def test_a_waiver_covers_and_an_accepted_level_is_the_new_normal(lab):
     assert verdict(night, "norm chosen").call in (Call.OK, Call.UNKNOWN) and exit_code(night) == 0
 
 
+def test_nights_from_the_future_count_and_are_told(lab):
+    lab.nights(6)
+    lab.count = 3
+    night = lab.night()
+    assert calls(night) == {Call.OK}
+    assert any("2 of 6 nights of the history are dated after tonight, up to 2026-11-06T02:00:00Z" in note for note in night.notes)
+    lab.count = 7
+    assert not any("dated after" in note for note in lab.night().notes)
+
+
 def test_an_expired_waiver_fails_a_night_in_which_all_is_well(lab):
     lab.nights(8)
     lab.policy = dataclasses.replace(lab.policy, waivers=(Waiver("cpu norm *", "ann", START.date() + timedelta(8)),))

@@ -88,7 +88,8 @@ def test_a_word_that_is_nothing_or_two_things_is_refused(repository, tmp_path, m
     (tmp_path / "tagged" / "bin" / "python").touch()
     git(repository.root, "tag", "tagged")
     for word, said in (
-        ("main", "both a commit and a path"), ("tagged", "commit:tagged or env:tagged"), ("", "a side is empty"), ("nowhere", "no commit of"), ("--output=x", "no commit of"), ("commit:nowhere", "no commit"),
+        ("main", "both a commit and a path"), ("tagged", "commit:tagged or env:tagged"), ("", "a side is empty"),
+        ("nowhere", "no commit of"), ("--output=x", "no commit of"), ("commit:nowhere", "no commit"),
         ("tree:main", "no checkout"), ("env:main", "no bin/python"), ("results:gone", "does not exist"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=said):
