@@ -1,6 +1,6 @@
 """How often a night alarms for nothing and what it sees how soon, on made nights of 200 series; docs/night.md holds what this prints.
 
-pytest ci/overheads/test_night_rates.py --benchmark-enable -s -o timeout=0     (KLAB_NIGHT_WORLDS=8 worlds of each kind: minutes on one core)
+pytest ci/overheads/test_night_rates.py --benchmark-enable -s -o timeout=0   (KLAB_NIGHT_WORLDS=8 worlds of each kind: minutes on one core)
 """
 
 from __future__ import annotations

@@ -70,7 +70,11 @@ def compare_results(a: str, b: str, request: Request) -> Comparison:
     common = [one for one in sides[0] if one in sides[1]]
     if not common:
         read = " and ".join(f"{report.rows} rows in {text}" for text, report in zip((a, b), reports, strict=True))
-        raise UsageError(f"nothing to compare: {read} have no kernel on a problem in common that was asked for")
+        chips = [", ".join(sorted({one.chip for one in side})) or "none" for side in sides]
+        why = "".join(f"; {line}" for report in reports for line in report.lines())
+        raise UsageError(
+            f"nothing to compare: {read} (chips {chips[0]} and {chips[1]}) have no kernel on a problem in common that was asked for{why}"
+        )
     questions = len(common) + (len(common) > 1)
     lines = [line for one in common if (line := _line(one, sides[0][one], sides[1][one], questions, request)) is not None]
     if request.changed:
@@ -98,9 +102,12 @@ def _read(folder: Path, report: ReadReport, request: Request) -> Side:
         if row.kind != "measured" or not _asked(row, request):
             continue
         # Fields at their default are not in a stored policy.
-        one = Contestant(
-            row.chip, row.problem_key, canonical_json([row.policy.get("l2", Policy().l2), Policy.from_json(row.policy).setting]), row.kernel
-        )
+        try:
+            setting = Policy.from_json(row.policy).setting
+        except (KlabError, TypeError, ValueError) as error:
+            report.skip(folder, f"the policy of {row.kernel} ({row.run_id}) is not understood: {error}")
+            continue
+        one = Contestant(row.chip, row.problem_key, canonical_json([row.policy.get("l2", Policy().l2), setting]), row.kernel)
         if code.setdefault(one, row.source_digest) != row.source_digest:
             code[one] = row.source_digest
             found[one].clear()  # the kernel's code changed within this set: what it is now counts, in every configuration

@@ -98,10 +98,7 @@ def test_where_only_some_devices_ran_with_anchors_the_calibrations_decide_for_al
         ([row(FAST), row(SLOW)], calibrations(calibration(FAST, 686.0))),
         ([row(FAST), row(SLOW)], calibrations(calibration(FAST, 686.0), calibration(SLOW, 714.0, epoch="another driver"))),
         ([row(FAST), row(SLOW)], calibrations(calibration(FAST, 100.0), calibration(SLOW, 714.0))),  # not two boards in one state
-        (
-            [row(FAST), row(SLOW)],
-            calibrations(calibration(FAST, 560.0, 200.0), calibration(SLOW, 840.0, 320.0)),
-        ),  # 1.2 of their middle each
+        ([row(FAST), row(SLOW)], calibrations(calibration(FAST, 570.0), calibration(SLOW, 830.0))),  # 46% apart, 19% off their middle
         ([row("", "torch"), row("", "triton_tiled")], BOTH),  # rows that name no device
     ],
 )

@@ -152,6 +152,10 @@ def test_filters_and_torn_lines(stored, tmp_path):
     assert len(found.lines) == 1 and any("torn" in note for note in found.notes)
     with pytest.raises(UsageError):
         compare_results(a, b, Request(kernels=("nothing",)))
+    # A row of a later klab costs only itself, and is said.
+    later = stored("b", [dataclasses.replace(row("later", 300.0), policy={"of_later": 1})])
+    found = compare_results(a, later, Request(problems=(PROBLEM.label(),)))
+    assert found.lines[0].found.replicates == 1 and any("of_later" in note and "1 skipped" in note for note in found.notes)
 
 
 def test_the_verb_compares_two_folders(klab, stored, tmp_path):
