@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,12 +184,17 @@ class Cluster:
             quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
             if given == "local":
                 quiet |= {"include_dashboard": False, "object_store_memory": 100 << 20}
+            self._sigterm = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
             try:
                 ray.init(address=given, **quiet)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 where = "" if given in ("auto", "local") else f" at {given}"
                 why = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise CannotMeasure(f"no Ray cluster{where} ({why[:200]}); {START}") from error
+            finally:
+                # Ray takes SIGTERM for itself: whoever had it before (a mirror that uploads the last rows) keeps it.
+                if self._sigterm is not signal.SIG_DFL:
+                    self._restore()
 
     def nodes(self) -> list[Node]:
         """Those that live now."""
@@ -197,3 +204,9 @@ class Cluster:
         """Leave the cluster; what this process started there ends. A connection that was there before stays."""
         if self._owner and self._ray.is_initialized():
             self._ray.shutdown()
+            self._restore()
+
+    def _restore(self) -> None:
+        """Give SIGTERM back; only the main thread may, and only there has Ray taken it."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._sigterm)
