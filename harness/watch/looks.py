@@ -6,9 +6,8 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from klab.harness.fleet.run import NO_DEVICE
+from klab.harness.fleet.run import NO_DEVICE, AnyFleet
 from klab.harness.plan.trial import Trial
 from klab.harness.store.result import Result, Status
 from klab.kernels.errors import CannotMeasure
@@ -28,40 +27,12 @@ def failed(row: Result) -> bool:
     return row.status in FAILED and not row.reason.startswith(SKIPPED)
 
 
-class Ended(Protocol):
-    """What a run of a fleet says at its end."""
-
-    stopped: str
-
-
-class Runs(Protocol):
-    """What a night needs of a fleet: fleet.local.Fleet and whatever else runs trials. `notes`: which devices were left out or lost."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Lines for people."""
-
-    def run(
-        self,
-        trials: Sequence[Trial],
-        on_result: Callable[[Result], None],
-        *,
-        deadline: float | None = None,
-        stop: threading.Event | None = None,
-        anchors: Sequence[str] = (),
-    ) -> Ended:
-        """Measure these trials; `on_result` is called in this thread."""
-
-    def refresh(self) -> None:
-        """End the workers; the next run starts fresh ones."""
-
-
 class Looks:
     """Every row of a night, by trial and by look. `lost`: why nothing can be measured any more, "" while it can."""
 
     def __init__(
         self,
-        fleet: Runs,
+        fleet: AnyFleet,
         on_result: Callable[[Result], None],
         *,
         anchors: Sequence[str] = (),

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from klab.harness.fleet.devices import devices
 from klab.harness.fleet.estimate import COMPILE_S, estimate_s
+from klab.harness.fleet.run import AnyFleet
 from klab.harness.measure import environment
 from klab.harness.measure.anchor import anchor_trouble, which_anchor
 from klab.harness.plan.trial import Trial
@@ -18,7 +19,7 @@ from klab.harness.store.result import Result, Status
 from klab.harness.tune.job import new_run_id
 from klab.harness.watch.history import History, last_seen
 from klab.harness.watch.judge import judge_night, suspects, too_noisy
-from klab.harness.watch.looks import Group, Looks, Runs
+from klab.harness.watch.looks import Group, Looks
 from klab.harness.watch.points import Found, find_point
 from klab.harness.watch.policy import NightPolicy
 from klab.harness.watch.series import Call, Metric, Night, Point, Series, Verdict
@@ -41,7 +42,7 @@ def run_night(
     policy: NightPolicy,
     chip: Chip,
     *,
-    fleet: Runs,
+    fleet: AnyFleet,
     history: History,
     deadline: float | None = None,
     on_result: Callable[[Result], None] = lambda row: None,

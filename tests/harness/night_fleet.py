@@ -7,20 +7,11 @@ import math
 import random
 from types import SimpleNamespace
 
+from tiny_model import CONFIG
+
 from klab.harness.measure import environment
 from klab.harness.store.result import Result, Status
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "torch_dtype": "float32",
-}
 POLICY = """
 [measure]
 processes = 3

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_fleet import FakeFleet
 from made_results import failed, made
+from tiny_model import CONFIG
 
 from klab.harness.catalog import find_chip
 from klab.harness.choose.benchmark import DeviceTime, Measured, extra_info, names, timed, verdict, why_no_time
@@ -27,11 +28,6 @@ from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
 
 SUITE = Path(__file__).parents[2] / "ci" / "benchmarks"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "torch_dtype": "float32",
-}  # fmt: skip
-
 OWN = """
 from klab.kernels.contract import kernel
 from klab.kernels.norm.problem import Norm

@@ -9,18 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "torch_dtype": "float32",
-}
+from tiny_model import CONFIG
 
 
 def klab(*words, cwd, timeout=280, **env):

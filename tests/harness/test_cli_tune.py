@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_fleet import FakeFleet
+from tiny_model import CONFIG
 
 from klab.harness.cli import _clocks, _tuning
 from klab.harness.cli.main import build_app
@@ -16,17 +17,6 @@ from klab.harness.tune.replay.files import read_space
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure, UsageError
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-    "torch_dtype": "float32",
-}
 SMALL = ("tune", "--model", "config.json", "--chip", "cpu", "--isl", "32", "--osl", "8", "--batch", "2", "--results", "rows")
 
 

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import faulty_worker
 import pytest
 from fault_table import fault
-from night_fleet import CONFIG, NightFleet, write_policy
+from night_fleet import NightFleet, write_policy
 from night_lab import START, Lab, slow, verdict
+from tiny_model import CONFIG
 
 from klab.harness.fleet import local
 from klab.harness.fleet.devices import Device

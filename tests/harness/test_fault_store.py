@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from fault_table import fault
-from night_fleet import CONFIG, NightFleet, write_policy
+from night_fleet import NightFleet, write_policy
 from night_lab import Lab, verdict
+from tiny_model import CONFIG
 
 from klab.harness.store.read import iter_results
 from klab.harness.watch.history import History

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from made_nights import night
 from made_results import made
-from night_fleet import CONFIG, write_policy
+from night_fleet import write_policy
+from tiny_model import CONFIG
 
 from klab.harness.catalog.chips import find_chip
 from klab.harness.catalog.models import find_model

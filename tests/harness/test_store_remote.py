@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from made_results import made
+from tiny_model import CONFIG
 
 from klab.harness.store import journal as journals
 from klab.harness.store import remote
@@ -31,10 +32,6 @@ pytest.importorskip("moto.server")
 Klab = Callable[..., tuple[int | str, str, str]]
 
 KEY, SECRET = "AKIAEXAMPLEKEYID", "s3cr3tExampleAccessKey"
-TINY = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "torch_dtype": "float32",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +104,7 @@ def write(url: str, numbers: list[int], run_id: str = "run") -> Journal:
 
 
 def test_a_run_is_known_to_the_next_machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, klab: Klab) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     asked = (
         "--model",
         tmp_path / "config.json",
