@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 
@@ -57,3 +57,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if shared:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+# What pytest found when it began: a module that leaves another handler behind makes a later one fail, which depends on their order.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+HANDLERS = {which: signal.getsignal(which) for which in ENDING}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """A module's last test fails for the signal handlers that the module leaves behind; they are put back for the next one."""
+    yield
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    left = [which for which in ENDING if signal.getsignal(which) is not HANDLERS[which]]
+    for which in left:
+        signal.signal(which, HANDLERS[which])
+    assert not left, f"{item.path.name} leaves handlers of its own: {', '.join(which.name for which in left)}"

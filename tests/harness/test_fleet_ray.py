@@ -54,7 +54,7 @@ def cluster(tmp_path_factory):
     from ray.cluster_utils import Cluster
 
     # Whoever runs this may have a token of Ray's in his home, or none.
-    before = dict(os.environ)
+    before, sigterm = dict(os.environ), signal.getsignal(signal.SIGTERM)
     # Processes that Ray starts in advance are not needed, and cost what the tests take.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_prestart_worker_first_driver": "0"}
     os.environ.pop("RAY_ADDRESS", None)
@@ -65,6 +65,8 @@ def cluster(tmp_path_factory):
     made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     nodes = {}
     try:
+        # A head that is started in this process takes SIGTERM for itself, for all tests that follow.
+        signal.signal(signal.SIGTERM, sigterm)
         for name, kind in (("a1", "FAKEA"), ("a2", "FAKEA"), ("b", "FAKEB")):
             nodes[name] = made.add_node(**NODE, resources={f"accelerator_type:{kind}": 1}, env_vars=variables(), wait=False)
         made.wait_for_nodes(timeout=AMPLE_S)
@@ -73,6 +75,7 @@ def cluster(tmp_path_factory):
         with suppress(Exception):
             ray.shutdown()
         made.shutdown()
+        signal.signal(signal.SIGTERM, sigterm)
         os.environ.clear()
         os.environ.update(before)
 

@@ -78,11 +78,12 @@ def test_what_was_set_is_put_back_and_looking_changes_nothing(board):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_an_exception_puts_back(board, error):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error), control(board) as clocks:
         clocks.set(power_limit_w=300.0, sm_clock_mhz=1500)
         raise error
     assert board.settings == USUAL and not state_path(GPU).exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(("refused", "what"), [("power", "power limit"), ("lock", "SM clock")])
