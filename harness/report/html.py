@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from klab.kernels.contract import Json
 
@@ -38,17 +39,52 @@ def el(tag: str, /, *children: object, **attributes: str | None) -> Markup:
     return Markup(f"<{tag}{shown}>{esc(children)}</{tag}>")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[str] = (), caption: str = "") -> Markup:
-    """A table that reads without a script, and row by row on a narrow screen (each cell carries its column's name)."""
+@dataclass(frozen=True)
+class Cell:
+    """What a cell shows, and the number or text that its column is sorted by."""
+
+    shown: object
+    sort: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table: its cells; what the page's filters ask of it, by the names of `frames.DIMS`; and its identity on the page."""
+
+    cells: Sequence[object]
+    dims: Mapping[str, str | Sequence[str]]
+    identity: str | None = None
+
+
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object] | Line],
+    numbers: Sequence[str] = (),
+    caption: str = "",
+    identity: str | None = None,
+) -> Markup:
+    """A table that reads without a script, and row by row on a narrow screen (each cell carries its column's name).
+
+    With an identity the page's script makes it sortable by its heads, by the `Cell.sort` of each cell or else by its text.
+    """
     kinds = ["n" if column in numbers else None for column in columns]
     head = el("thead", el("tr", [el("th", column, class_=kind, scope="col") for column, kind in zip(columns, kinds, strict=True)]))
 
-    def line(row: Sequence[object]) -> Markup:
-        cells = zip(columns, kinds, row, strict=True)
-        return el("tr", [el("td", cell, class_=kind, data_label=column) for column, kind, cell in cells])
+    def line(row: Sequence[object] | Line) -> Markup:
+        one = row if isinstance(row, Line) else Line(row, {})
+        cells = zip(columns, kinds, one.cells, strict=True)
+        asked = {name: [value] if isinstance(value, str) else list(value) for name, value in one.dims.items()}
+        dims = json.dumps(asked, separators=(",", ":")) if asked else None
+        return el("tr", [_cell(column, kind, cell) for column, kind, cell in cells], id=one.identity, data_dims=dims)
 
     body = el("tbody", [line(row) for row in rows])
-    return el("div", el("table", el("caption", caption) if caption else None, head, body), class_="wide")
+    return el("div", el("table", el("caption", caption) if caption else None, head, body, id=identity), class_="wide")
+
+
+def _cell(column: str, kind: str | None, cell: object) -> Markup:
+    one = cell if isinstance(cell, Cell) else Cell(cell)
+    sort = None if one.sort is None else str(one.sort)
+    return el("td", one.shown, class_=kind, data_label=column, data_sort=sort)
 
 
 def pairs(items: Iterable[tuple[str, object]]) -> Markup:

@@ -1,54 +1,71 @@
-"""The page: one HTML file with everything in it, from which no request leaves."""
+"""The page: one HTML file with everything in it, from which no request leaves. In the order in which a reader asks."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 from klab.harness.report.figures import cost_and_error, roofline, sweep, where_time_goes
-from klab.harness.report.figures.style import Figure, colours
+from klab.harness.report.figures.style import Figure
+from klab.harness.report.frames import standing
 from klab.harness.report.html import Markup, el
 from klab.harness.report.sections import failures, glossary, method, steps, strip, winners
 from klab.harness.report.shell import document, framed, plotly_js
-from klab.harness.report.subject import Story, Subject
+from klab.harness.report.subject import Story
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Draw = Callable[[Story, "pd.DataFrame"], list[Figure]]
+"""What a module of figures/ has by the name `figures`: what it draws of a story, from the rows of `frames.standing`. No data, no figure."""
+
+# (identity, heading, figures) of each chapter: what won, why, what it costs, what changed.
+CHAPTERS: tuple[tuple[str, str, tuple[Draw, ...]], ...] = (
+    ("won", "What won", ()),
+    ("why", "Why", (roofline.figures, sweep.figures, where_time_goes.figures)),
+    ("cost", "What it costs", (cost_and_error.figures,)),
+    ("changed", "What changed", ()),
+)
 
 
-def figures(subject: Subject) -> list[Figure]:
-    """The figures of one chip, in order. Each module has `data` (pure, tested alone) and `draw`."""
-    rows = subject.best_per_kernel()
-    hues = colours(row.kernel for row in rows)
-    found = [roofline.draw(roofline.data(rows, subject.limits), f"{_slug(subject)}-roofline", hues)]
-    for along in sweep.AXES:
-        panels = sweep.data(rows, along)
-        if panels:
-            found.append(sweep.draw(panels, along, f"{_slug(subject)}-{along.identity}", hues))
-    formats = cost_and_error.data(rows)
-    if formats:
-        found.append(cost_and_error.draw(formats, f"{_slug(subject)}-error"))
-    parts = where_time_goes.data(subject.profile)
-    if parts:
-        found.append(where_time_goes.draw(parts, subject.profile, f"{_slug(subject)}-time"))
-    return found
+def figures(story: Story, frame: pd.DataFrame | None = None) -> dict[str, list[Figure]]:
+    """The figures of the page by chapter. frame: of `frames.standing`, where it is at hand."""
+    rows = standing(story) if frame is None else frame
+    return {identity: [figure for draw in draws for figure in draw(story, rows)] for identity, _, draws in CHAPTERS}
 
 
 def render(story: Story) -> str:
-    """The whole page as text. Without plotly installed the tables are there and each figure says what is missing."""
-    drawing = plotly_js()
-    parts = [_chip(subject, bool(drawing)) for subject in story.subjects]
-    if not parts:
+    """The whole page as text. Without plotly and pandas the tables are there and the page says what is missing."""
+    drawing = plotly_js() if story.subjects else ""
+    drawn = figures(story) if story.subjects and importlib.util.find_spec("pandas") else {}
+    parts = [_chapter(story, identity, heading, drawn.get(identity, []), bool(drawing)) for identity, heading, _ in CHAPTERS]
+    if not story.subjects:
         parts = [el("p", "There are no results to show yet. `klab run --model qwen3-0.6b --chip auto` makes some.")]
-    links = [(f"#{_slug(s)}", s.chip) for s in story.subjects] + [("#method", "method and environment"), ("#words", "words")]
+    links = [(identity, heading) for identity, heading, _ in CHAPTERS] + [("method", "Method and environment"), ("words", "Words")]
     title = " ".join(["klab:", story.model or "results", *(f"on {s.chip}" for s in story.subjects[:1])])
     content = [
         strip.section(story),
-        el("nav", [el("a", name, href=target) for target, name in links]),
+        el("nav", [el("a", name, href=f"#{target}") for target, name in links]),
         el("main", parts, method.section(story), glossary.section()),
         el("footer", el("p", _footer(story), class_="note")),
     ]
-    return document(title, content, drawing=drawing if story.subjects else "")
+    return document(title, content, drawing=drawing)
 
 
-def _chip(subject: Subject, drawing: bool) -> Markup:
-    shown = [framed(figure, drawing) for figure in figures(subject)]
-    parts = [steps.section(subject), winners.section(subject), shown, method.limits(subject), failures.section(subject)]
-    return el("article", el("h2", subject.title), parts, id=_slug(subject))
+def _chapter(story: Story, identity: str, heading: str, drawn: Sequence[Figure], drawing: bool) -> Markup:
+    """A chapter: its figures, and for each chip the tables that belong to it."""
+    shown: list[object] = []
+    for subject in story.subjects:
+        parts: list[object] = []
+        if identity == "won":
+            parts = [steps.section(subject), winners.section(subject)]
+        elif identity == "why":
+            parts = [method.limits(subject), failures.section(subject)]
+        if parts:
+            shown.append(el("article", el("h3", subject.title), parts, id=f"{identity}-{slug(subject.chip)}", data_chip=subject.chip))
+    boxes = [framed(figure, drawing) for figure in drawn]
+    return el("section", el("h2", heading), [shown, boxes] if identity == "won" else [boxes, shown], id=identity)
 
 
 def _footer(story: Story) -> str:
@@ -56,5 +73,6 @@ def _footer(story: Story) -> str:
     return f"Made by klab{f' from {places}' if places else ''}. Everything is in this file; it loads nothing."
 
 
-def _slug(subject: Subject) -> str:
-    return "chip-" + "".join(c if c.isalnum() else "-" for c in subject.chip.lower())
+def slug(text: str) -> str:
+    """Text as a part of an identity in HTML."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in text.lower())

@@ -8,20 +8,28 @@ from dataclasses import dataclass, field
 
 from klab.harness.choose.profile import Profile
 from klab.harness.measure.stats import FLOOR_ROUNDS
+from klab.harness.plan.rows import Plan
 from klab.harness.report.limits import Limits
 from klab.harness.store.query import latest
 from klab.harness.store.result import Result, Status
 from klab.harness.tune.objective import counting_rounds
+from klab.harness.watch.series import Night
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One chip on the page. `rows` stand (see `latest`) and are of the profile's device, or of none (they never reached one)."""
+    """One chip on the page. `rows` stand (see `latest`) and are of the profile's device, or of none (they never reached one).
+
+    `reference`: what was published of the chip; it never competes with `rows`. `light`: further standing rows of a large store, too far
+    behind to be chosen, without their samples and traces.
+    """
 
     chip: str
     profile: Profile
     limits: Limits
     rows: tuple[Result, ...]
+    reference: tuple[Result, ...] = ()
+    light: tuple[Result, ...] = ()
 
     @property
     def title(self) -> str:
@@ -56,8 +64,24 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Occurrence:
+    """Where a problem occurs: in which model's step, as what, how often per step."""
+
+    model: str
+    phase: str
+    batch: int
+    role: str
+    count: int
+
+
+@dataclass(frozen=True)
 class Story:
-    """Everything that the page tells. `notes` come from the plan; `reading` names files that were not read whole."""
+    """Everything that the page tells. `notes` come from the plan; `reading` names files that were not read whole.
+
+    occurs: by problem key, where models of the catalog (or the one asked for) have the problem. plans: by chip, of the model asked for.
+    nights: by chip, what `klab nightly` recorded, oldest first. before: by chip, the choices as they would be without the newest run;
+    `newest_run` is that run by chip.
+    """
 
     subjects: tuple[Subject, ...]
     model: str = ""
@@ -65,11 +89,16 @@ class Story:
     notes: tuple[str, ...] = ()
     reading: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    occurs: Mapping[str, tuple[Occurrence, ...]] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    nights: Mapping[str, tuple[Night, ...]] = field(default_factory=dict)
+    before: Mapping[str, Profile] = field(default_factory=dict)
+    newest_run: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def statuses(self) -> Counter[str]:
-        """How many standing rows ended how."""
-        return Counter(row.status.value for subject in self.subjects for row in subject.rows)
+        """How many standing rows ended how (published rows are no trials)."""
+        return Counter(row.status.value for subject in self.subjects for row in (*subject.rows, *subject.light) if row.kind != "reference")
 
 
 def tell(
@@ -94,8 +123,9 @@ def tell(
         shown = (keys or {}).get(chip)
         rows = [row for row in found if shown is None or row.problem_key in shown]
         profile = choice(chip, rows)
-        here = [row for row in rows if not profile.device or row.device in (profile.device, "")]
-        subjects.append(Subject(chip, profile, limits(chip, profile.device), tuple(latest(here))))
+        own = [row for row in rows if row.kind != "reference" and (not profile.device or row.device in (profile.device, ""))]
+        published = [row for row in rows if row.kind == "reference"]
+        subjects.append(Subject(chip, profile, limits(chip, profile.device), tuple(latest(own)), tuple(latest(published))))
     return Story(tuple(subjects))
 
 

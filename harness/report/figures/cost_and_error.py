@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klab.harness.report.figures.style import INK, Figure, axis, colours, layout, mark, plain
+from klab.harness.report.subject import Story
 from klab.harness.report.units import interval, time
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Result
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,9 @@ def _mark(one: Format, hues: dict[str, str], *, visible: bool) -> dict[str, Any]
         "hovertemplate": "<b>%{fullData.name}</b><br>error %{x:.2f}%<br>%{text}<extra></extra>",
         "marker": {"color": hues.get(_name(one), INK), "symbol": mark(one.backend), "size": 9},
     }
+
+
+def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
+    """One per chip on which narrower formats were measured."""
+    found = [(n, data(subject.best_per_kernel())) for n, subject in enumerate(story.subjects)]
+    return [draw(panels, f"error-{n}") for n, panels in found if panels]

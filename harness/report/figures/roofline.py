@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klab.harness.measure.calibration import is_measured
-from klab.harness.report.figures.style import INK, Figure, axis, layout, mark, plain
+from klab.harness.report.figures.style import INK, Figure, axis, colours, layout, mark, plain
 from klab.harness.report.limits import Limits, bound, dtype_of, share_of_bound
+from klab.harness.report.subject import Story
 from klab.harness.report.units import number, percent, time
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Result
 from klab.kernels.dtypes import SHORT
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # More lines of measured peaks would hide the marks; the table of limits has them all.
 MEASURED_SHOWN = 2
@@ -85,7 +89,7 @@ def data(rows: Sequence[Result], limits: Limits) -> Roofline:
     return Roofline(points, tuple(ceilings))
 
 
-def draw(found: Roofline, identity: str, colours: dict[str, str]) -> Figure:
+def draw(found: Roofline, identity: str, hues: dict[str, str]) -> Figure:
     """Log-log; one trace per kernel, so that the legend switches them."""
     title = "Roofline"
     caption = (
@@ -120,7 +124,7 @@ def draw(found: Roofline, identity: str, colours: dict[str, str]) -> Figure:
                 "y": [p.tflops for p in points],
                 "text": [_hover(p) for p in points],
                 "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"color": colours.get(kernel, INK), "symbol": mark(points[0].backend), "size": 8, "opacity": 0.85},
+                "marker": {"color": hues.get(kernel, INK), "symbol": mark(points[0].backend), "size": 8, "opacity": 0.85},
             }
         )
     decades = {"type": "log", "dtick": 1, "tickformat": ".4~g"}
@@ -131,3 +135,10 @@ def draw(found: Roofline, identity: str, colours: dict[str, str]) -> Figure:
 def _hover(p: Point) -> str:
     share = "" if p.share is None else f", {percent(p.share)} of the bound"
     return f"<b>{plain(p.kernel)}</b><br>{plain(p.problem)}<br>{plain(p.config)}<br>{number(p.tflops)} TFLOP/s, {time(p.median_us)}{share}"
+
+
+def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
+    """One roofline per chip."""
+    best = {subject.chip: subject.best_per_kernel() for subject in story.subjects}
+    hues = colours(row.kernel for rows in best.values() for row in rows)
+    return [draw(data(best[s.chip], s.limits), f"roofline-{n}", hues) for n, s in enumerate(story.subjects)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Ten hues of similar weight that can be told apart with common colour blindness and stand out on white and on near-black.
 PALETTE = ("#3b7dd8", "#e07b39", "#2a9d74", "#c44e9b", "#8a6fd1", "#b8901f", "#d1495b", "#3fa7c4", "#7d8a2e", "#8c6d5a")
@@ -16,7 +19,14 @@ INK, FAINT = "var(--ink)", "var(--faint)"
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure as Plotly takes it, with what a reader is to see in it. Without data, `empty` says why there is nothing to draw."""
+    """A figure as Plotly takes it, with what a reader is to see in it. Without data, `empty` says why there is nothing to draw.
+
+    caption: what the data says, with its numbers, then how to read the figure. table: the data behind it, a row per mark, with units in
+    the columns' names; columns of `frames.DIMS` are what the page filters by. A trace made with `marks` follows that filter point by
+    point. variant: figures that share a title are shown one at a time, and this is its name in their menu. derive: the function of the
+    page's script (`klab.derive[...]`) that computes again, from the rows that are left, what depends on all of them. controls: Markup
+    shown below the caption; an input there with `data-state="name"` is part of the page's state and of its address.
+    """
 
     identity: str
     title: str
@@ -24,6 +34,19 @@ class Figure:
     traces: list[dict[str, Any]] = field(default_factory=list)
     layout: dict[str, Any] = field(default_factory=dict)
     empty: str = ""
+    table: pd.DataFrame | None = None
+    variant: str = ""
+    derive: str = ""
+    controls: str = ""
+
+
+def marks(trace: dict[str, Any], rows: Sequence[int] | Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The trace with the row of the figure's table (its position, from 0) that each point stands for, so that a filter can drop points.
+
+    A heat map takes rows of rows, in the form of its z, with -1 where a cell stands for none.
+    """
+    plain_rows = [list(map(int, row)) if isinstance(row, Sequence) else int(row) for row in rows]
+    return trace | {"meta": trace.get("meta", {}) | {"rows": plain_rows}}
 
 
 def colours(kernels: Iterable[str]) -> dict[str, str]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from klab.harness.report.figures.style import INK, Figure, axis, layout, mark, plain
+from klab.harness.report.figures.style import INK, Figure, axis, colours, layout, mark, plain
+from klab.harness.report.subject import Story
 from klab.harness.report.units import interval, time
 from klab.harness.store.frame import config_label
 from klab.harness.store.result import Result
 from klab.kernels.contract import Json, canonical_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def data(rows: Sequence[Result], along: Axis) -> list[Panel]:
     return sorted(worth, key=lambda panel: (-sum(len(line.stops) for line in panel.lines), panel.name))
 
 
-def draw(panels: Sequence[Panel], along: Axis, identity: str, colours: dict[str, str]) -> Figure:
+def draw(panels: Sequence[Panel], along: Axis, identity: str, hues: dict[str, str]) -> Figure:
     """Log-log lines with intervals; a menu chooses among panels."""
     caption = "Medians per launch with 95% intervals; each kernel with its best configuration at that place. Lower is better."
     if not panels:
@@ -107,7 +111,7 @@ def draw(panels: Sequence[Panel], along: Axis, identity: str, colours: dict[str,
     for n, panel in enumerate(panels):
         for line in panel.lines:
             owner.append(n)
-            traces.append(_trace(line, colours, visible=n == 0))
+            traces.append(_trace(line, hues, visible=n == 0))
     ticks = {"type": "log", "exponentformat": "none", "tickformat": "~s", "dtick": "D2"}
     shape = layout(xaxis=axis(along.unit, **ticks), yaxis=axis("microseconds", **ticks))
     if len(panels) > 1:
@@ -134,7 +138,7 @@ def _stop(x: float, row: Result) -> Stop:
     return Stop(x, middle, low, high, config_label(row))
 
 
-def _trace(line: Line, colours: dict[str, str], *, visible: bool) -> dict[str, Any]:
+def _trace(line: Line, hues: dict[str, str], *, visible: bool) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines+markers",
@@ -152,8 +156,8 @@ def _trace(line: Line, colours: dict[str, str], *, visible: bool) -> dict[str, A
         },
         "text": [f"{time(s.median_us)} ({interval(s.low_us, s.high_us)})<br>{plain(s.config)}" for s in line.stops],
         "hovertemplate": "<b>%{fullData.name}</b><br>at %{x}: %{text}<extra></extra>",
-        "line": {"color": colours.get(line.kernel, INK), "width": 2},
-        "marker": {"color": colours.get(line.kernel, INK), "symbol": mark(line.backend), "size": 7},
+        "line": {"color": hues.get(line.kernel, INK), "width": 2},
+        "marker": {"color": hues.get(line.kernel, INK), "symbol": mark(line.backend), "size": 7},
     }
 
 
@@ -163,3 +167,14 @@ def _short(value: Json) -> str:
         distinct = sorted(set(value))
         return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]}..{distinct[-1]}" if distinct else "none"
     return str(value)
+
+
+def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
+    """Of each chip a figure per axis along which there is something to see."""
+    found = []
+    for n, subject in enumerate(story.subjects):
+        rows = subject.best_per_kernel()
+        hues = colours(row.kernel for row in rows)
+        panels = [(along, data(rows, along)) for along in AXES]
+        found += [draw(several, along, f"{along.identity}-{n}", hues) for along, several in panels if several]
+    return found

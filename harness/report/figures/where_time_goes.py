@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klab.harness.choose.profile import Profile
 from klab.harness.report.figures.style import PALETTE, Figure, axis, layout, plain
+from klab.harness.report.subject import Story
 from klab.harness.report.units import percent, sum_time, time
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -77,3 +81,9 @@ def draw(parts: list[Part], profile: Profile, identity: str) -> Figure:
 def _left_out(profile: Profile) -> str:
     missing = [f"{step.phase} batch {step.batch}: {step.open}" for step in profile.steps if step.open]
     return f"Problems without a valid result are not in it ({', '.join(missing)})." if missing else ""
+
+
+def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
+    """One per chip whose problems are those of a model."""
+    found = [(n, subject.profile, data(subject.profile)) for n, subject in enumerate(story.subjects)]
+    return [draw(parts, profile, f"time-{n}") for n, profile, parts in found if parts]
