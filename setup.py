@@ -10,6 +10,6 @@ setup(
     package_data={
         "klab.profiles": ["*/*.toml", "*/*.csv", "*/*.json", "tuned/*/*.json", "acceptance/*/*.json"],
         "klab.kernels": ["*.cuh"],
-        "klab.harness": ["report/*"],
+        "klab.harness": ["report/*", "report/script/*"],
     },
 )

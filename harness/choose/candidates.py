@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def why_not(result: Result, objective: Objective = LATENCY) -> str | None:
         return "its output was not checked"
     if throttled(result.marked):
         return "throttled in most of its rounds"
-    if latency(result) is None:
+    time = latency(result)
+    if time is None or not all(math.isfinite(us) for us in (time.median, time.low, time.high)):
         return "no interval of its time"
     rounds = len(counting_rounds(result))
     if rounds < FLOOR_ROUNDS:

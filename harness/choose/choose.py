@@ -129,6 +129,7 @@ def _choose_one(
     libraries = sorted((c for c in found if c.row.library), key=order)
     rivals = [c for c in tied if c is not chosen]
     library = None if row.library or not libraries else _rival(libraries[0], chosen, objective)
+    default, default_reason = _default(found, chosen, defaults)
     time, metered = latency(row), chosen.metered_row
     joules = energy(metered)
     assert time is not None
@@ -160,6 +161,8 @@ def _choose_one(
         final_reason=final[2] if final and winner is not None else "",
         wide_error=row.wide_error,
         measured_us=measured_us(row) if "corrected" in row.build else None,
+        default=_rival(default, chosen, objective) if default else None,
+        default_reason=default_reason,
     )
     narrower = row.problem_key != wanted.problem_key
     stale = (sources or {}).get(row.kernel, row.source_digest) != row.source_digest
@@ -175,6 +178,19 @@ def _choose_one(
         instead=row.problem_label if narrower else "",
         instead_problem=dict(row.problem) if narrower else {},
     )
+
+
+def _default(found: Sequence[Candidate], chosen: Candidate, defaults: Defaults | None) -> tuple[Candidate | None, str]:
+    """The chosen kernel in its default configuration, or why it is not compared with."""
+    config = defaults(chosen.row) if defaults else None
+    if config is None:
+        return None, "the kernel's default configuration is not known here"
+    name = canonical_json(config)
+    if chosen.config == name:
+        return None, "the choice is the default configuration"
+    same = (c for c in found if (c.kernel, c.config, c.problem_key) == (chosen.kernel, name, chosen.problem_key))
+    default = next(same, None)
+    return default, "" if default else "the default configuration has no valid result"
 
 
 def _unquantised(tied: list[Candidate], problem_key: str) -> list[Candidate]:

@@ -66,7 +66,8 @@ class Evidence:
     `measured_us`: the median as it was measured, where `median_us` is corrected for the device that it was taken on.
 
     `tied` are the others that could not be told apart (`tied_count` of them, the nearest listed). `library` is the best library
-    kernel; `library_reason` says why there is none to compare with.
+    kernel; `library_reason` says why there is none to compare with. `default` is the chosen kernel in its default configuration;
+    `default_reason` says why it is not compared with (empty in profiles that are older than this field).
     """
 
     median_us: float
@@ -96,6 +97,8 @@ class Evidence:
     final_reason: str = ""
     wide_error: float | None = None
     measured_us: float | None = None
+    default: Rival | None = None
+    default_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -262,6 +265,7 @@ def _choice(data: dict[str, Any]) -> Choice:
             "energy_interval_j": None if joules is None else tuple(joules),
             "runner_up": _rival(e["runner_up"]),
             "library": _rival(e["library"]),
+            "default": _rival(e.get("default")),
             "tied": tuple(r for r in map(_rival, e["tied"]) if r is not None),
             "run_ids": tuple(e["run_ids"]),
         }

@@ -54,7 +54,11 @@ def _findings(found: Acceptance) -> Markup:
          [one.reason, _small(one.remedy)])
         for one in findings(found.checks)
     ]  # fmt: skip
-    shown = table(("grade", "device", "check", "found", "expected", "reason and remedy"), rows) if rows else el("p", "Nothing to report.")
+    shown = (
+        table(("grade", "device", "check", "found", "expected", "reason and remedy"), rows, identity="findings")
+        if rows
+        else el("p", "Nothing to report.")
+    )
     return el("section", el("h2", "Findings"), shown)
 
 
@@ -161,7 +165,7 @@ def _everything(found: Acceptance) -> Markup:
         for check in found.checks
     ]  # fmt: skip
     columns = ("grade", "device", "topic", "check", "found", "expected", "reason")
-    return el("details", el("summary", f"All {len(rows)} checks"), table(columns, rows), class_="all")
+    return el("details", el("summary", f"All {len(rows)} checks"), table(columns, rows, identity="checks"), class_="all")
 
 
 def _footer(found: Acceptance) -> Markup:

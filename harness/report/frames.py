@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from klab.harness.report.limits import Limits, bound, dtype_of
 from klab.harness.report.subject import Story, Subject
 from klab.harness.store.frame import config_label, gb_per_s, tflops
+from klab.harness.store.index import rounds_of
 from klab.harness.store.result import Result, Status
 from klab.kernels.contract import canonical_json
 
@@ -69,6 +70,7 @@ def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, 
     settings = canonical_json(r.config)
     limit = bound(r, subject.limits)
     origin = "reference" if r.kind == "reference" else "measured"
+    rounds, sum_us = rounds_of(r)
     values = {
         "chip": r.chip,
         "model": tuple(dict.fromkeys(place.model for place in places)),
@@ -99,8 +101,8 @@ def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, 
         "median_us": r.median_us,
         "low_us": r.ci_low_us,
         "high_us": r.ci_high_us,
-        "rounds": len(r.samples_us),
-        "gpu_s": sum(r.samples_us) * r.launches_per_round / 1e6,
+        "rounds": rounds,
+        "gpu_s": sum_us * r.launches_per_round / 1e6,
         "compile_s": r.compile_s,
         "tflops": tflops(r),
         "gb_per_s": gb_per_s(r),

@@ -49,11 +49,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a table: its cells; what the page's filters ask of it, by the names of `frames.DIMS`; and its identity on the page."""
+    """A row of a table: its cells; what the page's filters ask of it, by the names of `frames.DIMS`; and its identity on the page.
+
+    evidence: the name under which the payload's section "evidence" has more of it, which the page's script opens below the row.
+    """
 
     cells: Sequence[object]
     dims: Mapping[str, str | Sequence[str]]
     identity: str | None = None
+    evidence: str | None = None
 
 
 def table(
@@ -75,7 +79,9 @@ def table(
         cells = zip(columns, kinds, one.cells, strict=True)
         asked = {name: [value] if isinstance(value, str) else list(value) for name, value in one.dims.items()}
         dims = json.dumps(asked, separators=(",", ":")) if asked else None
-        return el("tr", [_cell(column, kind, cell) for column, kind, cell in cells], id=one.identity, data_dims=dims)
+        return el(
+            "tr", [_cell(column, kind, cell) for column, kind, cell in cells], id=one.identity, data_dims=dims, data_evidence=one.evidence
+        )
 
     body = el("tbody", [line(row) for row in rows])
     return el("div", el("table", el("caption", caption) if caption else None, head, body, id=identity), class_="wide")

@@ -10,7 +10,7 @@ from klab.harness.report.figures.style import Figure
 from klab.harness.report.html import el
 from klab.harness.report.sections import night as night_section
 from klab.harness.report.sections import night_changes, night_verdicts
-from klab.harness.report.shell import document, framed, plotly_js
+from klab.harness.report.shell import document, framed_all, plotly_js
 from klab.harness.watch.changes import change_points
 from klab.harness.watch.series import Call, Night
 from klab.harness.watch.wording import headline, line, ordered
@@ -34,7 +34,7 @@ def night_page(night: Night, earlier: Sequence[Night], changes: Historian = chan
     nights = [*before, night]
     found = curves(nights, changes)
     drawing = plotly_js() if night.verdicts else ""
-    figures = [framed(figure, bool(drawing)) for figure in _figures(night, nights, found)]
+    drawn = _figures(night, nights, found)
     waived = night_changes.waivers(night)
     links = [("verdicts", "verdicts"), ("changes", "changes of level"), ("history", "history"), ("epochs", "epochs"), ("words", "words")]
     content = [
@@ -45,14 +45,14 @@ def night_page(night: Night, earlier: Sequence[Night], changes: Historian = chan
             night_verdicts.section(night, found, len(nights)),
             waived,
             night_changes.changes(found),
-            el("section", el("h2", "History"), el("p", history.READING, class_="note"), figures, id="history"),
+            el("section", el("h2", "History"), el("p", history.READING, class_="note"), framed_all(drawn, bool(drawing)), id="history"),
             night_changes.epochs(nights, found),
             night_section.words(),
         ),
         el("footer", el("p", "Made by klab nightly. Everything is in this file; it loads nothing.", class_="note")),
     ]
     title = f"klab nightly {line(night.chip, 60)}: {headline(night)}"
-    return document(title, content, drawing=drawing, styles=("page.css", "night.css"))
+    return document(title, content, figures=drawn, drawing=drawing, styles=("page.css", "night.css"))
 
 
 def _figures(night: Night, nights: Sequence[Night], found: dict[str, Curve]) -> list[Figure]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from klab.harness.report.figures import cost_and_error, roofline, sweep, where_time_goes
+from klab.harness.report.figures import (
+    chips,
+    energy,
+    history_series,
+    money,
+    placement_map,
+    power,
+    quantisation,
+    roofline,
+    search,
+    sweep,
+    where_time_goes,
+)
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
 from klab.harness.report.html import Markup, el
-from klab.harness.report.sections import failures, glossary, method, steps, strip, winners
-from klab.harness.report.shell import document, framed, plotly_js
-from klab.harness.report.subject import Story
+from klab.harness.report.sections import changes, evidence, failures, glossary, method, steps, strip, winners
+from klab.harness.report.shell import document, framed_all, index, plotly_js
+from klab.harness.report.subject import Story, Subject
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,11 +34,23 @@ Draw = Callable[[Story, "pd.DataFrame"], list[Figure]]
 
 # (identity, heading, figures) of each chapter: what won, why, what it costs, what changed.
 CHAPTERS: tuple[tuple[str, str, tuple[Draw, ...]], ...] = (
-    ("won", "What won", ()),
-    ("why", "Why", (roofline.figures, sweep.figures, where_time_goes.figures)),
-    ("cost", "What it costs", (cost_and_error.figures,)),
-    ("changed", "What changed", ()),
+    ("won", "What won", (chips.figures,)),
+    ("why", "Why", (roofline.figures, sweep.figures, where_time_goes.figures, search.figures, power.figures)),
+    (
+        "cost",
+        "What it costs",
+        (
+            energy.figures,
+            quantisation.figures,
+            money.figures,
+            placement_map.figures,
+        ),
+    ),
+    ("changed", "What changed", (history_series.figures,)),
 )
+
+# What the page's script has besides the figures, by name (`klab.payload[name]`): each made of the story.
+SECTIONS: Mapping[str, Callable[[Story], object]] = {"evidence": evidence.payload}
 
 
 def figures(story: Story, frame: pd.DataFrame | None = None) -> dict[str, list[Figure]]:
@@ -38,7 +62,9 @@ def figures(story: Story, frame: pd.DataFrame | None = None) -> dict[str, list[F
 def render(story: Story) -> str:
     """The whole page as text. Without plotly and pandas the tables are there and the page says what is missing."""
     drawing = plotly_js() if story.subjects else ""
-    drawn = figures(story) if story.subjects and importlib.util.find_spec("pandas") else {}
+    frame = standing(story) if story.subjects and importlib.util.find_spec("pandas") else None
+    drawn = {} if frame is None else figures(story, frame)
+    sections = {name: make(story) for name, make in SECTIONS.items()} if story.subjects else {}
     parts = [_chapter(story, identity, heading, drawn.get(identity, []), bool(drawing)) for identity, heading, _ in CHAPTERS]
     if not story.subjects:
         parts = [el("p", "There are no results to show yet. `klab run --model qwen3-0.6b --chip auto` makes some.")]
@@ -50,22 +76,34 @@ def render(story: Story) -> str:
         el("main", parts, method.section(story), glossary.section()),
         el("footer", el("p", _footer(story), class_="note")),
     ]
-    return document(title, content, drawing=drawing)
+    if frame is not None:
+        sections["index"] = index(frame)
+    shown = [one for several in drawn.values() for one in several]
+    return document(title, content, figures=shown, sections=sections, drawing=drawing, styles=("page.css", "winners.css"))
 
 
 def _chapter(story: Story, identity: str, heading: str, drawn: Sequence[Figure], drawing: bool) -> Markup:
-    """A chapter: its figures, and for each chip the tables that belong to it."""
-    shown: list[object] = []
-    for subject in story.subjects:
-        parts: list[object] = []
-        if identity == "won":
-            parts = [steps.section(subject), winners.section(subject)]
-        elif identity == "why":
-            parts = [method.limits(subject), failures.section(subject)]
-        if parts:
-            shown.append(el("article", el("h3", subject.title), parts, id=f"{identity}-{slug(subject.chip)}", data_chip=subject.chip))
-    boxes = [framed(figure, drawing) for figure in drawn]
-    return el("section", el("h2", heading), [shown, boxes] if identity == "won" else [boxes, shown], id=identity)
+    """A chapter: its tables and its figures; what won is told first."""
+    shown, boxes = _tables(story, identity), framed_all(drawn, drawing)
+    return el("section", el("h2", heading), [boxes, shown] if identity == "why" else [shown, boxes], id=identity)
+
+
+def _tables(story: Story, identity: str) -> list[object]:
+    """The tables of a chapter: of all chips together where a reader compares, else chip by chip."""
+    if identity == "won":
+        return [_by_chip(story, identity, steps.section), winners.section(story), evidence.plain(story)]
+    if identity == "why":
+        return [failures.section(story), _by_chip(story, identity, method.limits)]
+    return [changes.section(story)] if identity == "changed" else []
+
+
+def _by_chip(story: Story, identity: str, tell: Callable[[Subject], Markup | None]) -> list[Markup]:
+    told = [(subject, tell(subject)) for subject in story.subjects]
+    return [
+        el("article", el("h3", subject.title), part, id=f"{identity}-{slug(subject.chip)}", data_chip=subject.chip)
+        for subject, part in told
+        if part is not None
+    ]
 
 
 def _footer(story: Story) -> str:

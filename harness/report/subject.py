@@ -21,7 +21,7 @@ class Subject:
     """One chip on the page. `rows` stand (see `latest`) and are of the profile's device, or of none (they never reached one).
 
     `reference`: what was published of the chip; it never competes with `rows`. `light`: further standing rows of a large store, too far
-    behind to be chosen, without their samples and traces.
+    behind to be chosen, without their samples and traces. `left_out`: how many more of a large store's rows stand, by status.
     """
 
     chip: str
@@ -30,6 +30,7 @@ class Subject:
     rows: tuple[Result, ...]
     reference: tuple[Result, ...] = ()
     light: tuple[Result, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -45,7 +46,8 @@ class Subject:
     @property
     def failed(self) -> list[Result]:
         """The rows of trials that gave no time to rely on (published rows are no trials)."""
-        return [row for row in self.rows if row.status not in (Status.OK, Status.SCREENED) and row.kind != "reference"]
+        rows = (*self.rows, *self.light)
+        return [row for row in rows if row.status not in (Status.OK, Status.SCREENED) and row.kind != "reference"]
 
     def best_per_kernel(self) -> list[Result]:
         """Of each kernel on each problem, the row with the lowest median (and the chosen one, where that is another of a tie)."""
@@ -97,8 +99,11 @@ class Story:
 
     @property
     def statuses(self) -> Counter[str]:
-        """How many standing rows ended how (published rows are no trials)."""
-        return Counter(row.status.value for subject in self.subjects for row in (*subject.rows, *subject.light) if row.kind != "reference")
+        """How many standing rows ended how, those left out of the page included (published rows are no trials)."""
+        found = Counter(row.status.value for subject in self.subjects for row in (*subject.rows, *subject.light) if row.kind != "reference")
+        for subject in self.subjects:
+            found.update(subject.left_out)
+        return found
 
 
 def tell(

@@ -37,7 +37,7 @@ FIELD_TYPES: dict[str, str] = {f.name: str(f.type) for f in dataclasses.fields(R
 COLUMNS: dict[str, str] = {name: SQL_TYPES[kind] for name, kind in FIELD_TYPES.items()}
 JSON_COLUMNS = tuple(name for name, kind in FIELD_TYPES.items() if kind.startswith("Mapping"))
 
-_REQUIRED = tuple(
+REQUIRED = tuple(
     f.name for f in dataclasses.fields(Result) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 )
 
@@ -63,7 +63,7 @@ def parse(row: Json, steps: Mapping[int, Step] = STEPS, current: int = SCHEMA) -
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     row = upgrade(row, steps, current)
-    missing = [name for name in _REQUIRED if name not in row]
+    missing = [name for name in REQUIRED if name not in row]
     if missing:
         raise ValueError(f"lacks {', '.join(missing)}: not a row that klab wrote")
     values = {name: _typed(name, FIELD_TYPES[name], value) for name, value in row.items() if name in FIELD_TYPES}

@@ -66,10 +66,18 @@ class Held:
 def compare_results(a: str, b: str, request: Request) -> Comparison:
     """Every kernel of every problem that both sets have, each at its best configuration. UsageError where they share nothing."""
     reports = ReadReport(), ReadReport()
-    sides = [_read(folder_to_read(local_of(text)), report, request) for text, report in zip((a, b), reports, strict=True)]
+    rows = [iter_results(folder_to_read(local_of(text)), report) for text, report in zip((a, b), reports, strict=True)]
+    return compare_rows(rows[0], rows[1], request, reports, names=(a, b))
+
+
+def compare_rows(
+    a: Iterable[Result], b: Iterable[Result], request: Request, reports: tuple[ReadReport, ReadReport], *, names: tuple[str, str]
+) -> Comparison:
+    """The same of rows that are at hand. names: where they are from, for the error."""
+    sides = [_read(rows, Path(name), report, request) for rows, name, report in zip((a, b), names, reports, strict=True)]
     common = [one for one in sides[0] if one in sides[1]]
     if not common:
-        read = " and ".join(f"{report.rows} rows in {text}" for text, report in zip((a, b), reports, strict=True))
+        read = " and ".join(f"{report.rows} rows in {text}" for text, report in zip(names, reports, strict=True))
         chips = [", ".join(sorted({one.chip for one in side})) or "none" for side in sides]
         why = "".join(f"; {line}" for report in reports for line in report.lines())
         raise UsageError(
@@ -94,10 +102,10 @@ def compare_results(a: str, b: str, request: Request) -> Comparison:
 Side = dict[Contestant, dict[str, Held]]
 
 
-def _read(folder: Path, report: ReadReport, request: Request) -> Side:
+def _read(results: Iterable[Result], folder: Path, report: ReadReport, request: Request) -> Side:
     found: Side = defaultdict(lambda: defaultdict(Held))
     code: dict[Contestant, str] = {}
-    rows = sorted(iter_results(folder, report), key=lambda row: row.recorded_at)
+    rows = sorted(results, key=lambda row: row.recorded_at)
     for row in rows:
         if row.kind != "measured" or not _asked(row, request):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -57,14 +58,28 @@ class Browser:
             self._driver.kill()
             self._driver.wait()
 
-    def open(self, page: Path, width: int = 1280, height: int = 1000, theme: str = "light", media: str = "") -> None:
-        """Load a page from disk and wait until it is drawn. What was logged and asked for before is forgotten."""
+    def open(
+        self,
+        page: Path,
+        width: int = 1280,
+        height: int = 1000,
+        theme: str = "light",
+        media: str = "",
+        at: str = "",
+        everything: bool = True,
+    ) -> None:
+        """Load a page from disk and wait until it is drawn. What was logged and asked for before is forgotten.
+
+        at: what follows "#" in its address. everything: figures far from the screen are drawn too.
+        """
         self._session_ask("POST", "/url", {"url": "about:blank"})
         self.console()
         self.requests()
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.cdp("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": theme}])
-        self._session_ask("POST", "/url", {"url": page.resolve().as_uri()})
+        self._session_ask("POST", "/url", {"url": page.resolve().as_uri() + (f"#{at}" if at else "")})
+        drawn = "klab.ready.then(() => klab.plots.all(), () => 0)" if everything else "klab.ready.catch(() => 0)"
+        self.run(f"return window.klab ? {drawn} : 0")
         time.sleep(0.3)
 
     def run(self, script: str) -> Any:
@@ -84,8 +99,9 @@ class Browser:
         return image
 
     def console(self) -> list[str]:
-        """What was logged since the last call."""
-        return [f"{entry['level']} {entry['message']}" for entry in self._session_ask("POST", "/se/log", {"type": "browser"})]
+        """What was logged since the last call, without what a machine that has no GPU says of its WebGL."""
+        entries = [f"{entry['level']} {entry['message']}" for entry in self._session_ask("POST", "/se/log", {"type": "browser"})]
+        return [entry for entry in entries if not re.search(r"GL Driver Message|software WebGL", entry)]
 
     def requests(self) -> list[str]:
         """The addresses that were asked for since the last call."""

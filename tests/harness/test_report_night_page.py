@@ -60,7 +60,7 @@ def test_what_the_page_tells(page: str) -> None:
     ):  # fmt: skip
         assert words in reader.text, words
     assert reader.text.index("error 0.3 above the tolerance") < reader.text.index("6.0% above") < reader.text.index("13 ok")
-    assert page.count("plotly.js v") == 1 and page.count('class="spark"') == 20
+    assert page.count('id="klab-plotly"') == 1 and page.count('class="spark"') == 20
 
 
 def test_everything_is_inside(page: str) -> None:

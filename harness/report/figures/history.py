@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -28,6 +29,10 @@ READING = (
     "In the figures of series each mark is a night: the median over fresh processes as it was judged, which is divided by the anchor "
     "of the same minutes and scaled back by the anchor's usual time. Bars: the least and the most of the processes. Level lines: the "
     "median between changes. Verticals: solid where the level changed, dotted where an epoch began."
+)
+HOW = (
+    "A mark is a night's judged value, its bar the least and the most of the processes; a line is a level, a solid vertical its change, a "
+    "dotted one a new epoch."
 )
 # Every entry of a menu says of every curve whether it is seen: 1,250 of them are 17 MB, and no menu for people.
 MENU_SERIES = 200
@@ -183,11 +188,12 @@ def draw_map(found: Sequence[Curve], nights: Sequence[str], identity: str) -> Fi
     # Times are categories here, so that nights stand beside one another however far apart; two of one minute need two names.
     stamps = [_date(at) for at in nights]
     stamps = [f"{stamp} {n}" if stamps.count(stamp) > 1 else stamp for n, stamp in enumerate(stamps)]
-    names = [plain(line(name_of(curve.series).removeprefix(f"{curve.series.chip} "), 70)) for curve in rows]
+    # Rows are categories, so that a filter closes the ranks; of one name there is one category.
+    names = _distinct(plain(line(name_of(curve.series).removeprefix(f"{curve.series.chip} "), 70)) for curve in rows)
     trace = {
         "type": "heatmap",
         "x": stamps,
-        "y": list(range(len(rows))),
+        "y": names,
         "z": z,
         "zmin": -MAP_PERCENT,
         "zmax": MAP_PERCENT,
@@ -200,10 +206,36 @@ def draw_map(found: Sequence[Curve], nights: Sequence[str], identity: str) -> Fi
     some = stamps[:: max(1, math.ceil(len(stamps) / 6))]
     along = axis("", type="category", tickmode="array", tickvals=some, ticktext=[stamp[:10] for stamp in some])
     row_px = 15 if len(rows) <= 60 else 10
-    rows_axis = axis("", autorange="reversed", tickmode="array", tickvals=list(range(len(rows))), ticktext=names)
+    rows_axis = axis("", type="category", autorange="reversed", tickmode="array", tickvals=names, ticktext=names)
     rows_axis["tickfont"] = {"size": 9 if row_px > 10 else 8}
-    shape = layout(height=110 + row_px * len(rows), xaxis=along, yaxis=rows_axis)
+    borders = _epoch_borders(rows)
+    if borders:
+        caption += " A dotted vertical: a new epoch began."
+    shape = layout(height=110 + row_px * len(rows), xaxis=along, yaxis=rows_axis, shapes=[_border(n) for n in borders])
     return Figure(identity, title, caption, [trace], shape)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, with the number of its row behind one that was there before."""
+    told: list[str] = []
+    for name in names:
+        told.append(f"{name} ({len(told) + 1})" if name in told else name)
+    return told
+
+
+def _epoch_borders(rows: Sequence[Curve]) -> list[int]:
+    """The nights at which a new epoch began for half of the series or more."""
+    found = Counter(curve.places[step.index].night for curve in rows for step in curve.steps if step.new_epoch)
+    return sorted(night for night, count in found.items() if 2 * count >= len(rows))
+
+
+def _border(night: int) -> dict[str, Any]:
+    """A vertical before a night of the map, whose nights are numbered categories."""
+    at = night - 0.5
+    return {
+        "type": "line", "xref": "x", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1,
+        "line": {"color": INK, "width": 1.5, "dash": "dot"},
+    }  # fmt: skip
 
 
 def _against_epoch(curve: Curve) -> Iterable[tuple[int, float]]:

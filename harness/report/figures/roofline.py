@@ -1,144 +1,234 @@
-"""The roofline: each kernel's best result per problem under the ceilings of the chip."""
+"""The roofline: each kernel's best result per problem under the ceilings of the chip, and how far the best of each problem is from them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klab.harness.measure.calibration import is_measured
-from klab.harness.report.figures.style import INK, Figure, axis, colours, layout, mark, plain
-from klab.harness.report.limits import Limits, bound, dtype_of, share_of_bound
+from klab.harness.report.figures.front import TIME
+from klab.harness.report.figures.style import INK, PALETTE, Figure, digits, even_legend, hollow, layout, log_axis, mark, marks, short
+from klab.harness.report.frames import DIMS, best
+from klab.harness.report.limits import Limits
 from klab.harness.report.subject import Story
 from klab.harness.report.units import number, percent, time
-from klab.harness.store.frame import config_label
-from klab.harness.store.result import Result
+from klab.harness.watch.wording import line
+from klab.kernels.contract import Chip
 from klab.kernels.dtypes import SHORT
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# More lines of measured peaks would hide the marks; the table of limits has them all.
-MEASURED_SHOWN = 2
-
-
-@dataclass(frozen=True)
-class Point:
-    """One result: FLOP per byte, TFLOP/s, and its share of the bound (None where the chip's limits are not known)."""
-
-    kernel: str
-    backend: str
-    problem: str
-    config: str
-    intensity: float
-    tflops: float
-    median_us: float
-    share: float | None
+TITLE = "Roofline"
+# Near enough to the limits that tuning has little left to win.
+NEAR = 0.8
+# More lines of calibrated peaks would hide the marks; the table of limits has them all.
+CALIBRATED_SHOWN = 2
+# A measured clock that is nearer to the specification's than this has the same ceiling.
+CLOCK_DIFFERS = 0.01
+# Marks of a page, all chips together, and the fewest of one chip.
+MARKS, FEWEST = 1600, 60
+COLUMNS = (
+    *DIMS, "origin", "rank", "chosen", "library", "backend", "problem", "problem_key", "config", "intensity_flop_per_byte", "tflops",
+    "median_us", "low_us", "high_us", "bound_us", "bound_by", "of_roofline_percent", "at_measured_clock_percent", "sm_clock_mhz",
+)  # fmt: skip
+SPECIFIED, CALIBRATED, AT_CLOCK = "specified", "calibrated", "at the measured clock"
+DASH = {SPECIFIED: "dash", CALIBRATED: "dot", AT_CLOCK: "dashdot"}
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """min(bandwidth x intensity, peak) of one dtype, as corners of a line in (FLOP per byte, TFLOP/s). Specified, or measured."""
+    """min(bandwidth x intensity, peak) of one dtype, as corners of a line in (FLOP per byte, TFLOP/s). kind: SPECIFIED, CALIBRATED (by
+    klab calibrate, on a device), or AT_CLOCK (the specified peak at the SM clock that was measured).
+    """
 
     name: str
+    kind: str
     corners: tuple[tuple[float, float], ...]
-    measured: bool = False
 
 
-@dataclass(frozen=True)
-class Roofline:
-    """The figure's data."""
+def data(frame: pd.DataFrame) -> pd.DataFrame:
+    """COLUMNS: the best row of each kernel on each problem (`frames.best`) that has a speed and an intensity, in the order in which they
+    are drawn. rank: 0 the chosen one, 1 the fastest library of the problem, 2 the fastest other kernel, 3 the rest; longest first.
+    """
+    rows = best(frame)
+    rows = rows[rows["tflops"].notna() & rows["intensity_flop_per_byte"].notna()].sort_values("median_us", kind="stable")
+    first = ~rows.duplicated(["chip", "origin", "problem_key", "library"])
+    rank = (~rows["library"]).map({False: 1, True: 2}).where(first, 3).where(~rows["chosen"], 0)
+    shares = {"of_roofline_percent": 100 * rows["share"], "at_measured_clock_percent": 100 * rows["share_at_clock"]}
+    rows = rows.assign(rank=rank, **shares)
+    return rows.sort_values(["rank", "median_us"], ascending=[True, False], kind="stable")[list(COLUMNS)].reset_index(drop=True)
 
-    points: tuple[Point, ...]
-    ceilings: tuple[Ceiling, ...]
 
-
-def data(rows: Sequence[Result], limits: Limits) -> Roofline:
-    """Points of the rows that have a time, flops and bytes; ceilings of the dtypes that occur, from the chip's specified limits."""
-    measured = [r for r in rows if r.median_us and r.flops and r.bytes_moved]
-    points = tuple(
-        Point(
-            r.kernel, r.backend, r.problem_label, config_label(r), r.flops / r.bytes_moved, r.flops / (r.median_us or 1) / 1e6,
-            r.median_us or 0.0, share_of_bound(r, limits),
-        )
-        for r in measured
-    )  # fmt: skip
+def ceilings(found: pd.DataFrame, limits: Limits) -> list[Ceiling]:
+    """Of the dtypes of one chip's marks (rows of `data`), from the limits of the chip; none where these are not known."""
     chip = limits.chip
-    if chip is None or not points:
-        return Roofline(points, ())
-    low, high = min(p.intensity for p in points) / 2, max(p.intensity for p in points) * 2
-    ceilings = []
-    used = {found.peak_dtype for r in measured if (found := bound(r, limits))}
-    for dtype in sorted(used):
+    if chip is None or not len(found):
+        return []
+    low, high = found["intensity_flop_per_byte"].min() / 2, found["intensity_flop_per_byte"].max() * 2
+    # A chip without instructions for a dtype multiplies it in float32.
+    peaks = found["dtype"].map(lambda dtype: dtype if chip.peak_flops(dtype) else "float32")
+    drawn = []
+    for dtype in sorted(set(peaks)):
         peak = chip.peak_tflops.get(dtype)
         if not peak:
             continue
-        ridge = peak * 1e3 / chip.memory_gb_per_s
-        start, end = min(low, ridge / 4), max(high, ridge * 4)
-        name = f"{SHORT.get(dtype, dtype)}: {number(peak)} TFLOP/s, {number(chip.memory_gb_per_s)} GB/s"
-        without = sorted({dtype_of(r) for r in measured} - set(chip.peak_tflops))
-        if dtype == "float32" and without:
-            name += f" (also bounds {', '.join(SHORT.get(d, d) for d in without)})"
-        ceilings.append(Ceiling(name, ((start, start * chip.memory_gb_per_s / 1e3), (ridge, peak), (end, peak))))
-        for device, own in sorted(limits.measured.items())[:MEASURED_SHOWN]:
+        start, end = min(low, peak * 1e3 / chip.memory_gb_per_s / 4), max(high, peak * 1e3 / chip.memory_gb_per_s * 4)
+        name = SHORT.get(dtype, dtype)
+        by_others = sorted(SHORT.get(one, one) for one in set(found["dtype"][peaks == dtype]) - {dtype})
+        also = f" (also bounds {', '.join(by_others)})" if by_others else ""
+        limit = f"{number(peak)} TFLOP/s, {number(chip.memory_gb_per_s)} GB/s"
+        drawn.append(Ceiling(f"{name}: {limit}{also}", SPECIFIED, _corners(start, end, peak, chip.memory_gb_per_s)))
+        for device, own in sorted(limits.measured.items())[:CALIBRATED_SHOWN]:
             if is_measured(own) and is_measured(own, dtype):
-                peak, stream = own.peak_tflops[dtype], own.memory_gb_per_s
-                name = f"measured on {device[:12]}, {SHORT.get(dtype, dtype)}: {number(peak)} TFLOP/s, {number(stream)} GB/s"
-                ceilings.append(Ceiling(name, ((start, start * stream / 1e3), (peak * 1e3 / stream, peak), (end, peak)), measured=True))
-    return Roofline(points, tuple(ceilings))
+                reached, stream = own.peak_tflops[dtype], own.memory_gb_per_s
+                told = f"{name} calibrated on {line(device, 12)}: {number(reached)} TFLOP/s, {number(stream)} GB/s"
+                drawn.append(Ceiling(told, CALIBRATED, _corners(start, end, reached, stream)))
+        clock = _clock(found[peaks == dtype], chip)
+        if clock is not None:
+            reached = peak * clock / chip.spec_clock_mhz
+            # Below the ridge it is the line of the specified bandwidth.
+            told = f"{name} at the measured {number(clock)} MHz: {number(reached)} TFLOP/s"
+            drawn.append(Ceiling(told, AT_CLOCK, _corners(start, end, reached, chip.memory_gb_per_s)[1:]))
+    return drawn
 
 
-def draw(found: Roofline, identity: str, hues: dict[str, str]) -> Figure:
-    """Log-log; one trace per kernel, so that the legend switches them."""
-    title = "Roofline"
-    caption = (
-        "Each mark is one kernel's best configuration on one problem: achieved speed over arithmetic intensity (least flops over least "
-        "bytes). The dashed lines are the chip's specified limits; a mark on the line could not be faster. Dotted lines, where there are "
-        "any, are what klab calibrate measured on a device."
+def _corners(start: float, end: float, peak: float, gb_per_s: float) -> tuple[tuple[float, float], ...]:
+    return (start, start * gb_per_s / 1e3), (peak * 1e3 / gb_per_s, peak), (end, peak)
+
+
+def _clock(found: pd.DataFrame, chip: Chip) -> float | None:
+    """The median SM clock of the measured rows that arithmetic bounds, in MHz, where it differs from the specification's."""
+    bound = found[(found["origin"] == "measured") & (found["bound_by"] == "compute")]["sm_clock_mhz"].dropna()
+    if not len(bound) or not chip.spec_clock_mhz:
+        return None
+    clock = float(statistics.median(bound))
+    return clock if abs(clock / chip.spec_clock_mhz - 1) >= CLOCK_DIFFERS else None
+
+
+def finding(found: pd.DataFrame, title: str) -> str:
+    """Of one chip: how many of its problems are near the limits, the median share, and where most time is lost. Measured rows alone."""
+    own = found[(found["origin"] == "measured") & found["of_roofline_percent"].notna()]
+    if not len(own):
+        measured = (found["origin"] == "measured").any()
+        return f"No limits of {title} are known, so that no share can be told." if measured else f"All of {title} is published by others."
+    fastest = own.sort_values("median_us", kind="stable").drop_duplicates("problem_key")
+    share = fastest["of_roofline_percent"] / 100
+    ends = [TIME.ends(row) for row in fastest.itertuples()]
+    least, most = (sum(bound / end[n] >= NEAR for bound, end in zip(fastest["bound_us"], ends, strict=True)) for n in (1, 0))
+    near, count = int((share >= NEAR).sum()), len(fastest)
+    sure = "" if least == most else f" ({least} to {most} within the 95% intervals)"
+    middle = f"the median share is {percent(statistics.median(share))}" if count > 1 else f"its share is {percent(share.iloc[0])}"
+    problems = f"{count} problem{'' if count == 1 else 's'}"
+    text = f"On {title} the fastest kernel reaches {percent(NEAR)} of the roofline on {near} of {problems}{sure}; {middle}."
+    above = int((share > 1).sum())
+    if above:
+        lies = f"{above} lie{'s' if above == 1 else ''} above it"
+        text += f" {lies}: a cache served what the bound counts as memory traffic, or the limits are too low."
+    lost = (fastest["median_us"] - fastest["bound_us"]).sort_values(ascending=False)
+    if lost.iloc[0] <= 0:
+        return text
+    worst = fastest.loc[lost.index[0]]
+    low, high = TIME.ends(worst)
+    return (
+        f"{text} Most time per launch above it: {line(worst['problem'], 80)}, {time(lost.iloc[0])} of {time(worst['median_us'])} with "
+        f"{line(worst['kernel'], 60)} at {worst['of_roofline_percent']:.1f}% "
+        f"({100 * worst['bound_us'] / high:.1f}% to {100 * worst['bound_us'] / low:.1f}%) of it."
     )
-    if not found.points:
-        return Figure(identity, title, caption, empty="No result has a time yet.")
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": plain(ceiling.name),
-            "x": [x for x, _ in ceiling.corners],
-            "y": [y for _, y in ceiling.corners],
-            "line": {"color": INK, "width": 1.5, "dash": "dot" if ceiling.measured else "dash"},
-            "hoverinfo": "name",
-        }
-        for ceiling in found.ceilings
-    ]
-    by_kernel: dict[str, list[Point]] = defaultdict(list)
-    for point in found.points:
-        by_kernel[point.kernel].append(point)
-    for kernel, points in sorted(by_kernel.items()):
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": plain(kernel),
-                "x": [p.intensity for p in points],
-                "y": [p.tflops for p in points],
-                "text": [_hover(p) for p in points],
-                "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"color": hues.get(kernel, INK), "symbol": mark(points[0].backend), "size": 8, "opacity": 0.85},
-            }
+
+
+def draw(found: pd.DataFrame, limits: Limits, identity: str, title: str, variant: str = "", most: int = MARKS) -> Figure:
+    """One chip (rows of `data`): a colour per operator, a shape per backend, hollow where others published it."""
+    shown = found.iloc[:most].reset_index(drop=True)
+    lines = ceilings(shown, limits)
+    shapes = ", ".join(f"{_SHAPES[mark(backend)]} {line(backend, 30)}" for backend in sorted(set(shown["backend"])))
+    caption = (
+        f"{finding(found, title)} A mark is one kernel's best configuration on one problem: its speed over the problem's intensity (least "
+        f"flops over least bytes). Large: the chosen one. Shape: {shapes}."
+    )
+    kinds = {ceiling.kind for ceiling in lines}
+    caption += (
+        " Dashed: the chip's specified limits; a mark on the line could not be faster."
+        if lines
+        else f" No limits: {limits.reason}." * bool(limits.reason)
+    )
+    caption += " Dotted: what klab calibrate measured on a device." if CALIBRATED in kinds else ""
+    caption += " Dash-dotted: the specified peak at the clock that was measured." if AT_CLOCK in kinds else ""
+    caption += " Hollow: published by others, not measured here." if (shown["origin"] != "measured").any() else ""
+    if len(found) > len(shown):
+        caption += (
+            f" {len(shown)} of {len(found)} marks are drawn: chosen kernels first, then of each problem the fastest library, the fastest "
+            "other kernel and the rest, the longest problems first."
         )
-    decades = {"type": "log", "dtick": 1, "tickformat": ".4~g"}
-    shape = layout(xaxis=axis("FLOP per byte", **decades), yaxis=axis("TFLOP/s", **decades))
-    return Figure(identity, title, caption if found.ceilings else f"{caption} (No limits are known for this device.)", traces, shape)
+    traces: list[dict[str, Any]] = [_line(ceiling) for ceiling in lines]
+    hues = {operator: PALETTE[n % len(PALETTE)] for n, operator in enumerate(sorted(set(found["operator"])))}
+    for (operator, origin), group in shown.groupby(["operator", "origin"]):
+        traces.append(_marks(group, hues[operator], own=origin == "measured"))
+    speeds = [*shown["tflops"], *(y for ceiling in lines for _, y in ceiling.corners)]
+    places = [*shown["intensity_flop_per_byte"], *(x for ceiling in lines for x, _ in ceiling.corners)]
+    shape = layout(xaxis=log_axis("FLOP per byte", places), yaxis=log_axis("TFLOP/s", speeds), height=520, showlegend=True)
+    table = shown.drop(columns=["rank", "backend", "library", "problem_key"])
+    return Figure(identity, TITLE, caption, traces, even_legend(shape), table=table, variant=variant)
 
 
-def _hover(p: Point) -> str:
-    share = "" if p.share is None else f", {percent(p.share)} of the bound"
-    return f"<b>{plain(p.kernel)}</b><br>{plain(p.problem)}<br>{plain(p.config)}<br>{number(p.tflops)} TFLOP/s, {time(p.median_us)}{share}"
+_SHAPES = {"circle": "circle", "square": "square", "diamond": "diamond", "cross": "plus", "triangle-up": "triangle", "x": "x"}
 
 
-def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
-    """One roofline per chip."""
-    best = {subject.chip: subject.best_per_kernel() for subject in story.subjects}
-    hues = colours(row.kernel for rows in best.values() for row in rows)
-    return [draw(data(best[s.chip], s.limits), f"roofline-{n}", hues) for n, s in enumerate(story.subjects)]
+def _line(ceiling: Ceiling) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": short(ceiling.name, 80),
+        "x": digits(x for x, _ in ceiling.corners),
+        "y": digits(y for _, y in ceiling.corners),
+        "line": {"color": INK, "width": 1.5, "dash": DASH[ceiling.kind]},
+        "hoverinfo": "name",
+    }
+
+
+def _marks(group: pd.DataFrame, hue: str, *, own: bool) -> dict[str, Any]:
+    symbols = [mark(backend) for backend in group["backend"]]
+    name = short(group["operator"].iloc[0])
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name if own else f"{name} (published)",
+        "x": digits(group["intensity_flop_per_byte"]),
+        "y": digits(group["tflops"]),
+        "customdata": [
+            [short(row.kernel, 80), short(row.problem, 80), short(row.config, 120), TIME.told(row), _share(row)]
+            for row in group.itertuples()
+        ],
+        "hovertemplate": "<b>%{customdata[0]}</b><br>%{customdata[1]}<br>%{customdata[2]}<br>%{customdata[3]}<br>"
+        "%{y} TFLOP/s%{customdata[4]}<extra></extra>",
+        "marker": {
+            "color": hue,
+            "symbol": symbols if own else [hollow(symbol) for symbol in symbols],
+            "size": [11 if chosen else 7 for chosen in group["chosen"]],
+            "line": {"width": 0 if own else 1},
+            "opacity": [0.95 if chosen else 0.55 for chosen in group["chosen"]] if own else 0.8,
+        },
+    }
+    return marks(trace, [int(row) for row in group.index])
+
+
+def _share(row: Any) -> str:
+    """What a mark has of the roofline, in words; nothing where no limits are known."""
+    if row.of_roofline_percent != row.of_roofline_percent:
+        return ""
+    told = f", {percent(row.of_roofline_percent / 100)} of the {row.bound_by} bound"
+    clock = row.at_measured_clock_percent
+    return told if clock != clock or row.bound_by != "compute" else f"{told}, {percent(clock / 100)} at {number(row.sm_clock_mhz)} MHz"
+
+
+def figures(story: Story, frame: pd.DataFrame) -> list[Figure]:
+    """One per chip that has marks."""
+    found = data(frame)
+    most = max(MARKS // max(found["chip"].nunique(), 1), FEWEST)
+    by_chip = {chip: group.reset_index(drop=True) for chip, group in found.groupby("chip")}
+    return [
+        draw(by_chip[subject.chip], subject.limits, f"roofline-{n}", subject.title, subject.chip, most)
+        for n, subject in enumerate(story.subjects)
+        if subject.chip in by_chip
+    ]

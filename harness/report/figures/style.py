@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from klab.harness.watch.wording import line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 # Ten hues of similar weight that can be told apart with common colour blindness and stand out on white and on near-black.
 PALETTE = ("#3b7dd8", "#e07b39", "#2a9d74", "#c44e9b", "#8a6fd1", "#b8901f", "#d1495b", "#3fa7c4", "#7d8a2e", "#8c6d5a")
 MARKS = {"torch": "circle", "triton": "square", "cuda": "diamond", "cupy": "cross", "cpu": "triangle-up"}
+# Of lines: a kernel beyond the tenth has a colour again, and another dash.
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 # Drawn by the page's script, which fills in the theme's colours.
 INK, FAINT = "var(--ink)", "var(--faint)"
 
@@ -54,9 +59,51 @@ def colours(kernels: Iterable[str]) -> dict[str, str]:
     return {kernel: PALETTE[n % len(PALETTE)] for n, kernel in enumerate(sorted(set(kernels)))}
 
 
+@dataclass(frozen=True)
+class Look:
+    """How one kernel looks in every figure: its colour, the dash of its lines, its mark."""
+
+    colour: str
+    dash: str
+    symbol: str
+
+
+def looks(frame: pd.DataFrame) -> dict[str, Look]:
+    """By `kernel_id` of a frame of `frames.standing`. Kernels of one operator, which compete, differ; those of others may look alike."""
+    kernels = frame[["operator", "kernel_id", "backend"]].drop_duplicates("kernel_id").sort_values("kernel_id")
+    found = {}
+    for _, group in kernels.groupby("operator", sort=False):
+        for n, (kernel, backend) in enumerate(zip(group["kernel_id"], group["backend"], strict=True)):
+            found[kernel] = Look(PALETTE[n % len(PALETTE)], DASHES[n // len(PALETTE) % len(DASHES)], mark(backend))
+    return found
+
+
 def mark(backend: str) -> str:
     """The mark of a backend, so that a figure reads without colour too."""
     return MARKS.get(backend, "x")
+
+
+def hollow(symbol: str) -> str:
+    """The mark of what others published: the same one, not filled."""
+    return f"{symbol}-open"
+
+
+def digits(values: Iterable[float | None]) -> list[float | None]:
+    """Numbers as a figure needs them: five digits, None for what was not measured."""
+    return [None if value is None or not math.isfinite(value) else float(f"{value:.5g}") for value in values]
+
+
+def short(text: object, longest: int = 60) -> str:
+    """Text of others as Plotly must get it, on one line of at most `longest` characters."""
+    return plain(line(text, longest))
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of a menu, told apart by a number where they are the same."""
+    seen: dict[str, int] = {}
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+    return [f"{name} ({n + 1})" if seen[name] > 1 else name for n, name in enumerate(names)]
 
 
 def plain(text: object) -> str:
@@ -76,6 +123,19 @@ def layout(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def even_legend(shape: dict[str, Any]) -> dict[str, Any]:
+    """A layout whose legend shows marks of one size, where those of the figure differ."""
+    return shape | {"legend": shape["legend"] | {"itemsizing": "constant"}}
+
+
 def axis(title: str, **changes: Any) -> dict[str, Any]:
     """An axis with its title (and unit)."""
     return {"title": {"text": title}, "automargin": True, "gridcolor": FAINT, "zeroline": False, "linecolor": FAINT} | changes
+
+
+def log_axis(title: str, values: Iterable[float | None], **changes: Any) -> dict[str, Any]:
+    """A logarithmic axis whose labels read as plain numbers and do not run into one another. values: what is drawn along it."""
+    seen = [value for value in values if value is not None and math.isfinite(value) and value > 0]
+    decades = math.log10(max(seen)) - math.log10(min(seen)) if seen else 1.0
+    step = "D1" if decades < 0.7 else "D2" if decades < 2.0 else math.ceil(decades / 6)
+    return axis(title, **{"type": "log", "exponentformat": "none", "tickformat": ",.4~r", "dtick": step} | changes)

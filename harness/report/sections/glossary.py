@@ -15,7 +15,16 @@ WORDS = (
     ("of roofline", "The least time that the problem's flops and bytes need at the chip's specified limits, over the median. Above 100%: a "
      "cache served part of the bytes, or the limit is a low guess."),
     ("speed", "The problem's least flops (or bytes) over the median; work that a kernel does beyond that does not count in its favour."),
-    ("against best library", "The best library kernel's time over the chosen one's: above 1, the choice is faster."),
+    ("at clock", "The same share with the arithmetic peak at the SM clock that was measured; memory keeps its specified limit."),
+    ("against library, default, rival", "The other's time over the choice's: above 1, the choice is faster. From the rounds that both "
+     "took in turns where there are such, else from both intervals at their worst."),
+    ("geometric mean", "Over the problems that have a choice and a library: the n-th root of the product of the best library's time over "
+     "the choice's, 1 where a library is the choice. Its interval has all of theirs at the same end: never narrower than independent "
+     "errors."),
+    ("win, tie, lose", "An own kernel wins where the interval against the best library lies above 1, ties where it holds 1 (or where it is "
+     "in a tie that a library won), and loses where the choice is a library's."),
+    ("weighted by time", "The sum of the least times over the sum of the measured ones: slow problems weigh more."),
+    ("before", "The choices as they would be without the results of the newest run."),
     ("error", "Norm of the difference from the reference over the reference's norm; the worst over all checks."),
     ("energy", "Joules per launch of the whole board, idle power included. Null is not zero: where it is missing the reason is given."),
 )  # fmt: skip

@@ -196,6 +196,7 @@ def read_columns(table: Table, columns: Sequence[str], where: Mapping[str, objec
     return arrays
 
 
+@cache
 def usual_version(table: Table) -> str:
     """The version of most rows of a table: that of the others is another; "" where they say none."""
     counts = Counter(version or "" for (version,) in _read(table, ("version",), {}, {}).fetchall())

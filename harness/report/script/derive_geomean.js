@@ -1,0 +1,85 @@
+// Geometric means per operator under a filter: the same sums and draws as report/figures/chips_mean.py, from the rows that are left.
+klab.derive.geomean = (figure, shown) => {
+  const RESAMPLES = 1000, LEAST = 5, SEED = 20230, TAIL = RESAMPLES / 40;
+  const words = figure.layout.meta;
+  const at = Object.fromEntries(figure.table.columns.map((name, n) => [name, n]));
+  const rows = shown.map((row) => figure.table.rows[row]);
+  const ratio = (row) => Number(row[at.ratio]);
+
+  const uniform = () => {
+    let state = SEED;
+    return () => {
+      state = (state + 0x6d2b79f5) | 0;
+      let mixed = Math.imul(state ^ (state >>> 15), 1 | state);
+      mixed = (mixed + Math.imul(mixed ^ (mixed >>> 7), 61 | mixed)) ^ mixed;
+      return ((mixed ^ (mixed >>> 14)) >>> 0) / 4294967296;
+    };
+  };
+  const mean = (name, ratios) => {
+    const logs = ratios.map(Math.log);
+    const sum = (values) => values.reduce((total, value) => total + value, 0);
+    const found = { name, count: logs.length, ratio: Math.exp(sum(logs) / logs.length), low: null, high: null };
+    if (logs.length < LEAST) return found;
+    const next = uniform();
+    const means = new Float64Array(RESAMPLES);
+    for (let n = 0; n < RESAMPLES; n++) {
+      let total = 0;
+      for (let k = 0; k < logs.length; k++) total += logs[Math.floor(next() * logs.length)];
+      means[n] = total / logs.length;
+    }
+    means.sort();
+    return { ...found, low: Math.exp(means[TAIL]), high: Math.exp(means[RESAMPLES - 1 - TAIL]) };
+  };
+  const digits = (value) => (value < 10 ? value.toFixed(3) : value.toFixed(1));
+  const text = (one) => `${digits(one.ratio)}×` + (one.low === null ? "" : ` [${digits(one.low)}, ${digits(one.high)}]`);
+  const problems = (count) => `${count} problem${count === 1 ? "" : "s"}`;
+
+  const groups = new Map();
+  for (const row of rows) {
+    const operator = String(row[at.operator]);
+    if (!groups.has(operator)) groups.set(operator, []);
+    groups.get(operator).push(ratio(row));
+  }
+  const before = (x, y) => x.ratio - y.ratio || (x.name < y.name ? -1 : 1);
+  const each = [...groups].map(([name, ratios]) => mean(name, ratios)).sort(before);
+  const every = rows.length ? mean("all", rows.map(ratio)) : null;
+
+  const marks = figure.data.find((trace) => trace.meta && trace.meta.geomean);
+  if (marks) {
+    const drawn = every ? [...each].reverse().concat(every) : [];
+    marks.x = drawn.map((one) => one.ratio);
+    marks.y = drawn.map((one) => words.names[one.name] || one.name);
+    marks.customdata = drawn.map((one) => `${text(one)}, ${problems(one.count)}`);
+    marks.text = drawn.map((one) => ` ${text(one)}`);
+    marks.error_x = {
+      ...marks.error_x,
+      array: drawn.map((one) => (one.high === null ? 0 : one.high - one.ratio)),
+      arrayminus: drawn.map((one) => (one.low === null ? 0 : one.ratio - one.low)),
+    };
+  }
+
+  // As `heights` of report/figures/chips_draw.py: a map of few families is no taller for that, and one of few sizes no wider.
+  const map = figure.data.find((trace) => trace.type === "heatmap");
+  if (map && every) {
+    const upper = 26 * Math.max(map.z.length, 2), lower = 34 * (each.length + 1), inner = upper + lower + 80;
+    figure.layout.height = inner + 126;
+    figure.layout.xaxis.domain = [0, Math.min(1, 0.16 * map.z[0].length)];
+    figure.layout.yaxis.domain = [(lower + 80) / inner, 1];
+    figure.layout.yaxis2.domain = [0, lower / inner];
+  }
+
+  const { a, b, what, both } = words;
+  const tell = () => {
+    if (!every) return `No problem that ${both} is left.`;
+    if (every.count === 1) return `${b} takes ${text(every)} of ${a}'s ${what} on the one problem that ${both}.`;
+    let said = `${b} takes ${text(every)} of ${a}'s ${what}: the geometric mean over ${every.count} problems that ${both}`;
+    said += every.low === null ? ", too few for an interval." : ".";
+    if (every.low !== null && every.low <= 1 && 1 <= every.high) said += " The interval holds 1: taken together, neither is shown to be ahead.";
+    if (each.length > 1) {
+      const least = each[0], most = each[each.length - 1];
+      said += ` Lowest in ${least.name} (${text(least)}, ${problems(least.count)}), highest in ${most.name} (${text(most)}, ${problems(most.count)}).`;
+    }
+    return `${said} ${b} takes more on ${rows.filter((row) => ratio(row) > 1).length} of ${every.count}.`;
+  };
+  return `${tell()} ${words.reading}`;
+};
