@@ -52,16 +52,28 @@ def test_opening_and_filtering(benchmark: Any, page: Path, tmp_path: Path) -> No
         benchmark.pedantic(opened, rounds=ROUNDS)
         ready = float(browser.run("return Number(document.documentElement.dataset.ready)"))
         seen = float(browser.run("return performance.getEntriesByType('paint').at(-1).startTime"))
+        # What the page's thread worked, beside what the clock says: on a shared machine the two differ.
+        browser.cdp("Performance.enable", timeDomain="threadTicks")
+
+        def worked() -> float:
+            metrics = {one["name"]: one["value"] for one in browser.cdp("Performance.getMetrics")["metrics"]}
+            return 1e3 * float(metrics["TaskDuration"])
+
         found: dict[str, list[float]] = {}
+        work: dict[str, float] = {}
         for place in PLACES:
             browser.run(f"klab.state.go('{place}'); return new Promise(done => setTimeout(done, 300)).then(() => klab.plots.settled())")
             for dim in browser.run("return [...document.querySelectorAll('.filter')].map(f => f.dataset.dim)"):
+                before, name = worked(), f"{place}, {dim}"
                 # The box set, and taken back.
-                found[f"{place}, {dim}"] = [float(browser.run(BOX.format(dim=dim))) for _ in range(2 * ROUNDS)]
+                found[name] = [float(browser.run(BOX.format(dim=dim))) for _ in range(2 * ROUNDS)]
+                work[name] = (worked() - before) / (2 * ROUNDS)
         assert browser.console() == []
-    worst = {name: statistics.median(values) for name, values in found.items()}
-    benchmark.extra_info |= {"ready_ms": ready, "painted_ms": seen, "filter_ms": worst}
+    # Narrowing and widening differ: the slower of the two counts.
+    middle = {name: max(statistics.median(values[::2]), statistics.median(values[1::2])) for name, values in found.items()}
+    benchmark.extra_info |= {"ready_ms": ready, "painted_ms": seen, "filter_ms": middle, "work_ms": work}
     print(f"\n{page.stat().st_size / 1e6:.1f} MB: first painted after {seen:.0f} ms, figures drawn after {ready:.0f} ms; a filter:")
-    for name, value in worst.items():
-        print(f"  {name:24} {value:6.0f} ms (of {len(found[name])}: {min(found[name]):.0f} to {max(found[name]):.0f})")
-    assert max(worst.values()) < FILTER_MS
+    for name, value in middle.items():
+        spread = f"{min(found[name]):.0f} to {max(found[name]):.0f}"
+        print(f"  {name:24} {value:6.0f} ms ({spread}; work, with the figures near the screen: {work[name]:.0f} ms)")
+    assert max(middle.values()) < FILTER_MS

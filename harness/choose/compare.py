@@ -16,6 +16,8 @@ from klab.kernels.contract import canonical_json
 # Candidates whose intervals lie apart by this much are not bootstrapped round by round: no common drift turns 10% around, and a
 # tuned space has hundreds of them.
 PLAINLY_APART = 1.1
+# More than the last digits of a float.
+SLOWER = 1 + 1e-9
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,13 @@ def _contest(row: Result) -> dict[str, object]:
 
 
 def _same_rounds(a: Candidate, b: Candidate) -> Ratio | None:
-    """From the newest rows of the two that share their laps, and with them the other blocks of the same final.
+    """From the rounds that the two have in common."""
+    pairs = _common_rounds(a, b)
+    return Ratio(*_bootstrap(tuple(x for x, _ in pairs), tuple(y for _, y in pairs)), "same rounds") if pairs else None
+
+
+def _common_rounds(a: Candidate, b: Candidate) -> list[tuple[float, float]]:
+    """Of the newest rows of the two that share their laps, and with them of the other blocks of the same final.
 
     One may have ended earlier: the rounds up to there are common.
     """
@@ -77,7 +85,7 @@ def _same_rounds(a: Candidate, b: Candidate) -> Ratio | None:
         if len(found) >= FLOOR_ROUNDS:
             pairs += found
             series = _series(row)
-    return Ratio(*_bootstrap(tuple(x for x, _ in pairs), tuple(y for _, y in pairs)), "same rounds") if pairs else None
+    return pairs
 
 
 def _series(row: Result) -> Hashable:
@@ -137,8 +145,11 @@ def tie_set(found: list[Candidate], winner: Candidate, objective: Objective) -> 
 
 
 def _close_ratio(a: Candidate, b: Candidate, objective: Objective) -> Ratio | None:
-    """`ratio`, or None where the stored intervals lie plainly apart."""
+    """`ratio`, or None where a is plainly the slower: the stored intervals lie well apart, or a was slower in every common round (then no
+    resample of these rounds has a median at or below 1).
+    """
     top, bottom = value(a.row, objective), value(b.row, objective)
     if not top.overlaps(bottom) and top.median / bottom.median > PLAINLY_APART:
         return None
-    return ratio(a, b, objective)
+    pairs = [] if objective.needs_energy else _common_rounds(a, b)
+    return None if pairs and all(x > y * SLOWER for x, y in pairs) else ratio(a, b, objective)

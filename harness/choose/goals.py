@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from klab.harness.choose.candidates import Candidate, candidates, why_not
 from klab.harness.choose.compare import Ratio, ratio
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY
+from klab.kernels.discover import Catalogue
+from klab.kernels.fused_moe._engine_config import sglang_default, vllm_default
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,19 @@ def judge(results: Iterable[Result], chip: str, *, engine_default: Callable[[Res
         by_problem.setdefault(row.problem_key, []).append(row)
     copy = copy_gb_per_s(rows)
     return [_judge(goal, by_problem.values(), copy, engine_default or (lambda row: False)) for goal in GOALS]
+
+
+def engine_default(catalogue: Catalogue) -> Callable[[Result], bool]:
+    """Whether a row of the engines' kernel has the configuration that vLLM or SGLang would take without a tuned file."""
+
+    def default(row: Result) -> bool:
+        kernel = catalogue.kernels.get(row.kernel)
+        if kernel is None or not _engine(row):
+            return False
+        problem: Any = kernel.problem_type.from_json(row.problem)
+        return any(dict(row.config) == find(problem).to_json_full() for find in (vllm_default, sglang_default))
+
+    return default
 
 
 def copy_gb_per_s(rows: Iterable[Result]) -> Bandwidth | None:

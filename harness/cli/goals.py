@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from klab.harness.cli import _options
 from klab.harness.cli._console import emit, table, talk
-
-if TYPE_CHECKING:
-    from klab.harness.store.result import Result
-    from klab.kernels.discover import Catalogue
 
 Where = Annotated[list[Path] | None, typer.Option("--results", help="Folder of results. Repeatable. Default: all there are.")]
 Details = Annotated[bool, typer.Option("--details", help="Every problem of every goal.")]
@@ -30,14 +26,14 @@ def command(app: typer.Typer) -> None:
     ) -> None:
         """Judge the speed goals by recorded results: met, missed, cannot tell, or not measured. Exit 1 where one is missed."""
         from klab.harness.catalog import find_chip
-        from klab.harness.choose.goals import judge
+        from klab.harness.choose.goals import engine_default, judge
         from klab.harness.store.paths import folders_to_read
         from klab.harness.store.read import ReadReport, iter_results
         from klab.kernels.discover import discover
 
         found = find_chip(chip)
         folders = [folder for folder in folders_to_read(results) if folder.exists()]
-        verdicts = judge(iter_results(folders, ReadReport()), found.name, engine_default=_engine_default(discover()))
+        verdicts = judge(iter_results(folders, ReadReport()), found.name, engine_default=engine_default(discover()))
         for one in verdicts if as_json else ():
             goal = {"goal": one.goal.name, "least": one.goal.least, "operator": one.goal.operator, "against": one.goal.against}
             said = {name: getattr(one, name) for name in ("verdict", "figure", "low", "high", "reason")}
@@ -59,18 +55,3 @@ def command(app: typer.Typer) -> None:
                 talk.print(reason, markup=False, soft_wrap=True)
         if any(one.verdict == "missed" for one in verdicts):
             raise typer.Exit(1)
-
-
-def _engine_default(catalogue: Catalogue) -> Any:
-    """Whether a row of the engines' kernel has the configuration that vLLM or SGLang would take without a tuned file."""
-
-    def judge(row: Result) -> bool:
-        kernel = catalogue.kernels.get(row.kernel)
-        if kernel is None or row.kernel != "fused_moe/triton_engine":
-            return False
-        from klab.kernels.fused_moe._engine_config import sglang_default, vllm_default
-
-        problem: Any = kernel.problem_type.from_json(row.problem)
-        return any(dict(row.config) == find(problem).to_json_full() for find in (vllm_default, sglang_default))
-
-    return judge

@@ -109,7 +109,7 @@ def _write(folders: list[Path], out: Path, notebook: Path | None, kernels: Seque
     if notebook:
         from klab.harness.report.notebook import write_notebook
 
-        write_notebook(story, notebook)
+        write_notebook(story, notebook, asked={name: given[name] for name in ("runs", "history", "reference")})
         talk.print(f"wrote {shown(notebook.resolve())}", markup=False, soft_wrap=True)
 
 

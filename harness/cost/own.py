@@ -89,11 +89,14 @@ def facts_of(choices: Iterable[Choice], how: str = "chosen and measured") -> lis
 
 
 def problem_of(operator: str, fields: Mapping[str, Json]) -> Problem | None:
-    """The problem of these fields; None for one that this klab no longer has."""
+    """The problem of these fields; None for one that this klab does not have, or of values that are none (a dtype nobody knows, say)."""
     problem_type = operators().get(operator)
+    if problem_type is None:
+        return None
     try:
-        return problem_type.from_json(fields) if problem_type else None
-    except UsageError:
+        found = problem_type.from_json(fields)
+        return found if found.flops() >= 0 and found.bytes_moved() >= 0 else None
+    except (UsageError, TypeError, ValueError, KeyError, AttributeError, OverflowError, ZeroDivisionError):
         return None
 
 

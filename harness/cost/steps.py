@@ -117,6 +117,7 @@ class Steps:
         self.deployment, self.estimator, self.host_us = deployment, estimator, host_us
         self._steps: dict[tuple[object, ...], StepCost] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._decodes: dict[tuple[int, int, int], list[Row]] = {}
 
     def prefill(self, new: int, prefix: int = 0, batch: int = 1) -> StepCost:
         """`batch` prompts of `new` tokens each behind `prefix` cached ones; the last token of each gets its logits."""
@@ -209,8 +210,11 @@ class Steps:
         return self._rows("prefill", isl=new + prefix, prefix_len=prefix, prefill_batch=batch, batches=(), osl=1)
 
     def _decode_rows(self, batch: int, context: int, q_len: int) -> list[Row]:
-        # A decode step of the plan is at isl + osl/2: with osl 1 that is isl.
-        return self._rows("decode", isl=max(context, q_len), batches=(batch,), osl=1, q_len=q_len)
+        # Mixed steps ask for them again. A decode step of the plan is at isl + osl/2: with osl 1 that is isl.
+        key = (batch, context, q_len)
+        if key not in self._decodes:
+            self._decodes[key] = self._rows("decode", isl=max(context, q_len), batches=(batch,), osl=1, q_len=q_len)
+        return self._decodes[key]
 
     def _rows(self, phase: str, **fields: object) -> list[Row]:
         d = self.deployment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 from klab.harness.catalog.architecture import (
@@ -76,10 +77,9 @@ def step_rows(model: Model, chip: Chip, scenario: Scenario, phase: str) -> list[
     dtype, _ = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
     roofline = Roofline(chip, dtype)
     rows: list[Row] = []
-    for step, layers in _steps(model, scenario, dtype):
-        if step.phase == phase:
-            narrow = [(count, [quantised(draft, scenario.quantization) for draft in drafts]) for count, drafts in layers]
-            rows += _merged(step, narrow, roofline)
+    for step, layers in _steps(model, scenario, dtype, phase):
+        narrow = [(count, [quantised(draft, scenario.quantization) for draft in drafts]) for count, drafts in layers]
+        rows += _merged(step, narrow, roofline)
     return rows
 
 
@@ -101,9 +101,8 @@ def _cache_notes(model: Model, scenario: Scenario) -> list[Note]:
 def step_of(model: Model, chip: Chip, scenario: Scenario, phase: str) -> Step:
     """The prefill or the (first) decode step of a plan. UsageError for a phase that the model has not."""
     dtype, _ = planned_dtype(model, chip, scenario.dtype, scenario.quantization)
-    for step, _layers in _steps(model, scenario, dtype):
-        if step.phase == phase:
-            return replace(step, norm=model.stack.norm)
+    for step, _layers in _steps(model, scenario, dtype, phase):
+        return replace(step, norm=model.stack.norm)
     raise UsageError(f"{model.name} has no {phase} step in this scenario")
 
 
@@ -111,15 +110,19 @@ Layers = tuple[int, list[Draft]]
 """How many layers are alike, and the drafts of one of them."""
 
 
-def _steps(model: Model, s: Scenario, dtype: str) -> list[tuple[Step, list[Layers]]]:
+def _steps(model: Model, s: Scenario, dtype: str, phase: str = "") -> Iterator[tuple[Step, list[Layers]]]:
+    """The steps of a phase (default: of all), each drafted when it is asked for."""
     common = {"dtype": dtype, "tp": s.tp, "expert_parallel": s.expert_parallel, "page_size": s.page_size}
     common |= {"kv_dtype": s.kv_dtype, "shared_prefix": s.shared_prefix}
     if model.kind == "diffusion_transformer":
         step = Step("denoise", s.prefill_batch, s.isl, 0, text=model.text_tokens, **common)  # type: ignore[arg-type]
-        return [(step, _stack(model.stack, step))]
+        if phase in ("", "denoise"):
+            yield step, _stack(model.stack, step)
+        return
+    encoded: list[Layers] = []
     if model.encoder is None:
         prefill = Step("prefill", s.prefill_batch, s.isl - s.prefix_len, s.prefix_len, **common)  # type: ignore[arg-type]
-        source, context, encoded = 0, s.context, []
+        source, context = 0, s.context
     else:
         # Whisper's encoder has a length of its own and isl is the decoder's prompt; otherwise the encoder reads isl tokens.
         source = model.encoder.tokens or s.isl
@@ -127,12 +130,13 @@ def _steps(model: Model, s: Scenario, dtype: str) -> list[tuple[Step, list[Layer
         context = max(prompt + s.osl // 2, s.q_len)
         prefill = Step("prefill", s.prefill_batch, prompt, 0, source=source, **common)  # type: ignore[arg-type]
         encoder_step = Step("prefill", s.prefill_batch, source, 0, **common)  # type: ignore[arg-type]
-        encoded = _named("encoder_", _stack(model.encoder, encoder_step))
-    steps = [(prefill, [*encoded, *_stack(model.stack, prefill), *_ends(model, prefill, s.prefill_batch)])]
-    for batch in s.batches if s.osl else ():
+        if phase in ("", "prefill"):
+            encoded = _named("encoder_", _stack(model.encoder, encoder_step))
+    if phase in ("", "prefill"):
+        yield prefill, [*encoded, *_stack(model.stack, prefill), *_ends(model, prefill, s.prefill_batch)]
+    for batch in s.batches if s.osl and phase in ("", "decode") else ():
         step = Step("decode", batch, s.q_len, context - s.q_len, source=source, **common)  # type: ignore[arg-type]
-        steps.append((step, [*_stack(model.stack, step), *_ends(model, step, step.tokens)]))
-    return steps
+        yield step, [*_stack(model.stack, step), *_ends(model, step, step.tokens)]
 
 
 def _named(prefix: str, layers: list[Layers]) -> list[Layers]:

@@ -80,16 +80,16 @@ def contest(index: Index, request: Request, chip: str, tag: str, *, without: str
     """
     db = index.db
     index.query(
-        f"CREATE OR REPLACE TEMP VIEW here_{tag} AS SELECT * FROM asked WHERE chip = {_text(chip)} "
-        f"AND (kind = 'reference' OR run_id <> {_text(without)})"
+        f"CREATE OR REPLACE TEMP VIEW here_{tag} AS SELECT * FROM asked WHERE chip = {quoted(chip)} "
+        f"AND (kind = 'reference' OR run_id <> {quoted(without)})"
     )
     device = _device(index, chip, tag)
     elsewhere: dict[str, int] = {}
     mine = f"mine_{tag}"
     if device:
-        aside = f"SELECT device, count(*) FROM here_{tag} WHERE device NOT IN ({_text(device)}, '') GROUP BY device"
+        aside = f"SELECT device, count(*) FROM here_{tag} WHERE device NOT IN ({quoted(device)}, '') GROUP BY device"
         elsewhere = dict(index.query(aside))
-    only = f"WHERE device IN ({_text(device)}, '')" if device else ""
+    only = f"WHERE device IN ({quoted(device)}, '')" if device else ""
     index.query(f"CREATE OR REPLACE TEMP VIEW {mine} AS SELECT * FROM here_{tag} {only}")
     _states(index, mine, tag)
     _refused(index, request, chip, mine, tag)
@@ -111,7 +111,7 @@ def _device(index: Index, chip: str, tag: str) -> str:
     """As `decide.this_device`, else the device of the newest row that may be chosen."""
     if chip == "cpu":
         model = probe().model
-        if index.query(f"SELECT 1 FROM here_{tag} WHERE device = {_text(model)} LIMIT 1"):
+        if index.query(f"SELECT 1 FROM here_{tag} WHERE device = {quoted(model)} LIMIT 1"):
             return model
     newest = index.query(f"SELECT device FROM here_{tag} WHERE {USABLE} ORDER BY n DESC LIMIT 1")
     return str(newest[0][0]) if newest else ""
@@ -260,7 +260,8 @@ def _why_open(index: Index, mine: str, tag: str) -> dict[str, str]:
     return told
 
 
-def _text(value: str) -> str:
+def quoted(value: str) -> str:
+    """A text in SQL."""
     return "'" + value.replace("'", "''") + "'"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from klab.harness.choose.candidates import state
+from klab.harness.choose.profile import Choice
 from klab.harness.report.limits import Limits, bound, dtype_of
 from klab.harness.report.subject import Story, Subject
 from klab.harness.store.frame import config_label, gb_per_s, tflops
@@ -30,14 +32,14 @@ def standing(story: Story) -> pd.DataFrame:
     recorded_at, commit, device, device_uuid, reason; median_us, low_us, high_us (95%), rounds, gpu_s (what measuring it took),
     compile_s, tflops, gb_per_s, intensity_flop_per_byte, bound_us, bound_by, share (of the roofline by specification, 1 is the
     roofline), share_at_clock (at the SM clock that was measured), power_w, energy_j, energy_low_j, energy_high_j, energy_reason,
-    sm_clock_mhz, error, tolerance, wide_key, wide_error. What was not measured is NaN or "".
+    sm_clock_mhz, error, tolerance, wide_key, wide_error; conditions (see `conditions`). What was not measured is NaN or "".
     """
     import pandas as pd
 
     rows = [
-        _row(story, subject, result, chosen, light)
+        _row(story, subject, result, id(result) in chosen, light)
         for subject in story.subjects
-        for chosen in [{(c.wanted.problem_key, c.kernel, canonical_json(c.config)) for c in subject.profile.choices}]
+        for chosen in [_chosen(subject)]
         for results, light in ((subject.rows, False), (subject.light, True), (subject.reference, False))
         for result in results
     ]
@@ -62,10 +64,41 @@ COLUMNS: dict[str, str] = {
     "intensity_flop_per_byte": "float", "bound_us": "float", "bound_by": "object", "share": "float", "share_at_clock": "float",
     **dict.fromkeys(("power_w", "energy_j", "energy_low_j", "energy_high_j"), "float"), "energy_reason": "object",
     "sm_clock_mhz": "float", "error": "float", "tolerance": "float", "wide_key": "object", "wide_error": "float",
+    "conditions": "object",
 }  # fmt: skip
 
 
-def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, str]], light: bool) -> tuple[object, ...]:
+def conditions(r: Result) -> str:
+    """What two measured times must share to be compared: `cold`, or `warm at 1200 MHz` where a clock or power limit was set; "" of published
+    rows, which do not say.
+    """
+    if r.kind == "reference":
+        return ""
+    limits = (("sm_clock_mhz", "MHz"), ("power_limit_w", "W"))
+    return " ".join([state(r)[1], *(f"at {r.policy[name]} {unit}" for name, unit in limits if r.policy.get(name))])
+
+
+def _chosen(subject: Subject) -> set[int]:
+    """The identities (in memory) of the rows that are a choice's: of its code and configuration, and in the state that it was chosen in."""
+    by_name: dict[tuple[str, str, str, str], list[Result]] = {}
+    for row in subject.rows:
+        by_name.setdefault((row.problem_key, row.kernel, canonical_json(row.config), row.source_digest), []).append(row)
+    found: set[int] = set()
+    for choice in subject.profile.choices:
+        name = (choice.wanted.problem_key, choice.kernel, canonical_json(choice.config), choice.source_digest)
+        rows = by_name.get(name, [])
+        states = {state(row) for row in rows if _is(row, choice)} or {state(row) for row in rows if row.l2_state == choice.evidence.l2_state}
+        found |= {id(row) for row in rows if state(row) in states}
+    return found
+
+
+def _is(row: Result, choice: Choice) -> bool:
+    """Is this the row that stood for the choice?"""
+    own = choice.evidence
+    return (row.recorded_at, row.l2_state, row.sm_clock_mhz) == (own.recorded_at, own.l2_state, own.sm_clock_mhz)
+
+
+def _row(story: Story, subject: Subject, r: Result, chosen: bool, light: bool) -> tuple[object, ...]:
     places = story.occurs.get(r.problem_key, ())
     settings = canonical_json(r.config)
     limit = bound(r, subject.limits)
@@ -73,7 +106,7 @@ def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, 
     rounds, sum_us = rounds_of(r)
     values = {
         "chip": r.chip,
-        "model": tuple(dict.fromkeys(place.model for place in places)),
+        "model": tuple(dict.fromkeys(place.model for place in places if place.model)),
         "phase": tuple(dict.fromkeys(place.phase for place in places)),
         "operator": r.operator,
         "dtype": dtype_of(r),
@@ -83,7 +116,7 @@ def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, 
         "backend": r.backend,
         "library": r.library,
         "origin": origin,
-        "chosen": origin == "measured" and (r.problem_key, r.kernel, settings) in chosen,
+        "chosen": origin == "measured" and chosen,
         "light": light,
         "problem": r.problem_label,
         "problem_key": r.problem_key,
@@ -121,6 +154,7 @@ def _row(story: Story, subject: Subject, r: Result, chosen: set[tuple[str, str, 
         "tolerance": r.tolerance,
         "wide_key": r.wide_key,
         "wide_error": r.wide_error,
+        "conditions": conditions(r),
     }
     return tuple(values[name] for name in COLUMNS)
 

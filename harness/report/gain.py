@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from klab.harness.choose.profile import Choice, StepTime
 from klab.harness.report.limits import bound
 from klab.harness.report.subject import Subject
-from klab.harness.store.result import Result
+from klab.harness.store.result import Result, Status
 from klab.kernels.contract import canonical_json
 
 Span = tuple[float, float, float]
@@ -49,7 +49,8 @@ class Headroom:
 def gain_of(subject: Subject) -> Gain:
     """Of all choices of a chip."""
     libraries = {row.kernel for row in subject.rows if row.library}
-    own = {row.problem_key for row in subject.fine if not row.library}
+    light = [row for row in subject.light if row.status is Status.OK and row.kind == "measured" and row.median_us]
+    own = {row.problem_key for row in (*subject.fine, *light) if not row.library}
     ratios: list[Span] = []
     won = tied = lost = alone = unopposed = 0
     for choice in subject.profile.choices:
@@ -130,17 +131,15 @@ def headroom_of(subject: Subject, step: StepTime | None = None) -> Headroom | No
 
 def chosen_rows(subject: Subject) -> dict[str, Result]:
     """By the key of the wanted problem, the row that each choice rests on (of a narrower format, where that was chosen instead)."""
-    wanted = {(c.kernel, canonical_json(c.config), c.wanted.problem_key): c for c in subject.profile.choices}
-    kernels = {choice.kernel for choice in subject.profile.choices}
+    wanted = {c.wanted.problem_key: (c, canonical_json(c.config)) for c in subject.profile.choices}
     found: dict[str, Result] = {}
     for row in subject.fine:
-        config = canonical_json(row.config) if row.kernel in kernels else ""
         for problem_key in (row.problem_key, row.wide_key):
-            choice = wanted.get((row.kernel, config, problem_key))
+            choice, config = wanted.get(problem_key, (None, ""))
             # A narrower row stands only for a choice that says so.
-            if choice is None or bool(choice.instead) != (problem_key != row.problem_key):
+            if choice is None or row.kernel != choice.kernel or bool(choice.instead) != (problem_key != row.problem_key):
                 continue
-            if problem_key not in found or not _same(found[problem_key], choice):
+            if canonical_json(row.config) == config and (problem_key not in found or not _same(found[problem_key], choice)):
                 found[problem_key] = row
     return found
 

@@ -32,8 +32,15 @@ def gather(folders: Sequence[Path], request: Request, *, large_bytes: int = LARG
     note: tuple[str, ...] = ()
     if text_bytes(folders) > large_bytes:
         if importlib.util.find_spec("duckdb") is not None:
-            return sifted(folders, request)
-        note = ("This is a large store, and without DuckDB every row is read into memory: pip install 'kernel-lab[analysis]'",)
+            import duckdb
+
+            try:
+                return sifted(folders, request)
+            except duckdb.Error as error:  # no room for its files, say
+                why = str(error).splitlines()[0][:160]
+                note = (f"This is a large store, and DuckDB could not sift it ({why}): every row was read into memory",)
+        else:
+            note = ("This is a large store, and without DuckDB every row is read into memory: pip install 'kernel-lab[analysis]'",)
     rows = list(iter_results(folders, report))
     told = story_of(rows, request)
     return dataclasses.replace(told, reading=(*report.lines(), *note))

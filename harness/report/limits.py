@@ -55,7 +55,8 @@ def with_measured(limits: Limits, calibrations: Mapping[str, Calibration]) -> Li
 
 def dtype_of(result: Result) -> str:
     """The dtype whose peak bounds the problem: that of its multiplications, else its field, or that field's default."""
-    return result.math_dtype or str(result.problem.get("dtype", "bfloat16"))
+    named = result.problem.get("dtype", "bfloat16")
+    return result.math_dtype or (named if isinstance(named, str) else "unknown")
 
 
 def bound(result: Result, limits: Limits) -> Bound | None:

@@ -243,7 +243,8 @@ def _opening(told: Story, theme: str, asked: Mapping[str, object]) -> str:
     if plan is not None:
         arguments += [f"model={told.model!r}", f"scenario={dataclasses.asdict(plan.scenario)!r}"]
     arguments.append(f"chips={[one.chip for one in told.subjects]!r}")
-    arguments += [f"{name}={value!r}" for name, value in asked.items() if value]
+    plainly = {name: [str(one) for one in value] if isinstance(value, list | tuple) else value for name, value in asked.items()}
+    arguments += [f"{name}={value!r}" for name, value in plainly.items() if value]
     return (
         "from klab.harness.report import notebook\n\n"
         f"story = notebook.story({', '.join(arguments)})\n"

@@ -19,8 +19,9 @@ from klab.harness.report.figures import (
     sweep,
     where_time_goes,
 )
-from klab.harness.report.figures.style import Figure
+from klab.harness.report.figures.style import Figure, distinct
 from klab.harness.report.frames import standing
+from klab.harness.report.guard import guarded
 from klab.harness.report.html import Markup, el
 from klab.harness.report.sections import changes, evidence, failures, glossary, method, steps, strip, winners
 from klab.harness.report.shell import document, framed_all, index, plotly_js
@@ -56,7 +57,7 @@ SECTIONS: Mapping[str, Callable[[Story], object]] = {"evidence": evidence.payloa
 def figures(story: Story, frame: pd.DataFrame | None = None) -> dict[str, list[Figure]]:
     """The figures of the page by chapter. frame: of `frames.standing`, where it is at hand."""
     rows = standing(story) if frame is None else frame
-    return {identity: [figure for draw in draws for figure in draw(story, rows)] for identity, _, draws in CHAPTERS}
+    return {identity: [figure for draw in draws for figure in guarded(draw, story, rows)] for identity, _, draws in CHAPTERS}
 
 
 def render(story: Story) -> str:
@@ -98,10 +99,12 @@ def _tables(story: Story, identity: str) -> list[object]:
 
 
 def _by_chip(story: Story, identity: str, tell: Callable[[Subject], Markup | None]) -> list[Markup]:
-    told = [(subject, tell(subject)) for subject in story.subjects]
+    # Chips whose names differ only in case or spaces have places of their own.
+    places = map(slug, distinct([slug(subject.chip) for subject in story.subjects]))
+    told = [(subject, place, tell(subject)) for subject, place in zip(story.subjects, places, strict=True)]
     return [
-        el("article", el("h3", subject.title), part, id=f"{identity}-{slug(subject.chip)}", data_chip=subject.chip)
-        for subject, part in told
+        el("article", el("h3", subject.title), part, id=f"{identity}-{place}", data_chip=subject.chip)
+        for subject, place, part in told
         if part is not None
     ]
 

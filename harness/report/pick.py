@@ -137,7 +137,15 @@ def _names(known: Known, kind: Kind, word: str) -> list[str]:
     if kind is Kind.COMMIT:
         fits = (one for one in known.commits if len(asked) >= LEAST_DIGITS and (one.startswith(asked) or asked.startswith(one)))
         return sorted({commit[:DIGITS] for commit in fits})
-    return [word] if is_url(word) or Path(word).exists() else []
+    return [word] if is_url(word) or _is_there(word) else []
+
+
+def _is_there(word: str) -> bool:
+    """Is it a file or a folder? What is too long for the name of one is none."""
+    try:
+        return Path(word).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _is(kind: Kind, name: str, row: Result) -> bool:

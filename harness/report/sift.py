@@ -9,7 +9,7 @@ from pathlib import Path
 
 from klab.harness.choose.profile import Profile
 from klab.harness.measure.correction import Correction
-from klab.harness.report.contest import Contest, contest, inserted
+from klab.harness.report.contest import Contest, contest, inserted, quoted
 from klab.harness.report.request import Request
 from klab.harness.report.runs import Run, named_runs, newest_first
 from klab.harness.report.subject import Story, Subject
@@ -21,7 +21,7 @@ from klab.kernels.contract import canonical_json
 COMPETE, SHOWN_WHOLE, SHOWN_LIGHT = 12_000, 2_000, 3_000
 # Rows of a device with anchors that its level is taken from, the newest.
 ANCHORED = 200
-# Of a kernel's failures with one reason, so many are always on the page.
+# Of a kernel's failures with one status or reason, so many are on the page before whole search spaces are.
 FAILURES = 3
 
 
@@ -167,10 +167,8 @@ def _subject(index: Index, request: Request, chip: _Chip, profile: Profile, whol
     rows = _in_order(whole[n] for n in sorted(kept))
     for row in (*rows, *light.values()):
         counts[row.status.value] -= 1
-    published = index.light(
-        "SELECT max(n) FROM asked WHERE kind = 'reference' AND chip = '" + chip.name.replace("'", "''") + "' GROUP BY key "
-        f"ORDER BY max(n) DESC LIMIT {SHOWN_LIGHT}"
-    )
+    theirs = f"SELECT max(n) FROM asked WHERE kind = 'reference' AND chip = {quoted(chip.name)} GROUP BY key"
+    published = index.light(f"{theirs} ORDER BY max(n) DESC LIMIT {SHOWN_LIGHT}")
     return Subject(
         chip.name,
         profile,
@@ -184,23 +182,28 @@ def _subject(index: Index, request: Request, chip: _Chip, profile: Profile, whol
 
 def _light(chip: _Chip, most: int) -> str:
     """The numbers of standing rows that are shown without samples: wrong ones, the best of each kernel on each problem, some failures of
-    every kind, in up to half of the room the newest run, and then whole search spaces, the largest first.
+    every kernel and status (of the newest run and of those before it, so that what fails newly can be told), some of every reason, in up to
+    half of the room the newest run, and then whole search spaces, the largest first.
     """
+    newest = f"run_id = {quoted(chip.newest_run)}"
     return f"""
     WITH left_over AS (
-        SELECT n, problem_key, kernel, status, reason, run_id, middle_us FROM {chip.standing} JOIN rows USING (n)
+        SELECT n, problem_key, kernel, status, status = 'ok' AS fine, reason, {newest} AS new, middle_us
+        FROM {chip.standing} JOIN rows USING (n)
         WHERE n NOT IN (SELECT value::BIGINT FROM kept)
     ), placed AS (
         SELECT *, count(*) OVER (PARTITION BY problem_key) AS size,
-            CASE WHEN status = 'ok' THEN row_number() OVER (PARTITION BY problem_key, kernel, status ORDER BY middle_us)
-                ELSE row_number() OVER (PARTITION BY kernel, status, reason ORDER BY n DESC) END AS turn,
-            row_number() OVER (PARTITION BY run_id ORDER BY n DESC) AS back
+            row_number() OVER (PARTITION BY problem_key, kernel, fine ORDER BY middle_us) AS place,
+            row_number() OVER (PARTITION BY kernel, status, new ORDER BY n DESC) AS of_status,
+            row_number() OVER (PARTITION BY kernel, status, reason ORDER BY n DESC) AS of_reason,
+            row_number() OVER (PARTITION BY new ORDER BY n DESC) AS back
         FROM left_over
     )
     SELECT n FROM placed ORDER BY
-        status = 'incorrect' DESC,
-        (status = 'ok' AND turn = 1) OR (status <> 'ok' AND turn <= {FAILURES}) DESC,
-        run_id = '{chip.newest_run.replace("'", "''")}' AND back <= {most // 2} DESC,
+        NOT fine AND of_status <= CASE WHEN status = 'incorrect' THEN {most // 4} ELSE {FAILURES} END DESC,
+        fine AND place = 1 DESC,
+        NOT fine AND of_reason <= {FAILURES} DESC,
+        new AND back <= {most // 2} DESC,
         size DESC, problem_key, n DESC
     LIMIT {most}
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from klab.harness.choose.profile import Profile
 from klab.harness.measure.stats import FLOOR_ROUNDS
@@ -14,6 +16,7 @@ from klab.harness.store.query import latest
 from klab.harness.store.result import Result, Status
 from klab.harness.tune.objective import counting_rounds
 from klab.harness.watch.series import Night
+from klab.kernels.contract import canonical_json
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,11 @@ class Subject:
         """The chip's full name where it is known."""
         return self.limits.chip.title if self.limits.chip else self.profile.device or self.chip
 
-    @property
+    @cached_property
     def fine(self) -> list[Result]:
         """The rows with a checked time, of enough rounds for an interval."""
-        ok = [row for row in self.rows if row.status is Status.OK and row.kind == "measured" and row.median_us]
-        return [row for row in ok if len(counting_rounds(row)) >= FLOOR_ROUNDS]
+        ok = [row for row in self.rows if row.status is Status.OK and row.kind == "measured"]
+        return [row for row in ok if row.median_us and math.isfinite(row.median_us) and len(counting_rounds(row)) >= FLOOR_ROUNDS]
 
     @property
     def failed(self) -> list[Result]:
@@ -49,20 +52,13 @@ class Subject:
         rows = (*self.rows, *self.light)
         return [row for row in rows if row.status not in (Status.OK, Status.SCREENED) and row.kind != "reference"]
 
-    def best_per_kernel(self) -> list[Result]:
-        """Of each kernel on each problem, the row with the lowest median (and the chosen one, where that is another of a tie)."""
-        found: dict[tuple[str, str], Result] = {}
-        chosen = {(c.wanted.problem_key, c.kernel): dict(c.config) for c in self.profile.choices}
-        for row in self.fine:
-            name = (row.problem_key, row.kernel)
-            if name not in found or _rank(row, chosen.get(name)) < _rank(found[name], chosen.get(name)):
-                found[name] = row
-        return list(found.values())
-
     def row_of(self, problem_key: str, kernel: str, config: Mapping[str, object]) -> Result | None:
         """The newest standing row of a chosen configuration."""
-        rows = [r for r in self.fine if (r.problem_key, r.kernel, dict(r.config)) == (problem_key, kernel, dict(config))]
-        return rows[-1] if rows else None
+        return self._by_configuration.get((problem_key, kernel, canonical_json(config)))
+
+    @cached_property
+    def _by_configuration(self) -> dict[tuple[str, str, str], Result]:
+        return {(row.problem_key, row.kernel, canonical_json(row.config)): row for row in self.fine}
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,3 @@ def tell(
         published = [row for row in rows if row.kind == "reference"]
         subjects.append(Subject(chip, profile, limits(chip, profile.device), tuple(latest(own)), tuple(latest(published))))
     return Story(tuple(subjects))
-
-
-def _rank(row: Result, chosen: dict[str, object] | None) -> tuple[bool, float]:
-    return dict(row.config) != chosen, row.median_us or 0.0

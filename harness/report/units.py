@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+# From here on nobody reads digits one by one.
+MOST_DIGITS = 1e12
+
 
 def time(us: float | None) -> str:
     """Microseconds with a fitting unit: `812 ns`, `4.14 us`, `1.25 ms`, `2.1 s`."""
@@ -29,6 +34,8 @@ def number(value: float) -> str:
     """Three significant digits, never in powers of ten where a person would not."""
     if value == 0:
         return "0"
+    if abs(value) >= MOST_DIGITS:
+        return f"{value:.2e}" if math.isfinite(value) else "∞"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if abs(value) >= 100:
@@ -74,7 +81,7 @@ def percent(share: float) -> str:
 
 def plain_ratio(ratio: float) -> str:
     """Three decimals where differences of a few per cent are told, fewer for large ones."""
-    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.1f}"
+    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.1f}" if ratio < MOST_DIGITS else number(ratio)
 
 
 def times(ratio: float) -> str:

@@ -139,7 +139,6 @@ class Index:
 
         self.db.execute(create())
         files = part_files(self._paths, self.report)
-        self.report.files = len(files)
         plain = [path for path in files if not set(str(path)) & PATTERN]
         for path in files:
             if path not in plain:
@@ -165,6 +164,7 @@ class Index:
         self.db.execute("DELETE FROM raw WHERE n IS NULL")
         self.db.execute("DROP TABLE ranks")
         self.db.execute("ALTER TABLE raw RENAME TO rows")
+        self.report.files = len(files)
         self.report.rows, *_ = self.query("SELECT count(*) FROM rows")[0]
         self.report.copies = everything - self.report.rows
 

@@ -42,6 +42,10 @@ REQUIRED = tuple(
 )
 
 
+# A whole number of fewer digits fits a float.
+DIGITS_OF_FLOATS = 308
+
+
 def upgrade(row: Row, steps: Mapping[int, Step] = STEPS, current: int = SCHEMA) -> Row:
     """The row in the current schema, step by step. ValueError for a row without a schema number, or from a newer klab."""
     schema = row.get("schema")
@@ -92,9 +96,11 @@ def _check_sense(r: Result) -> None:
     for name, values in times.items():
         if any(us is not None and us <= 0 for us in values):
             raise ValueError(f"{name} is not above 0")
-    for name in ("flops", "bytes_moved"):
-        if getattr(r, name) < 0:
+    for name in ("flops", "bytes_moved", "energy_j", "energy_ci_low_j", "energy_ci_high_j"):
+        if (getattr(r, name) or 0.0) < 0:
             raise ValueError(f"{name} is below 0")
+    if r.energy_ci_low_j is not None and r.energy_ci_high_j is not None and r.energy_ci_low_j > r.energy_ci_high_j:
+        raise ValueError("energy_ci_low_j and energy_ci_high_j are out of order")
     for low, middle, high in (("q1_us", "median_us", "q3_us"), ("ci_low_us", "median_us", "ci_high_us")):
         found = [value for value in (getattr(r, low), getattr(r, middle), getattr(r, high)) if value is not None]
         # A median by interpolation and one by averaging the middle two differ in the last bit.
@@ -120,10 +126,27 @@ def _typed(name: str, kind: str, value: Json) -> Json:
     if not isinstance(value, expected):
         raise ValueError(f"{name} is not {'a JSON object' if expected is dict else 'text' if expected is str else 'true or false'}")
     # Half of a surrogate pair: JSON can spell it, and no terminal, page or database takes it.
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else _text(name, value)
     if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{name} is not text")
     return value
+
+
+def _text(name: str, value: Json) -> str:
+    """A mapping as JSON, of numbers that a float holds: JSON can spell 1e400, which Python takes for infinity, and 10**400."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise ValueError(f"{name} holds a number that is not finite") from None
+    if len(text) > DIGITS_OF_FLOATS and _too_large(value):
+        raise ValueError(f"{name} holds a number that is too large")
+    return text
+
+
+def _too_large(value: Json) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_too_large, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) >= 2**1023
 
 
 def _list(name: str, kind: str, value: Json) -> list[Json]:

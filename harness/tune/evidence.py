@@ -25,21 +25,25 @@ from klab.harness.tune.evidence_problems import MODELS, SpaceOf, spaces
 from klab.harness.tune.job import Job, Listener
 from klab.harness.tune.pick import energy_trials
 from klab.harness.tune.tuner import Options, Target, Tuner
-from klab.kernels.contract import Chip, Json, Kernel, Problem
+from klab.kernels.contract import Chip, Json, Kernel, Problem, digest
 from klab.kernels.discover import Catalogue, operators
 from klab.kernels.errors import CannotMeasure, KlabError, UsageError
 
 SITTINGS_FILE = "sittings.json"
+# Device tests that passed with the kernels' code as it was: a later sitting with the same code runs the others.
+TESTED_FILE = "device_tests.json"
 # Of the time that is left, a part takes at most so much where others follow that are worth as much.
-SHARES = {"tests": 0.25, "correctness": 0.3, "comparison": 0.6, "energy": 0.4, "spaces": 0.75, "tuner": 0.6}
+SHARES = {"tests": 0.2, "correctness": 0.3, "comparison": 0.6, "energy": 0.4, "spaces": 0.65, "tuner": 0.5}
 # Problems whose energy comes before the spaces: three kernels each, 6 s and more a kernel. The others come last.
 ENERGY_FIRST = 6
 # The heaviest problems that every sitting measures again, and the sittings that make a spread.
 REPEATED, SITTINGS_WANTED = 30, 3
+# Of these, so many have the energy of their winner measured again.
+REPEATED_ENERGY = 3
 # Seconds of the device that the tuner gets for each problem, its final included.
 TUNER_S = {"cuda": 45.0, "cpu": 6.0}
-# Below this nothing that follows can begin.
-LEAST_S = 5.0
+# Below this nothing that follows can begin: a GPU's worker needs a dozen seconds until its first trial.
+LEAST_S = {"cuda": 20.0, "cpu": 5.0}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Evidence:
         kernel_dirs: Sequence[Path] = (),
         listener: Listener | None = None,
         sensor_s: float = SENSOR_S,
-        tests: Callable[[float | None], DeviceTests] = run_device_tests,
+        tests: Callable[[float | None, Sequence[str]], DeviceTests] = run_device_tests,
     ) -> None:
         """deadline: a second of time.monotonic(). parts: only these, in the order of PARTS. UsageError for an unknown part or model."""
         if unknown := sorted(set(parts) - set(PARTS)):
@@ -94,6 +98,11 @@ class Evidence:
         budget = None if deadline is None else round(deadline - time.monotonic(), 1)
         self.sitting = Sitting(self.job.run_id, datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), chip.name, budget)
 
+    @property
+    def least_s(self) -> float:
+        """Seconds without which a part is not begun."""
+        return LEAST_S[self.chip.kind]
+
     def new_job(self, folder: Path, *, again: bool = False) -> Job:
         """A job of this sitting over a folder."""
         return Job(self.chip, folder, kernel_dirs=self._dirs, deadline=self.deadline, again=again, listener=self._listener)
@@ -102,7 +111,7 @@ class Evidence:
         """The parts, as far as the time goes; each is noted when it ends. KeyboardInterrupt passes when all is stored."""
         try:
             for part in self.parts:
-                if self.left_s() < LEAST_S:
+                if self.left_s() < self.least_s:
                     return
                 done = self._timed(part)
                 self.sitting.parts.append(done)
@@ -132,15 +141,13 @@ class Evidence:
     def measured(self, wanted: Sequence[Trial], job: Job | None = None) -> Done:
         """Measure what is not known yet."""
         outcome = (job or self.job).run(wanted, self.catalogue.kernels)
-        for row in outcome.results:
-            self.sitting.environment = row.environment if row.kind == "measured" else self.sitting.environment
         return Done("", statuses=dict(outcome.by_status), known=len(outcome.known), left=len(outcome.left))
 
     def _timed(self, part: str) -> Done:
         """A part within its share of the time. What cannot be done here is a note, and the others go on."""
         whole, began = self.deadline, time.monotonic()
         if whole is not None and part in SHARES and part != self.parts[-1]:
-            self.deadline = min(whole, began + max(LEAST_S, SHARES[part] * (whole - began)))
+            self.deadline = min(whole, began + max(self.least_s, SHARES[part] * (whole - began)))
         self.job.deadline = self.deadline
         try:
             done = PARTS[part](self)
@@ -148,17 +155,22 @@ class Evidence:
             done = Done(part, notes=(str(error),))
         finally:
             self.deadline = self.job.deadline = whole
+        here = (row.environment for row in reversed(self.job.outcome.results) if row.kind == "measured" and row.environment)
+        self.sitting.environment = next(here, self.sitting.environment)
         return dataclasses.replace(done, part=part, seconds=round(time.monotonic() - began, 2))
 
     def _note(self) -> None:
-        path = self.folder / SITTINGS_FILE
         earlier = [one for one in read_sittings(self.folder) if one.get("run_id") != self.sitting.run_id]
-        part = path.with_name(f".{path.name}.part")
-        try:
-            part.write_text(json.dumps([*earlier, dataclasses.asdict(self.sitting)], indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise CannotMeasure(f"cannot write {path}: {error.strerror or error}") from None
+        _write(self.folder / SITTINGS_FILE, [*earlier, dataclasses.asdict(self.sitting)])
+
+
+def _write(path: Path, value: Json) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise CannotMeasure(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def tuner_folder(folder: Path) -> Path:
@@ -181,10 +193,24 @@ def read_sittings(folder: Path) -> list[dict[str, Any]]:
 
 
 def _tests(evidence: Evidence) -> Done:
-    left = evidence.left_s()
-    found = evidence.tests(None if left == float("inf") else left)
+    """Those that have not passed yet with this code."""
+    left, path = evidence.left_s(), evidence.folder / TESTED_FILE
+    code = digest({kernel.id: kernel.source_digest for kernel in evidence.kernels()})
+    passed = _passed(path, code)
+    found = evidence.tests(None if left == float("inf") else left, passed)
+    if found.passed:
+        _write(path, {"code": code, "passed": sorted({*passed, *found.passed})})
     notes = (*([found.stopped] if found.stopped else []), *(f"failed: {name}" for name in found.failed))
-    return Done("", statuses=found.counts, left=1 if found.stopped else 0, notes=notes)
+    return Done("", statuses=found.counts, known=len(passed), left=1 if found.stopped else 0, notes=notes)
+
+
+def _passed(path: Path, code: str) -> list[str]:
+    """A file that is damaged, or of other code, costs the tests once more."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return [str(name) for name in found["passed"]] if found["code"] == code else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _correctness(evidence: Evidence) -> Done:
@@ -224,10 +250,10 @@ def _spaces(evidence: Evidence) -> Done:
     """Every candidate that passes the screen, one problem after the other, the cores compiling ahead of the device."""
     left, counts, notes = 0, dict[str, int](), list[str]()
     for one in spaces(evidence.chip):
-        if evidence.left_s() < LEAST_S:
+        if evidence.left_s() < evidence.least_s:
             left += 1
             continue
-        done = _searched(evidence, one, "exhaustive", evidence.job, Allowance(deadline=evidence.deadline, final_s_most=0.0))
+        done = _tried(evidence, one, "exhaustive", evidence.job, Allowance(deadline=evidence.deadline, final_s_most=0.0))
         left += done.left
         counts = {name: counts.get(name, 0) + done.statuses.get(name, 0) for name in {*counts, *done.statuses}}
         notes += done.notes
@@ -240,15 +266,23 @@ def _tuner(evidence: Evidence) -> Done:
     left, notes = 0, list[str]()
     try:
         for one in spaces(evidence.chip):
-            if evidence.left_s() < LEAST_S:
+            if evidence.left_s() < evidence.least_s:
                 left += 1
                 continue
-            done = _searched(evidence, one, "", job, Allowance(device_s=TUNER_S[evidence.chip.kind], deadline=evidence.deadline))
+            done = _tried(evidence, one, "", job, Allowance(device_s=TUNER_S[evidence.chip.kind], deadline=evidence.deadline))
             left += done.left
             notes += done.notes
     finally:
         job.journal.close()
     return Done("", left=left, notes=tuple(notes))
+
+
+def _tried(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance: Allowance) -> Done:
+    """A problem that cannot be searched (every candidate fails, its journal is damaged) leaves the others."""
+    try:
+        return _searched(evidence, one, strategy, job, allowance)
+    except KlabError as error:
+        return Done("", left=1, notes=(f"{one.problem.label()}: {error}",))
 
 
 def _searched(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance: Allowance) -> Done:
@@ -267,19 +301,24 @@ def _searched(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowan
 
 
 def _repeat(evidence: Evidence) -> Done:
-    """The winner, its runner-up and the best library of the heaviest problems once more, in this sitting's own run."""
-    keys = {problem.key for problem in evidence.heaviest()[:REPEATED]}
+    """The winner, its runner-up and the best library of the heaviest problems once more, in this sitting's own run; then some joules."""
+    keys = [problem.key for problem in evidence.heaviest()[:REPEATED]]
     fine = {row.key: row for row in evidence.job.stored() if row.status is Status.OK and row.median_us is not None}
-    chosen = []
-    for key in keys:
-        ranked = sorted(
-            (t for t in evidence.compared() if t.problem.key == key and t.key in fine), key=lambda t: fine[t.key].median_us or 0.0
-        )
+    by_problem: dict[str, list[Trial]] = {key: [] for key in keys}
+    for trial in evidence.compared():
+        if trial.problem.key in by_problem and trial.key in fine:
+            by_problem[trial.problem.key].append(trial)
+    chosen, metered = list[Trial](), list[Trial]()
+    for group in by_problem.values():
+        ranked = sorted(group, key=lambda t: fine[t.key].median_us or 0.0)
         chosen += list(dict.fromkeys([*ranked[:2], *[t for t in ranked if fine[t.key].library][:1]]))
+        # One that was metered before: only that makes a spread.
+        known = [one for t in ranked if (row := fine.get((one := t.with_policy(energy=True)).key)) and row.energy_j is not None]
+        metered += known[:1]
     mine = {row.key for row in fine.values() if row.run_id == evidence.job.run_id}
     before, evidence.job.again = evidence.job.again, True
     try:
-        return evidence.measured([trial for trial in chosen if trial.key not in mine])
+        return evidence.measured([trial for trial in [*chosen, *metered[:REPEATED_ENERGY]] if trial.key not in mine])
     finally:
         evidence.job.again = before
 

@@ -100,7 +100,7 @@ def lines(
         start = f'{{"key": "{key}", "config": {json.dumps(config)}, "run_id": "run-{run:04d}", "recorded_at": "{at}", '
         if rng.random() < 1 / 12:
             status = rng.choices(list(REASONS), (6, 3, 2, 0.05))[0]
-            row = bad | {"status": status.value, "reason": REASONS[status].format(n=64 * point), "config": config}
+            row = bad | {"status": status.value, "reason": REASONS[status].format(n=64 * point)}
             yield run, start + json.dumps(row)[1:] + "\n"
             continue
         pick = rng.randrange(NOISE)

@@ -8,7 +8,6 @@ from made_results import made
 from klab.harness.choose.choose import choose
 from klab.harness.choose.profile import Profile
 from klab.harness.choose.select import too_far
-from klab.harness.report.figures import cost_and_error
 from klab.kernels.discover import approximations_of
 from klab.kernels.fused_moe.problem import FusedMoe
 from klab.kernels.matmul.problem import Matmul
@@ -78,12 +77,3 @@ def test_what_approximates_a_problem_says_so(wide):
     assert found and len({p.key for p in found}) == len(found)
     assert all(p.wide() == wide for p in found)
     assert not [p for one in found for p in approximations_of(one)]
-
-
-def test_the_figure_has_the_front():
-    (panel,) = cost_and_error.data([*ROWS, narrow(FP8, 90.0, 0.031, "torch_scaled")])
-    assert panel.name == WIDE.label() and len(panel.formats) == 4
-    assert [one.median_us < 101 and one.error for one in panel.front] == [0.0, 0.03, 0.12]
-    figure = cost_and_error.draw([panel], "x")
-    assert len(figure.traces) == 5 and not figure.empty
-    assert cost_and_error.draw([], "x").empty

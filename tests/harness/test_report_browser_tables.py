@@ -198,6 +198,23 @@ def test_on_paper_everything_is_open_and_in_ink(browser: Browser, page: Path) ->
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000 and browser.console() == []
 
 
+def test_a_hidden_variant_holds_no_webgl(loaded: Browser, tmp_path: Path) -> None:
+    lines = []
+    for name in ("one", "two"):
+        figure = points(FRAME, name, title="Lines", variant=name)
+        figure.traces[:] = [{"type": "parcoords", "dimensions": [{"label": "a", "values": [1, 2]}], "meta": {"rows": [0, 1]}}]
+        lines.append(figure)
+    path = tmp_path / "page.html"
+    path.write_text(made_page(FRAME, lines), encoding="utf-8")
+    loaded.open(path)
+    canvases = "return ['one', 'two'].map(name => document.querySelectorAll(`#${name} canvas`).length > 0)"
+    assert loaded.run(canvases) == [True, False]
+    loaded.run("klab.state.set('show.lines', 'two'); return klab.plots.settled().then(() => klab.plots.all())")
+    assert loaded.run(canvases) == [False, True]
+    loaded.run("klab.state.set('show.lines', 'one'); return klab.plots.settled().then(() => klab.plots.all())")
+    assert loaded.run(canvases) == [True, False] and loaded.console() == []
+
+
 def lacking(browser: Browser, script: str) -> str:
     """Let a script run before those of every page to come; its name, to take it back by."""
     return str(browser.cdp("Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"])

@@ -17,7 +17,9 @@ from made_nights import history
 from made_results import failed, made
 from made_store import write_store
 
+from klab.harness.catalog import find_chip, find_model
 from klab.harness.choose.profile import Profile
+from klab.harness.plan import plan as make_plan
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
 from klab.harness.report.gather import gather, story_of, text_bytes
@@ -54,7 +56,7 @@ def random_rows(rng: random.Random, count: int, devices: int = 1) -> list[Result
         config = {} if kernel == "torch" else {"block": rng.choice((16, 32, 64)), "warps": rng.choice((4, 8))}
         chip = rng.choice(("h200", "h200", "cpu"))
         device = rng.randrange(devices)
-        run, hour = f"run-{(at := rng.randrange(6))}", at
+        run, hour = f"run-{(at := rng.randrange(6))}'s", at
         common: dict[str, Any] = {
             "chip": chip, "config": config, "run_id": run, "device_uuid": f"GPU-{device}", "epoch": f"epoch-{rng.randrange(2)}",
             "recorded_at": f"2026-11-2{hour}T{rng.randrange(24):02d}:00:{rng.randrange(60):02d}Z",
@@ -64,7 +66,9 @@ def random_rows(rng: random.Random, count: int, devices: int = 1) -> list[Result
             common["build"] = {"anchors": {name: {"us": [slow * (50 + n / 10) for n in range(6)]} for name in ("matmul", "copy")}}
         if rng.random() < 0.25:
             status = rng.choice(FAILURES)
-            row = failed(problem, kernel, status, rng.choice(("", "this", "that")), **common, kind=rng.choice(("measured", "screened")))
+            row = failed(
+                problem, kernel, status, rng.choice(("", "this", "it's that")), **common, kind=rng.choice(("measured", "screened"))
+            )
         else:
             level = {"torch": 100, "triton_a": 97, "triton_b": 104, "cuda_c": 150}[kernel] * slow * rng.choice((1.0, 1.01, 1.02, 1.3))
             row = made(problem, kernel, level_us=level, rounds=rng.choice((4, 6, 12)), seed=rng.randrange(1000), **common)
@@ -73,7 +77,7 @@ def random_rows(rng: random.Random, count: int, devices: int = 1) -> list[Result
                 + [
                     {"checks": 0}, {"error": 1.0}, {"l2_state": "warm"}, {"source_digest": "older"}, {"policy": {"sm_clock_mhz": 1200}},
                     {"policy": {"seed": 1}}, {"marked": (1,) * len(row.samples_us)}, {"marked": ()}, {"kind": "reference"},
-                    {"ci_low_us": None}, {"device": "another device"},
+                    {"ci_low_us": None}, {"device": "another's device"},
                     {"energy_j": 1e-3, "energy_ci_low_j": 9e-4, "energy_ci_high_j": 2e-3},
                     {"build": {"contest": {"id": f"{run} {problem.key}"}}},
                 ]
@@ -129,6 +133,21 @@ def test_a_large_store_is_told_as_a_small_one(seed: int, tmp_path: Path) -> None
     assert len(small.reading) + 1 == len(large.reading), "what was passed over, and that the store is large"
 
 
+def test_a_plan_and_chips_narrow_a_large_store_too(tmp_path: Path) -> None:
+    pytest.importorskip("duckdb")
+    plan = make_plan(find_model("qwen3-0.6b"), find_chip("h200"))
+    with Journal(tmp_path, "run") as journal:
+        for problem in [*plan.problems()[:3], PROBLEMS[0]]:
+            for kernel, chip in (("torch", "h200"), ("triton_a", "h200"), ("torch", "cpu")):
+                journal.append(made(problem, kernel, chip=chip))
+    request = Request(plans={"h200": plan}, limits=unknown)
+    (small,), (large,) = (gather([tmp_path], request, large_bytes=size).subjects for size in (1 << 30, 0))
+    assert len(small.rows) == 6 and small.profile.to_text() == large.profile.to_text() and len(large.profile.choices) == 3
+    assert {row.key for row in large.rows} == {row.key for row in small.rows}
+    empty = gather([tmp_path], Request(chips=("b200",), limits=unknown), large_bytes=0)
+    assert [one.chip for one in empty.subjects] == ["b200"] and not empty.subjects[0].rows and not empty.newest_run
+
+
 def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("duckdb")
     write_store(tmp_path, 1500, problems=3, runs=5, chips=("h200",))
@@ -146,12 +165,31 @@ def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (light["rounds"] == 20).all() and (light["gpu_s"] > 0).all(), "what a light row cost is still known"
 
 
+def test_what_fails_newly_can_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Failed rows of every kernel and status are on the page, of the newest run and of those before it."""
+    pytest.importorskip("duckdb")
+    write_store(tmp_path, 2000, problems=2, runs=4, chips=("h200",), rounds=5)
+    monkeypatch.setattr("klab.harness.report.sift.SHOWN_LIGHT", 150)
+    few, everything = (gather([tmp_path], Request(limits=unknown), large_bytes=size).subjects[0] for size in (0, 1 << 30))
+    seen, there = ({(row.kernel, row.status, row.run_id == "run-0003") for row in one.failed} for one in (few, everything))
+    assert seen == there and len(there) > 10 and len(few.failed) < len(everything.failed)
+
+
 def test_without_duckdb_a_large_store_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path, "run") as journal:
         journal.append(made(PROBLEMS[0]))
     monkeypatch.setattr("klab.harness.report.gather.importlib.util.find_spec", lambda name: None)
     told = gather([tmp_path], Request(limits=unknown), large_bytes=0)
     assert told.statuses == {"ok": 1} and "without DuckDB" in told.reading[0]
+
+
+def test_where_duckdb_gives_up_every_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("duckdb")
+    with Journal(tmp_path, "run") as journal:
+        journal.append(made(PROBLEMS[0]))
+    monkeypatch.setattr("klab.harness.store.index.Index.__init__.__kwdefaults__", {"memory": "no memory", "threads": 2})
+    told = gather([tmp_path], Request(limits=unknown), large_bytes=0)
+    assert told.statuses == {"ok": 1} and "DuckDB could not sift it" in told.reading[0]
 
 
 def test_the_size_of_a_store_is_told_from_its_files_alone(tmp_path: Path) -> None:

@@ -136,8 +136,19 @@ def test_few_nights_say_less() -> None:
     gone = night([verdict(series(0), Call.MISSING, "gone")])
     (overall,) = drawn(gone)
     assert overall.empty and overall.table is not None and overall.table["verdict"].tolist() == ["missing"]
-    nothing = drawn(night())
-    assert len(nothing) == 1 and nothing[0].empty
+    (nothing,) = drawn(night())
+    assert nothing.empty == "The last night watched no series."
+
+
+def test_with_a_model_only_its_series_are_shown() -> None:
+    nights = history(4, 10)
+    verdicts = nights[-1].verdicts
+    other = dataclasses.replace(verdicts[0], series=dataclasses.replace(verdicts[0].series, models=("other",)))
+    nights[-1] = dataclasses.replace(nights[-1], verdicts=(other, *verdicts[1:]))
+    overall, *several = drawn(*nights, model="qwen3-0.6b")
+    assert len(several) == 3 and "3 series: all ok" in overall.caption and series(0).name not in {one.variant for one in several}
+    (none,) = drawn(*nights, model="nobody")
+    assert none.empty == "The last night watched no series of nobody."
 
 
 def test_energy_is_in_joules_and_never_in_microseconds() -> None:
@@ -159,7 +170,7 @@ def test_many_series_and_chips_are_cut_by_a_rule_that_is_told() -> None:
     found = history_series.figures(told, standing(told))
     maps = [figure for figure in found if figure.identity.startswith("history-map")]
     assert len(maps) == 50 and len(found) == 90 and len({figure.identity for figure in found}) == 90
-    assert all("The first 6 of 10 series" in figure.caption for figure in maps)
+    assert all("The first 6 of 10 series" in figure.caption and "10 series: all ok" in figure.caption for figure in maps)
     cells = sum(len(row) for figure in maps for trace in figure.traces for row in trace["z"])
     assert cells <= history_series.MOST_CELLS
 

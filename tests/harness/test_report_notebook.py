@@ -119,8 +119,8 @@ def test_what_its_cells_call_gives_what_they_show(tmp_path: Path, monkeypatch: p
         for row in contest("cpu", seed=1)[:24]:
             journal.append(row)
     read = notebook.story(tmp_path / "results", runs=["run-1"])
-    value = notebook.notebook(read, asked={"runs": ["run-1"], "history": None, "reference": False})
-    assert "chips=['cpu'], runs=['run-1'])" in value["cells"][1]["source"]
+    value = notebook.notebook(read, asked={"runs": ["run-1"], "history": [tmp_path], "reference": False})
+    assert f"chips=['cpu'], runs=['run-1'], history=[{str(tmp_path)!r}])" in value["cells"][1]["source"]
     code = [cell for cell in value["cells"] if cell["cell_type"] == "code"]
     names: dict[str, Any] = {}
     exec(code[0]["source"], names)

@@ -71,6 +71,7 @@ def test_the_page_is_made_whole(pages: dict[str, Page], name: str) -> None:
     page = pages[name]
     tags = page.reader.tags
     assert not page.reader.open, "every element is closed"
+    assert "which is a defect of klab" not in page.text, "no figure failed"
     ids = [attrs["id"] for _, attrs in tags if attrs.get("id")]
     assert len(set(ids)) == len(ids), sorted(one for one in set(ids) if ids.count(one) > 1)[:5]
     assert not [tag for tag, attrs in tags if tag in ("img", "iframe", "object", "base", "link") or "src" in attrs]
@@ -130,15 +131,16 @@ def test_long_names_are_there_whole_somewhere(pages: dict[str, Page]) -> None:
     assert len(page.text) < 7e6
 
 
-def test_an_infinite_number_in_a_store_stops_nothing(pages: dict[str, Page]) -> None:
+def test_numbers_that_are_none_are_passed_over_and_said(pages: dict[str, Page]) -> None:
     page = pages["not_numbers"]
-    assert page.story.statuses["ok"] > 0 or page.story.reading, "what was passed over is said"
-    assert all(line in page.reader.text for line in page.story.reading)
+    assert page.story.statuses["ok"] == 12 and re.search(
+        r"odd\.jsonl: 15 skipped; first: .* holds a number that is not finite", page.reader.text
+    )
 
 
-def test_absurd_numbers_are_shown_and_no_share_is_made_of_nothing(pages: dict[str, Page]) -> None:
+def test_absurd_numbers_are_shown_unless_they_cannot_be(pages: dict[str, Page]) -> None:
     text = pages["absurd"].reader.text
-    assert pages["absurd"].story.statuses["ok"] >= 15 and "matmul" in text
+    assert pages["absurd"].story.statuses["ok"] == 27 and "2 skipped" in text and "energy_j is below 0" in text
 
 
 def test_no_success_is_no_winner(pages: dict[str, Page]) -> None:
@@ -199,7 +201,7 @@ def test_a_chip_without_limits_has_no_share_of_a_roofline(pages: dict[str, Page]
 
 def test_many_problems_of_one_operator_fit(pages: dict[str, Page]) -> None:
     page = pages["many_problems"]
-    assert page.story.statuses["ok"] == 500 and len(page.text) < 8e6
+    assert page.story.statuses["ok"] == 240 and len(page.text) < 8e6
 
 
 def test_no_work_is_no_rate(pages: dict[str, Page]) -> None:
@@ -238,7 +240,7 @@ def test_without_a_library_nothing_is_a_speed_up_over_one(pages: dict[str, Page]
 
 def test_a_large_space_fits(pages: dict[str, Page]) -> None:
     page = pages["large_space"]
-    assert page.story.statuses["ok"] == 1351 and len(page.text) < 8e6
+    assert page.story.statuses["ok"] == 541 and len(page.text) < 8e6
 
 
 def test_the_last_of_many_runs_is_what_changed(pages: dict[str, Page]) -> None:

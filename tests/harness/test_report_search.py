@@ -23,7 +23,7 @@ from klab.harness.choose.profile import Profile
 from klab.harness.plan.trial import Policy
 from klab.harness.report.figures import search, search_failures, search_importance, search_progress
 from klab.harness.report.figures.search_journals import journals
-from klab.harness.report.figures.search_spaces import Space, spaces
+from klab.harness.report.figures.search_spaces import Space, parameters, spaces
 from klab.harness.report.figures.search_trees import one_way, shares
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
@@ -120,6 +120,15 @@ def test_missing_parameters_and_mixed_values_have_places() -> None:
         {"x": "x", "true": "yes", "[1,2]": "[1,2]", "1": "1", "null": "none"}[canonical_json(json.loads(key).get("mode")).strip('"')]
         for key in found.tried["config_key"]
     ]
+
+
+def test_values_that_no_axis_holds_are_texts() -> None:
+    for strange in (10**400, math.inf, -math.inf, 2**80):
+        values: list[Any] = [1, strange, 3, 4]
+        (found,), constant = parameters([{"a": value} for value in values])
+        assert constant == {} and found.ordered == (strange == 2**80)
+        assert [found.values[code] for code in found.codes] == values
+        assert all(isinstance(text, str) for text in found.words)
 
 
 def test_the_richest_spaces_are_drawn() -> None:
@@ -487,7 +496,7 @@ def test_filters_act_on_lines_and_bars(tmp_path: Path) -> None:
     )
 
     def count(browser: Browser, script: str) -> list[int]:
-        browser.run(f"{script}; return klab.plots.all()")
+        browser.run(f"document.getElementById('landscape-0-figure').scrollIntoView(); {script}; return klab.plots.settled()")
         found: list[int] = browser.run(lines)
         return found
 

@@ -109,7 +109,7 @@ def test_two_runs_on_one_page(store: Path, tmp_path: Path) -> None:
 def test_a_notebook_beside_the_page(store: Path, tmp_path: Path, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from klab.harness.report import notebook
 
-    monkeypatch.setattr(notebook, "write_notebook", lambda story, path: path.write_text(f"{len(story.subjects)} chip"))
+    monkeypatch.setattr(notebook, "write_notebook", lambda story, path, **_: path.write_text(f"{len(story.subjects)} chip"))
     done = klab("--results", store, "--out", tmp_path / "page.html", "--notebook", tmp_path / "book.ipynb")
     assert done.exit_code == 0 and (tmp_path / "book.ipynb").read_text() == "1 chip" and "book.ipynb" in done.stderr
     with pytest.raises(UsageError, match=r"end in \.ipynb"):

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RESAMPLES = 1000
-# The percentile bootstrap is too narrow for few values (of 5 normal ones its 95% interval covers 83%), so fewer get none.
 LEAST_FOR_INTERVAL = 5
+# Student's t that 2.5% exceed is this sum over powers of 1 / degrees of freedom (Cornish and Fisher), from 4 on within 0.1%.
+STUDENT = (1.959964, 2.372272, 2.822499, 2.555852, 1.589535)
 SEED = 20_230
 ALL = "all"
 
@@ -46,15 +47,22 @@ class Mean:
 
 
 def mean_of(name: str, ratios: Sequence[float]) -> Mean:
-    """Of at least one ratio, all above 0; the interval is a percentile bootstrap over the problems."""
+    """Of at least one ratio, all above 0; the interval is a percentile bootstrap over the problems, widened by `widening`."""
     logs = np.log(np.asarray(ratios, dtype=np.float64))
     middle = float(logs.mean())
     if len(logs) < LEAST_FOR_INTERVAL:
         return Mean(name, len(logs), math.exp(middle), None, None)
     picks = (_uniform(RESAMPLES * len(logs)) * len(logs)).astype(np.int64).reshape(RESAMPLES, len(logs))
     means = np.sort(logs[picks].mean(axis=1))
-    low, high = (math.exp(float(means[at])) for at in (RESAMPLES // 40, RESAMPLES - 1 - RESAMPLES // 40))
+    ends = (float(means[at]) for at in (RESAMPLES // 40, RESAMPLES - 1 - RESAMPLES // 40))
+    low, high = (math.exp(middle + widening(len(logs)) * (end - middle)) for end in ends)
     return Mean(name, len(logs), math.exp(middle), low, high)
+
+
+def widening(count: int) -> float:
+    """By how much a percentile bootstrap of `count` values is too narrow: without it, the 95% interval of 5 normal values covers 83%."""
+    student = sum(term / (count - 1) ** power for power, term in enumerate(STUDENT))
+    return student / STUDENT[0] * math.sqrt(count / (count - 1))
 
 
 def means(operators: Sequence[str], ratios: Sequence[float]) -> list[Mean]:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from klab.harness.report.curve import Curve, Place, Step
-from klab.harness.report.figures.style import FAINT, INK, Figure, axis, layout, plain
+from klab.harness.report.figures.style import FAINT, INK, Figure, axis, distinct, layout, plain
 from klab.harness.report.html import Markup, el
 from klab.harness.watch.series import Call, Metric
 from klab.harness.watch.wording import change, line, name_of, quantity
@@ -189,7 +189,7 @@ def draw_map(found: Sequence[Curve], nights: Sequence[str], identity: str) -> Fi
     stamps = [_date(at) for at in nights]
     stamps = [f"{stamp} {n}" if stamps.count(stamp) > 1 else stamp for n, stamp in enumerate(stamps)]
     # Rows are categories, so that a filter closes the ranks; of one name there is one category.
-    names = _distinct(plain(line(name_of(curve.series).removeprefix(f"{curve.series.chip} "), 70)) for curve in rows)
+    names = distinct([plain(line(name_of(curve.series).removeprefix(f"{curve.series.chip} "), 70)) for curve in rows])
     trace = {
         "type": "heatmap",
         "x": stamps,
@@ -213,14 +213,6 @@ def draw_map(found: Sequence[Curve], nights: Sequence[str], identity: str) -> Fi
         caption += " A dotted vertical: a new epoch began."
     shape = layout(height=110 + row_px * len(rows), xaxis=along, yaxis=rows_axis, shapes=[_border(n) for n in borders])
     return Figure(identity, title, caption, [trace], shape)
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    """The names, with the number of its row behind one that was there before."""
-    told: list[str] = []
-    for name in names:
-        told.append(f"{name} ({len(told) + 1})" if name in told else name)
-    return told
 
 
 def _epoch_borders(rows: Sequence[Curve]) -> list[int]:

@@ -10,7 +10,7 @@ from klab.harness.report.curve import Curve, Historian, curves
 from klab.harness.report.figures import history
 from klab.harness.report.figures.history_table import LATELY, Known, changed_lately, nights_of, overview
 from klab.harness.report.figures.history_words import map_finding, series_finding
-from klab.harness.report.figures.style import Figure, marks
+from klab.harness.report.figures.style import Figure, distinct, marks
 from klab.harness.report.subject import Story
 from klab.harness.watch.changes import change_points
 from klab.harness.watch.series import Call, Night
@@ -26,26 +26,33 @@ MOST_SERIES = 300
 MOST_FIGURES = 40
 # Cells of all maps, and nights of one figure: half a megabyte each.
 MOST_CELLS, MOST_NIGHTS, LEAST_NIGHTS = 12_000, 90, 30
-NONE_YET = (
-    "No night is recorded here. klab nightly measures the same series again and again, which makes a history; single runs make none."
-)
+NONE_YET = "No night is recorded here. klab nightly measures the same series again and again, which makes a history; single runs make none."
 
 
-def told(nights: Mapping[str, Sequence[Night]], changes: Historian = change_points) -> dict[str, tuple[list[Night], list[Curve]]]:
+def told(
+    nights: Mapping[str, Sequence[Night]], changes: Historian = change_points, model: str = ""
+) -> dict[str, tuple[list[Night], list[Curve]]]:
     """By chip, the nights that are drawn and the curves of their last night's series, those with news first.
 
     At most MOST_SERIES curves in all, the same number for every chip, and of so many nights that the maps have at most MOST_CELLS cells.
+    model: only series of it, in the last night too. A chip without any series is left out.
     """
-    known = {chip: list(found) for chip, found in nights.items() if found}
+    known = {chip: (list(several), _of(several[-1], model)) for chip, several in nights.items() if several}
+    known = {chip: (several, last) for chip, (several, last) in known.items() if last.verdicts}
     found: dict[str, tuple[list[Night], list[Curve]]] = {}
-    for chip, several in known.items():
-        verdicts = ordered(several[-1].verdicts)[: max(MOST_SERIES // len(known), 1)]
+    for chip, (several, last) in known.items():
+        verdicts = last.verdicts[: max(MOST_SERIES // len(known), 1)]
         most = min(MOST_NIGHTS, max(LEAST_NIGHTS, MOST_CELLS // max(len(known) * len(verdicts), 1)))
-        drawn = several[-most:]
-        drawn[-1] = dataclasses.replace(drawn[-1], verdicts=tuple(verdicts))
-        by_series = curves(drawn, changes)
-        found[chip] = (drawn, sorted((by_series[one] for one in dict.fromkeys(v.series.identity for v in verdicts)), key=news))
+        before = several[-most:-1]
+        by_series = curves([*before, dataclasses.replace(last, verdicts=verdicts)], changes)
+        found[chip] = ([*before, last], sorted(by_series.values(), key=news))
     return found
+
+
+def _of(night: Night, model: str) -> Night:
+    """The night with the verdicts on a model's series (and on those of no model), what fails first."""
+    mine = [one for one in night.verdicts if not model or not one.series.models or model in one.series.models]
+    return dataclasses.replace(night, verdicts=tuple(ordered(mine)))
 
 
 def news(curve: Curve) -> tuple[int, int]:
@@ -56,13 +63,13 @@ def news(curve: Curve) -> tuple[int, int]:
     return (1, ago) if ago is not None else (2, 0)
 
 
-def draw_map(chip: str, nights: Sequence[Night], several: Sequence[Curve], identity: str, watched: int, known: Known) -> Figure:
-    """The map of one chip, of `watched` series. Its table has a row per series, which all cells of a row of the map stand for."""
+def draw_map(chip: str, nights: Sequence[Night], several: Sequence[Curve], identity: str, known: Known) -> Figure:
+    """The map of one chip. Its table has a row per series, which all cells of a row of the map stand for."""
     drawn = history.draw_map(several, [one.at for one in nights], identity)
     table = overview(several, known)
     rows = [n for n, curve in enumerate(several) if len(curve.measured) > 1][: history.MAP_ROWS]
     traces = [marks(trace, [[row] * len(nights) for row in rows]) for trace in drawn.traces]
-    caption = f"{map_finding(nights, several, watched)} {drawn.caption}".strip()
+    caption = f"{map_finding(nights, several)} {drawn.caption}".strip()
     return dataclasses.replace(drawn, title=MAP_TITLE, variant=line(chip, 60), caption=caption, traces=traces, table=table)
 
 
@@ -80,14 +87,12 @@ def draw_series(curve: Curve, identity: str, variant: str, known: Known, note: s
 
 def figures(story: Story, frame: pd.DataFrame, changes: Historian = change_points) -> list[Figure]:
     """A map per chip with nights, then the series with news first; without any night one figure that says what makes a history."""
-    found = told(story.nights, changes)
+    found = told(story.nights, changes, story.model)
     if not found:
-        return [Figure("history-map", MAP_TITLE, "", empty=NONE_YET)]
+        none = f"The last night watched no series{f' of {story.model}' if story.model else ''}." if any(story.nights.values()) else NONE_YET
+        return [Figure("history-map", MAP_TITLE, "", empty=none)]
     known = Known.of(story, frame)
-    drawn = [
-        draw_map(chip, nights, several, f"history-map-{n}", len(story.nights[chip][-1].verdicts), known)
-        for n, (chip, (nights, several)) in enumerate(found.items())
-    ]
+    drawn = [draw_map(chip, *found[chip], f"history-map-{n}", known) for n, chip in enumerate(found)]
     worth = sorted((curve for _, several in found.values() for curve in several if curve.measured), key=news)
     note = ""
     if len(worth) > MOST_FIGURES:
@@ -95,10 +100,7 @@ def figures(story: Story, frame: pd.DataFrame, changes: Historian = change_point
             f"The menu has {MOST_FIGURES} of {len(worth)} series: what failed or is doubtful, then what changed in the last {LATELY} "
             "nights, then the first of the others."
         )
-    names: dict[str, int] = {}
-    for n, curve in enumerate(worth[:MOST_FIGURES]):
-        name = line(name_of(curve.series), 90)
-        names[name] = names.get(name, 0) + 1
-        variant = name if names[name] == 1 else f"{name} ({names[name]})"
-        drawn.append(draw_series(curve, f"history-series-{n}", variant, known, note))
+    shown = worth[:MOST_FIGURES]
+    variants = distinct([line(name_of(curve.series), 90) for curve in shown])
+    drawn += [draw_series(one, f"history-series-{n}", name, known, note) for n, (one, name) in enumerate(zip(shown, variants, strict=True))]
     return drawn

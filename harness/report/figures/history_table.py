@@ -39,7 +39,7 @@ class Known:
         places = self.occurs.get(series.problem_key, ())
         return {
             "chip": series.chip,
-            "model": tuple(dict.fromkeys([place.model for place in places] or series.models)),
+            "model": tuple(dict.fromkeys([place.model for place in places if place.model] or series.models)),
             "phase": tuple(dict.fromkeys(place.phase for place in places)),
             "operator": series.operator,
             "dtype": self.dtypes.get(series.problem_key, ""),

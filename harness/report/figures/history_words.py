@@ -21,13 +21,13 @@ from klab.harness.watch.series import Call, Metric, Night
 from klab.harness.watch.wording import change, headline, line, name_of, plural
 
 
-def map_finding(nights: Sequence[Night], several: Sequence[Curve], watched: int) -> str:
-    """What the nights of a chip say together. watched: the series of the last night, of which `several` are looked at."""
+def map_finding(nights: Sequence[Night], several: Sequence[Curve]) -> str:
+    """What the nights of a chip say together; `several` of the series of the last night are looked at."""
     if not nights:
         return ""
     said = [f'The last of {plural(len(nights), "night")}, {line(nights[-1].at, 40)[:10]}, says "{headline(nights[-1])}".']
-    if len(several) < watched:
-        said.append(f"The first {len(several)} of {watched} series in the order of their verdicts are looked at.")
+    if len(several) < len(nights[-1].verdicts):
+        said.append(f"The first {len(several)} of {len(nights[-1].verdicts)} series in the order of their verdicts are looked at.")
     if max((len(curve.measured) for curve in several), default=0) < 2 * SHORTEST:
         return " ".join([*said, f"Changes of level are looked for from {2 * SHORTEST} nights on."])
     fresh = [(step, curve) for curve in several if changed_lately(curve) is not None and (step := last_change(curve))]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from klab.harness.report.figures import search_failures, search_importance, search_progress
 from klab.harness.report.figures.search_journals import journals
-from klab.harness.report.figures.search_spaces import NEAR, Parameter, Space, dims, spaces, word
+from klab.harness.report.figures.search_spaces import NEAR, Parameter, Space, dims, is_number, spaces, word
 from klab.harness.report.figures.style import Figure, layout, marks, plain
 from klab.harness.report.subject import Story
 from klab.harness.report.units import interval, time, times
@@ -220,7 +220,8 @@ def _column(parameter: Parameter) -> str:
 
 
 def _plain(value: Json) -> Json:
-    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else word(value)
+    """A value in the table: a number where it is one, else its word."""
+    return value if is_number(value) else word(value)
 
 
 def figures(story: Story, frame: pd.DataFrame) -> list[Figure]:

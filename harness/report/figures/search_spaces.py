@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,12 +73,12 @@ class Space:
         """A value that all configurations share."""
         return self.tried[column].iloc[0]
 
-    @property
+    @cached_property
     def fine(self) -> NDArray[np.bool_]:
         """Which configurations have a time."""
         return (self.tried["status"] == Status.OK.value).to_numpy(dtype=bool)
 
-    @property
+    @cached_property
     def times_us(self) -> Floats:
         """Medians of all configurations; NaN for those that failed."""
         return self.tried["median_us"].to_numpy(dtype=np.float64)
@@ -151,13 +152,13 @@ def parameters(settings: Sequence[Mapping[str, Json]]) -> tuple[tuple[Parameter,
     varying, constant = [], {}
     for name in dict.fromkeys(name for one in settings for name in one):
         values = [one.get(name) for one in settings]
-        known = {_identity(value): canonical_json(value) for value in values}
+        known = {_identity(value): _text(value) for value in values}
         texts = [known[_identity(value)] for value in values]
         distinct = dict(zip(texts, values, strict=True))
         if len(distinct) == 1:
             constant[name] = values[0]
             continue
-        numbers = all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in distinct.values())
+        numbers = all(value is None or is_number(value) for value in distinct.values())
         order = sorted(distinct, key=lambda text: _place(distinct[text], numbers, text))
         at = {text: n for n, text in enumerate(order)}
         codes = np.array([at[text] for text in texts], dtype=np.intp)
@@ -165,9 +166,22 @@ def parameters(settings: Sequence[Mapping[str, Json]]) -> tuple[tuple[Parameter,
     return tuple(varying), constant
 
 
+def _text(value: Json) -> str:
+    """One text per value, infinities included."""
+    try:
+        return canonical_json(value)
+    except ValueError:
+        return repr(value)
+
+
+def is_number(value: Json) -> bool:
+    """True for what has a place on an axis: no truth value, nothing that no float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _identity(value: Json) -> tuple[type, object]:
     """What tells values apart quickly; True is not 1."""
-    return type(value), value if isinstance(value, str | int | float | None) else canonical_json(value)
+    return type(value), value if isinstance(value, str | int | float | None) else _text(value)
 
 
 def _place(value: Json, numbers: bool, text: str) -> tuple[bool, float, str]:
@@ -182,7 +196,7 @@ def word(value: Json) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:g}"
-    return value if isinstance(value, str) else canonical_json(value)
+    return value if isinstance(value, str) else _text(value)
 
 
 def defaults(story: Story) -> dict[tuple[str, str, str], str]:

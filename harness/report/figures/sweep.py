@@ -23,8 +23,8 @@ from klab.kernels.discover import operators
 if TYPE_CHECKING:
     import pandas as pd
 
-# Panels of one axis, all chips together; together with the other axes some two dozen.
-PANELS = 7
+# Panels of one axis, all chips together: two dozen with those of the other axes.
+PANELS = 6
 # Overtakings that a caption names.
 TOLD = 3
 COLUMNS = (

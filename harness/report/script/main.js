@@ -4,6 +4,13 @@
 
   // Figures of one title: a menu shows one at a time, the one that was chosen, or the first of which a filter leaves something.
   const groups = [];
+  // A figure that only says why it is empty goes with its chip.
+  function remains(figure) {
+    const plot = klab.plots.get(figure.querySelector(".plot")?.id);
+    if (plot) return !plot.shown || plot.shown.left > 0;
+    const [chips, name] = [klab.filters.active().get("chip"), figure.dataset.variant];
+    return !chips || chips.has(name) || !klab.filters.values("chip").includes(name);
+  }
   function group(element) {
     const figures = [...element.querySelectorAll(":scope > figure")];
     const name = `show.${element.dataset.group}`;
@@ -12,7 +19,7 @@
     menu.append(...options);
     element.prepend(klab.el("label", { className: "variant" }, "Shown: ", menu));
     groups.push(() => {
-      const left = figures.map((figure) => { const plot = klab.plots.get(figure.querySelector(".plot")?.id); return !plot || !plot.shown || plot.shown.left > 0; });
+      const left = figures.map(remains);
       const wanted = figures.findIndex((figure) => figure.dataset.variant === klab.state.get(name));
       const seen = wanted >= 0 ? wanted : Math.max(0, left.indexOf(true));
       figures.forEach((figure, n) => { figure.hidden = n !== seen; });
@@ -21,7 +28,10 @@
     });
     klab.state.on((changed) => { if (changed.has(name)) klab.variants(); });
   }
-  klab.variants = () => groups.forEach((show) => show());
+  klab.variants = () => {
+    groups.forEach((show) => show());
+    klab.plots.look();
+  };
 
   function actions(plot) {
     const { identity, figure, table, box } = plot;

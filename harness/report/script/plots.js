@@ -6,6 +6,7 @@
   // Scripts run before the print style applies, so its colours are here too.
   const paper = { "--ink": "#000", "--soft": "#444", "--faint": "#bbb", "--card": "#fff", "--paper": "#fff", "--accent": "#000", "--warn": "#555" };
   const NEEDS_WEBGL = /^(parcoords|parcats3d|splom|surface|mesh3d|.*gl|.*3d)$/;
+  const solid = (trace) => NEEDS_WEBGL.test(trace.type || "");
   let printing = false;
 
   // The theme's colours by name, asked for once: each question makes the browser compute its styles anew.
@@ -94,7 +95,7 @@
     plot.bare = figure.data.some(marked) && !data.some(marked);
     words(plot, caption);
     if (!window.Plotly || plot.target.hidden) return;
-    if (data.some((trace) => NEEDS_WEBGL.test(trace.type || "")) && !webgl()) return unable(plot, "This browser draws no WebGL, which this figure needs: the table behind it has its data.");
+    if (data.some(solid) && !webgl()) return unable(plot, "This browser draws no WebGL, which this figure needs: the table behind it has its data.");
     try {
       Plotly.react(plot.target, themed(data), { ...dressed(data, layout), uirevision: plot.identity }, config);
       plot.target.dataset.drawn = "1";
@@ -119,10 +120,15 @@
   let running = false;
   const channel = new MessageChannel();
   const due = () => [...near].map((target) => plots.get(target.id)).filter((plot) => plot && plot.dirty);
-  const seen = ({ target }) => {
+  const MARGIN = 300;
+  const seen = ({ target }, margin = 0) => {
     const { top, bottom } = target.getBoundingClientRect();
-    return bottom > 0 && top < window.innerHeight;
+    return bottom > -margin && top < window.innerHeight + margin;
   };
+  // What a filter or a menu brought back; the observer would tell of it a frame later.
+  function back() {
+    for (const plot of plots.values()) if (plot.dirty && !near.has(plot.target) && plot.target.offsetParent && seen(plot, MARGIN)) near.add(plot.target);
+  }
   channel.port1.onmessage = () => {
     const until = performance.now() + 40;
     due().filter(seen).forEach(draw);
@@ -148,10 +154,21 @@
   const observer = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) near[isIntersecting ? "add" : "delete"](target);
     soon();
-  }, { rootMargin: "300px 0px" });
+  }, { rootMargin: `${MARGIN}px 0px` });
 
   klab.plots = {
-    plots, view, themed, dressed, soon,
+    plots, view, themed, dressed,
+    look() {
+      // A browser has few WebGL contexts: a variant that is not shown holds none.
+      for (const plot of plots.values()) {
+        if (!plot.target.dataset.drawn || plot.target.offsetParent || !plot.figure.data.some(solid)) continue;
+        Plotly.purge(plot.target);
+        plot.dirty = true;
+        delete plot.target.dataset.drawn;
+      }
+      back();
+      soon();
+    },
     controls: () => [...new Set(klab.state.controls().map((input) => input.dataset.state))],
     get: (identity) => plots.get(identity),
     get printing() { return printing; },
@@ -186,7 +203,6 @@
         klab.tables.behind(plot);
       }
       klab.variants();
-      soon();
     },
     // A figure that is hidden because nothing was left of it is not near the screen: its words are, and it must come back.
     touch(plot) {

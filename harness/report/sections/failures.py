@@ -47,6 +47,10 @@ def section(story: Story) -> Markup:
     counts: dict[str, int] = defaultdict(int)
     for (_, status, _, _), rows in groups.items():
         counts[status] += len(rows)
+    for subject in story.subjects:
+        for status, count in subject.left_out.items():
+            if status in MEANING:
+                counts[status] += count
     words_of = [el("li", el("b", f"{count} {status}"), f": {MEANING.get(status, '')}") for status, count in sorted(counts.items())]
     columns = (COLUMNS[0], "Chip", *COLUMNS[1:]) if several else COLUMNS
     shown = table(columns, lines, ("Rows",), identity="failures")

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from klab.harness.choose.profile import Choice, Rival
 from klab.harness.report.frames import share_at_clock
@@ -38,7 +39,7 @@ class Winner:
     choice: Choice
     row: Result | None
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """The same on every night's page."""
         return f"w{digest([self.subject.chip, self.choice.wanted.problem_key])[:10]}"

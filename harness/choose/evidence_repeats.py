@@ -1,0 +1,131 @@
+"""The same trials in several runs: how far their medians and joules lie apart, and whether the same kernels win."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from klab.harness.choose.candidates import Candidate, candidates, why_not
+from klab.harness.choose.compare import best, tie_set
+from klab.harness.store.result import Result
+from klab.harness.tune.objective import LATENCY
+from klab.harness.tune.replay.export import policy_key
+from klab.kernels.contract import canonical_json
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A trial that was measured in two runs and more. values: (run, device) -> the median of that run's rows, in microseconds or joules."""
+
+    problem: str
+    kernel: str
+    config: str
+    values: Mapping[tuple[str, str], float]
+
+    @property
+    def runs(self) -> int:
+        """In so many runs."""
+        return len({run for run, _ in self.values})
+
+    @property
+    def spread(self) -> float:
+        """(largest - smallest) / median, over all runs and devices."""
+        return _spread(list(self.values.values()))
+
+    @property
+    def on_one_device(self) -> float | None:
+        """The same over the runs of one device, the widest of the devices; None where no device ran it twice."""
+        by_device: dict[str, list[float]] = defaultdict(list)
+        for (_, device), value in self.values.items():
+            by_device[device].append(value)
+        return max((_spread(values) for values in by_device.values() if len(values) > 1), default=None)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """A problem of which the same candidates were measured in several runs. `ties`: by run, those that could not be told from its best."""
+
+    problem: str
+    candidates: int
+    ties: Mapping[str, frozenset[str]]
+    winners: Mapping[str, str]
+
+    @property
+    def stable(self) -> bool:
+        """True when some candidate is among the best of every run."""
+        return bool(frozenset.intersection(*self.ties.values()))
+
+    @property
+    def same_winner(self) -> bool:
+        """True when one candidate was the fastest in every run."""
+        return len(set(self.winners.values())) == 1
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What several runs of a chip say of one another. runs: those that timed anything; devices: those they ran on."""
+
+    runs: tuple[str, ...]
+    devices: tuple[str, ...]
+    times: tuple[Repeated, ...]
+    energies: tuple[Repeated, ...]
+    problems: tuple[Stability, ...]
+
+
+def repeats(rows: Iterable[Result]) -> Repeats:
+    """Of rows as they were measured, not corrected for their devices. A trial is a kernel's code with a configuration, measured alike."""
+    fine = [row for row in rows if why_not(row) is None]
+    return Repeats(
+        tuple(sorted({row.run_id for row in fine})),
+        tuple(sorted({row.device_uuid or row.device for row in fine})),
+        _repeated(fine, lambda row: row.median_us),
+        _repeated(fine, lambda row: row.energy_j),
+        tuple(_stabilities(fine)),
+    )
+
+
+def _spread(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def _repeated(rows: Iterable[Result], value: Callable[[Result], float | None]) -> tuple[Repeated, ...]:
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    labels: dict[str, str] = {}
+    for row in rows:
+        found = value(row)
+        if found is None or found <= 0:
+            continue
+        labels[row.problem_key] = row.problem_label
+        name = (row.problem_key, row.kernel, canonical_json(dict(row.config)), row.source_digest, policy_key(row))
+        groups[name][row.run_id, row.device_uuid or row.device].append(found)
+    made = (
+        Repeated(labels[key], kernel, config, {where: statistics.median(values) for where, values in by_run.items()})
+        for (key, kernel, config, _, _), by_run in groups.items()
+    )
+    return tuple(sorted((one for one in made if one.runs > 1), key=lambda one: (-one.spread, one.problem, one.kernel, one.config)))
+
+
+def _stabilities(rows: Iterable[Result]) -> list[Stability]:
+    by_problem: dict[str, dict[str, list[Result]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_problem[row.problem_key][row.run_id].append(row)
+    found = []
+    for by_run in by_problem.values():
+        contests = {run: made for run, group in sorted(by_run.items()) if len(made := {_name(c): c for c in candidates(group)}) > 1}
+        common = frozenset.intersection(*(frozenset(made) for made in contests.values())) if len(contests) > 1 else frozenset()
+        if len(common) < 2:
+            continue
+        ties, winners = {}, {}
+        for run, made in contests.items():
+            field = [made[name] for name in sorted(common)]
+            first = best(field, LATENCY)
+            ties[run], winners[run] = frozenset(map(_name, tie_set(field, first, LATENCY))), _name(first)
+        label = next(row.problem_label for group in by_run.values() for row in group)
+        found.append(Stability(label, len(common), ties, winners))
+    return sorted(found, key=lambda one: (one.stable, one.same_winner, one.problem))
+
+
+def _name(candidate: Candidate) -> str:
+    return f"{candidate.kernel} {candidate.config} {candidate.source_digest}"

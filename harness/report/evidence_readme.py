@@ -1,0 +1,313 @@
+"""The README of a chip's recorded evidence: how it was made, what it covers, what it says. Every number in it is of the rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from klab.harness.choose.evidence_repeats import Repeated, Repeats
+from klab.harness.choose.goals import Verdict
+from klab.harness.choose.profile import Profile
+from klab.harness.report.evidence_coverage import Covered
+from klab.harness.report.evidence_gaps import LOSES, WINS, Gap, standings
+from klab.harness.report.evidence_search import REPLAYS, WITHIN, Pace, ToBest
+from klab.harness.report.evidence_sittings import Seat
+from klab.harness.report.units import interval, number, percent, plain_ratio, speed_up, sum_time, time
+from klab.harness.store.result import Result
+from klab.harness.tune.evidence import SITTINGS_WANTED
+from klab.harness.tune.objective import latency
+
+LISTED, WON = 10, 5
+# Below this a launch is mostly the cost of launching, whatever the kernel.
+LONG_US = 10.0
+
+
+@dataclass(frozen=True)
+class About:
+    """All that the text is made of. where: the folder, as a reader of the repository names it."""
+
+    chip: str
+    title: str
+    where: str
+    rows: int
+    reading: Sequence[str]
+    seats: Sequence[Seat]
+    covered: Sequence[Covered]
+    gaps: Sequence[Gap]
+    packs: Mapping[str, Profile]
+    goals: Sequence[Verdict]
+    repeats: Repeats
+    searches: Sequence[ToBest]
+    files: Sequence[str]
+    lines: Sequence[str]
+    bytes: Mapping[str, int]
+
+
+def readme(about: About) -> str:
+    """Markdown."""
+    parts = [
+        f"# Recorded evidence: {about.title}",
+        f"Written by `klab evidence --finish` from {_count(about.rows, 'row')}. Times and joules were measured on this chip unless they are "
+        "called modelled (rooflines, from the specification's peaks) or replayed. Intervals are 95%.",
+        _made(about),
+        _covers(about),
+        _findings(about),
+        _models(about),
+        _goals(about.goals),
+        _search(about.searches),
+        _repeat(about.repeats),
+        _files(about),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _made(about: About) -> str:
+    cells = [
+        (
+            seat.at[:10] or "unknown",
+            seat.run_id,
+            f"{seat.device or 'unknown'}" + (f" ({', '.join(uuid[:12] for uuid in seat.uuids)})" if seat.uuids else ""),
+            ", ".join(f"{name} {version}" for name, version in seat.versions.items()) or "not recorded",
+            "not read" if seat.clocks_mhz is None else f"{seat.clocks_mhz[0]:.0f} to {seat.clocks_mhz[1]:.0f} MHz",
+            seat.commit or "not recorded",
+            "none" if seat.budget_s is None else f"{seat.budget_s:.0f} s",
+            ", ".join(f"{part} {seconds:.0f} s" for part, seconds in seat.parts) or "not noted",
+            f"{seat.rows:,}",
+        )
+        for seat in about.seats
+    ]
+    columns = ("date", "run", "device", "driver and versions", "SM clocks", "commit", "budget", "parts", "rows")
+    again = f"`klab evidence --chip {about.chip} --out {about.where} --budget 9m` goes on where the last sitting ended."
+    return "## How it was made\n\n" + _table(columns, cells) + f"\n\n{again}" + "".join(f"\n\n{line}" for line in about.reading)
+
+
+def _covers(about: About) -> str:
+    cells = [(one.part, one.state, f"{one.seconds:.0f}", one.holds, one.missing) for one in about.covered]
+    return "## What it covers\n\n" + _table(("part", "state", "seconds", "in the rows", "missing"), cells)
+
+
+def _findings(about: About) -> str:
+    compared = standings(about.gaps)
+    if not about.gaps:
+        return "## Findings\n\nNo valid time was recorded, so nothing can be said of any kernel."
+    text = ["## Findings"]
+    if compared:
+        wins, loses, all_of = (sum(getattr(one, name) for one in compared) for name in ("wins", "loses", "compared"))
+        text.append(
+            f"On {_count(all_of, 'problem')} klab's fastest own kernel was measured beside a library: it is faster on {wins}, slower on "
+            f"{loses}, and on {all_of - wins - loses} the two cannot be told apart."
+        )
+        shares = _shares(about.gaps)
+        cells = [
+            (one.operator, one.compared, one.wins, one.loses, one.ties, _ratio(*one.mean), shares.get(one.operator, "")) for one in compared
+        ]
+        columns = ("operator", "problems", "own faster", "own slower", "tied", "library over own, geometric mean", "of the roofline")
+        text.append(_table(columns, cells))
+        text.append(
+            "The last column is the median share (least to most) that the fastest kernel reaches, over all problems of the operator, those without a comparison too."
+        )
+    else:
+        text.append("No problem has both a kernel of klab's own and a library with a valid time.")
+    text += _sides(about.gaps)
+    text += _far(about.gaps)
+    return "\n\n".join(text)
+
+
+def _sides(gaps: Sequence[Gap]) -> list[str]:
+    """The largest losses and wins against libraries."""
+    columns = ("problem", "klab's own", "its time", "library", "its time", "library over own")
+    text = []
+    for verdict, count, heading, sign in (
+        (LOSES, LISTED, "The largest gaps to a library", 1.0),
+        (WINS, WON, "The largest leads over a library", -1.0),
+    ):
+        found = sorted((g for g in gaps if g.verdict == verdict and g.over), key=lambda g: sign * (g.over.ratio if g.over else 0.0))
+        cells = [
+            (g.problem, _kernel(g.own), _timed(g.own), _kernel(g.library), _timed(g.library), _ratio(g.over.ratio, g.over.low, g.over.high))
+            for g in found[:count]
+            if g.over
+        ]
+        if cells:
+            more = f" ({len(cells)} of {len(found)})" if len(found) > len(cells) else ""
+            text += [f"### {heading}{more}", _table(columns, cells)]
+    return text
+
+
+def _far(gaps: Sequence[Gap]) -> list[str]:
+    known = [(g, g.share, g.bound_us) for g in gaps if g.share is not None and g.bound_us is not None and g.bound_us >= LONG_US]
+    if not known:
+        return [f"No problem whose roofline time is {number(LONG_US)} µs or more has a valid time and a known limit."]
+    cells = [
+        (g.problem, _kernel(g.fastest), _timed(g.fastest), time(us), f"{percent(share[0])} ({percent(share[1])} to {percent(share[2])})")
+        for g, share, us in sorted(known, key=lambda one: one[1][0])[:LISTED]
+    ]
+    heading = f"### Farthest from the roofline (fastest kernels, {len(cells)} of {_count(len(known), 'problem')})"
+    rule = f"Only problems whose roofline time (modelled) is {number(LONG_US)} µs or more."
+    return [heading, rule, _table(("problem", "fastest", "measured", "roofline", "share"), cells)]
+
+
+def _shares(gaps: Iterable[Gap]) -> dict[str, str]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for one in gaps:
+        if one.share is not None:
+            found[one.operator].append(one.share[0])
+    return {
+        operator: f"{percent(statistics.median(values))} ({percent(min(values))} to {percent(max(values))})"
+        for operator, values in found.items()
+    }
+
+
+def _models(about: About) -> str:
+    cells = [
+        (
+            name,
+            f"{step.phase}, batch {step.batch}",
+            sum_time(step.us, step.open),
+            time(step.library_us) if step.library_us else "not all measured",
+            speed_up(step.library_us, step.us, step.open),
+        )
+        for name, profile in about.packs.items()
+        for step in profile.steps
+    ]
+    if not cells:
+        return ""
+    note = "Sums of medians over the launches of a step; work that klab has no kernels for is not in them."
+    columns = ("pack", "step", "chosen kernels", "best libraries", "library over chosen")
+    return "## What the packs come to\n\n" + note + "\n\n" + _table(columns, cells)
+
+
+def _goals(goals: Sequence[Verdict]) -> str:
+    cells = [
+        (
+            one.goal.name,
+            f"{one.goal.least:.2f}",
+            "" if one.figure is None or one.low is None or one.high is None else f"{one.figure:.3f} ({one.low:.3f} to {one.high:.3f})",
+            len(one.problems) or "",
+            one.verdict + (f": {one.reason}" if one.reason else ""),
+        )
+        for one in goals
+    ]
+    return "## Goals\n\n" + _table(("goal", "at least", "figure", "problems", "verdict"), cells)
+
+
+def _search(found: Sequence[ToBest]) -> str:
+    """Time to best."""
+    if not found:
+        return ""
+    said = (
+        "`device` rows were measured: the tuner's default strategy, from nothing, beside every candidate. Seconds are those in which the "
+        "device was held for candidates, without defaults and libraries, which every search measures first. Regret is the time of what "
+        "the search chose over the best recorded, both from the exhaustive rows. `replayed` rows are simulated on the recorded space: the "
+        f"same strategy and as many evaluations, medians of {REPLAYS} seeds (regret: least to most), at the record's seconds of "
+        "compiling and benchmarking."
+    )
+    cells = []
+    for one in found:
+        space = f"{one.recorded:,}" + (f" of {one.space:,}" if one.space is not None else "")
+        best = f"{time(one.best_us)} ({one.best.partition(' ')[0]})" if one.best_us else "none"
+        every = "not run" if one.exhaustive_s is None else f"{one.exhaustive_s:.0f} s"
+        for label, pace in (("device", one.tuner), ("replayed", one.replayed)):
+            cells.append((one.problem, space, best, every, label, *_pace(pace)))
+    columns = ("problem", "candidates", "best recorded", "exhaustive", "tuner", "evaluations", "seconds", "final", "regret",
+               *(f"until within {limit - 1:.0%}" for limit in WITHIN))  # fmt: skip
+    notes = [f"- {one.problem}: {note}" for one in found for note in one.notes]
+    return "\n\n".join(["## Time to best", said, _table(columns, cells), *(["\n".join(notes)] if notes else [])])
+
+
+def _pace(pace: Pace | None) -> tuple[str, ...]:
+    if pace is None:
+        return ("not run", *[""] * (3 + len(WITHIN)))
+    regret = "not known" if pace.regret is None else _ratio(pace.regret.ratio, pace.regret.low, pace.regret.high)
+    final = "" if pace.final_s is None else f"{pace.final_s:.1f} s"
+    reached = (f"{pace.within[limit]:.1f} s" if math.isfinite(pace.within[limit]) else "never" for limit in WITHIN)
+    return (f"{pace.evaluations:.0f}", f"{pace.seconds:.1f}", final, regret, *reached)
+
+
+def _repeat(found: Repeats) -> str:
+    text = ["## Repeatability"]
+    runs = f"{_count(len(found.runs), 'sitting')} with times, on {_count(len(found.devices), 'device')}"
+    few = f": only {len(found.runs)} sittings, {SITTINGS_WANTED} wanted" if len(found.runs) < SITTINGS_WANTED else ""
+    text.append(f"{runs}{few}. A spread is (largest - smallest) / median of the sittings' medians of one trial.")
+    for name, repeated in (("time", found.times), ("energy", found.energies)):
+        if not repeated:
+            text.append(f"No trial has its {name} from two sittings and more.")
+            continue
+        text.append(_spread_words(name, repeated))
+    if found.times:
+        cells = [
+            (one.problem, one.kernel, len(one.values), percent(one.spread), "" if one.on_one_device is None else percent(one.on_one_device))
+            for one in found.times[:LISTED]
+        ]
+        text += ["The widest:", _table(("problem", "kernel", "medians", "spread", "on one device"), cells)]
+    if found.problems:
+        stable, same = sum(one.stable for one in found.problems), sum(one.same_winner for one in found.problems)
+        text.append(
+            f"Winners: on {stable} of {_count(len(found.problems), 'problem')} the sittings' tie sets (what cannot be told from the best) "
+            f"have a candidate in common; on {same} the same one was fastest each time."
+        )
+        if moved := [one.problem for one in found.problems if not one.stable]:
+            text.append("Not stable: " + "; ".join(_plain(label) for label in moved[:LISTED]))
+    return "\n\n".join(text)
+
+
+def _spread_words(name: str, repeated: Sequence[Repeated]) -> str:
+    spreads = [one.spread for one in repeated]
+    within = [one.on_one_device for one in repeated if one.on_one_device is not None]
+    alone = f"; on one device {percent(statistics.median(within))}, {percent(max(within))}" if within else "; no device ran one twice"
+    return (
+        f"{name.capitalize()} of {_count(len(spreads), 'trial')}: spread {percent(statistics.median(spreads))} in the median, "
+        f"{percent(max(spreads))} at most{alone}."
+    )
+
+
+def _files(about: About) -> str:
+    compact = about.bytes.get("results.jsonl.gz")
+    size = f" ({compact / max(about.rows, 1):,.0f} bytes a row)" if compact else ""
+    listing = "\n".join(f"- `{name}`" for name in about.files)
+    notes = "\n".join(f"- {_plain(line)}" for line in about.lines)
+    commands = f"""```
+klab results --results {about.where}
+klab goals --chip {about.chip} --results {about.where} --details
+klab report --results {about.where} --chip {about.chip} --open
+python -c 'from klab.harness.store import load; print(load("{about.where}").groupby("operator").median_us.describe())'
+```"""
+    text = [
+        "## Reading it",
+        commands,
+        f"`results.jsonl.gz` has every row with its rounds, clocks and power{size}; `report.html` is made anew by `--finish` and is not in "
+        "the repository. Files made of the rows:",
+        listing or "none",
+        notes,
+    ]
+    return "\n\n".join(part for part in text if part)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_plain(str(cell)) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that stays in its cell and is no markup."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _ratio(value: float, low: float, high: float) -> str:
+    return f"{plain_ratio(value)} ({plain_ratio(low)} to {plain_ratio(high)})"
+
+
+def _kernel(row: Result | None) -> str:
+    return row.kernel.partition("/")[2] if row else ""
+
+
+def _timed(row: Result | None) -> str:
+    found = latency(row) if row else None
+    return f"{time(found.median)} ({interval(found.low, found.high)})" if found else ""
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
