@@ -54,7 +54,7 @@ def why_not(result: Result, objective: Objective = LATENCY) -> str | None:
     if throttled(result.marked):
         return "throttled in most of its rounds"
     time = latency(result)
-    if time is None or not all(math.isfinite(us) for us in (time.median, time.low, time.high)):
+    if time is None or not all(math.isfinite(us) and us > 0 for us in (time.median, time.low, time.high)):
         return "no interval of its time"
     rounds = len(counting_rounds(result))
     if rounds < FLOOR_ROUNDS:

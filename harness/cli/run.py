@@ -119,12 +119,19 @@ def _choose(setup: Setup, job: Job, goal: Goal, out: Path | None, max_error: flo
 
 
 def _report(setups: Sequence[Setup], job: Job, page: Path, *, as_json: bool) -> None:
+    from klab.harness.report.evidence_beside import kept, write_beside
     from klab.harness.report.write import write_report
     from klab.harness.store.remote import shown
 
     plans = {setup.chip.name: setup.plan for setup in setups}
-    write_report(job.sources(), page, chips=list(plans), plans=plans, catalogue=setups[0].catalogue)
+    recorded = kept(job.folder, list(plans)) if all(setup.chip.kind == "cpu" for setup in setups) else []
+    if recorded:
+        write_beside(job.sources(), page, plans, setups[0].catalogue, recorded)
+    else:
+        write_report(job.sources(), page, chips=list(plans), plans=plans, catalogue=setups[0].catalogue)
     where = shown(page.resolve())
     if as_json:
         emit({"type": "report", "page": where})
+    if recorded:
+        talk.print(f"beside it, recorded evidence of {', '.join(one.chip.title for one in recorded)}", markup=False, soft_wrap=True)
     talk.print(f"report: {where}", markup=False, soft_wrap=True)

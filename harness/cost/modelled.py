@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from klab.harness.cost.ranges import Range
 from klab.harness.plan.communication import Collective, modelled
 from klab.harness.plan.roofline import Roofline
+from klab.harness.plan.step import flops_and_bytes
 from klab.kernels.contract import Chip, Problem
 
 
@@ -91,14 +92,15 @@ class Modelled:
 
     def bound(self, problem: Problem) -> tuple[float, str]:
         """(microseconds, "compute" or "memory") of the roofline at the problem's own peak."""
-        return self._roofline.of(problem.math_dtype).bound(problem.flops(), problem.bytes_moved())
+        return self._roofline.of(problem.math_dtype).bound(*flops_and_bytes(problem))
 
     def us(self, problem: Problem) -> tuple[Range, str]:
         """What its limits take at their usual shares, behind a fixed start, and words for it."""
         bound_us, limit = self.bound(problem)
         usual = USUAL.get(problem.operator, OTHER)
         roofline = self._roofline.of(problem.math_dtype)
-        flops_us, bytes_us = roofline.bound(problem.flops(), 0.0)[0], roofline.bound(0.0, problem.bytes_moved())[0]
+        flops, bytes_moved = flops_and_bytes(problem)
+        flops_us, bytes_us = roofline.bound(flops, 0.0)[0], roofline.bound(0.0, bytes_moved)[0]
         together = max if usual.overlap else sum
         parts = zip(usual.start_us, usual.compute, usual.memory, strict=True)
         us = Range(*(start + together((flops_us / compute, bytes_us / memory)) for start, compute, memory in parts))

@@ -14,6 +14,8 @@ from klab.harness.cost.workload import Deployment, Workload
 
 # Shares of its time in which a prefill replica works.
 LOADS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+# Prompts per step are found to this.
+SETTLED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def _together(steps: Steps, w: Workload, load: float, most: int) -> PoolPoint:
     prompts = 1.0
     for _ in range(50):
         came = rate * step_of(prompts)[1].mid
-        prompts += 0.5 * (min(float(most), came + math.exp(-came)) - prompts)
+        change = 0.5 * (min(float(most), came + math.exp(-came)) - prompts)
+        prompts += change
+        if abs(change) < SETTLED:
+            break
     mix, step_s = step_of(prompts)
     busy = min(1.0, rate * step_s.mid / prompts)
     _, own_s = step_of(min(float(most), 1 + busy * came))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 from klab.harness.catalog.architecture import Note
 from klab.harness.plan.step import Draft, drafted
@@ -41,10 +41,13 @@ def quantised(draft: Draft, name: str) -> Draft:
     """The draft in the format `name`, where its operator has that; the same draft where not."""
     if not name or draft.problem is None or draft.role in WIDE_ROLES:
         return draft
-    for problem in approximations_of(draft.problem):
-        if format_of(problem) == name:
-            return drafted(draft.role, problem)
-    return draft
+    problem = _in_format(draft.problem, name)
+    return drafted(draft.role, problem) if problem else draft
+
+
+@lru_cache(maxsize=1024)
+def _in_format(wide: Problem, name: str) -> Problem | None:
+    return next((problem for problem in approximations_of(wide) if format_of(problem) == name), None)
 
 
 def left_wide(drafts: Iterable[Draft], name: str) -> list[Note]:

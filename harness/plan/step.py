@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from klab.harness.catalog.matrices import Matrix
 from klab.kernels.activation.problem import Activation
@@ -122,7 +123,13 @@ def drafted(role: str, problem: Problem, shape: Mapping[str, Json] | None = None
     """The row of a problem that klab measures; its shape is the problem's fields unless something shorter is given."""
     if shape is None:
         shape = {name: value for name, value in problem.to_json().items() if name != "dtype"}
-    return Draft(role, problem.operator, shape, problem.flops(), problem.bytes_moved(), problem=problem)
+    return Draft(role, problem.operator, shape, *flops_and_bytes(problem), problem=problem)
+
+
+@lru_cache(maxsize=1024)
+def flops_and_bytes(problem: Problem) -> tuple[float, float]:
+    """(operations, bytes moved) of a launch. Kept, as they are asked for several times and a large batch sums over its sequences."""
+    return problem.flops(), problem.bytes_moved()
 
 
 def modelled(operator: str) -> str:

@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from klab.harness.choose.candidates import PREFERRED_L2
+from klab.harness.report.frames import conditions
 from klab.harness.store.query import age, standing_incorrect
 from klab.harness.store.read import ReadReport
 from klab.harness.store.result import Result, Status
-from klab.harness.watch.compare_results import compare_rows
+from klab.harness.watch.compare_results import compare_rows, conditions_of
 from klab.harness.watch.compare_rule import MARGIN, Found
 from klab.harness.watch.compare_run import Request
 from klab.harness.watch.comparison import Comparison, Line
 from klab.kernels.contract import Json, canonical_json
-from klab.kernels.errors import UsageError
+from klab.kernels.errors import KlabError, UsageError
 
 # A chip that no catalog has: between two chips neither an anchor nor a clock is common ground.
 BETWEEN = "between-two-chips"
@@ -25,21 +27,37 @@ _TOKEN = re.compile("\x1e([0-9]+)\x1e")
 
 @dataclass(frozen=True)
 class Pair:
-    """One answer. `a` and `b`: the newest row of what each side ran, None where it has none to show. kernel: "" for the best of each."""
+    """One answer. `a` and `b`: the newest row of what each side ran, None where it has none to show; `metered`: the newest with an energy,
+    which is measured apart, and seldomer. kernel: "" for the best of each.
+    """
 
     like: Result
     kernel: str
     found: Found
     a: Result | None
     b: Result | None
+    metered: tuple[Result | None, Result | None] = (None, None)
 
     @property
-    def energy(self) -> tuple[float, float, float] | None:
-        """(ratio of energy per launch, low, high) by the intervals of both rows; None where either has no energy."""
-        if self.a is None or self.b is None or not self.a.energy_j or not self.b.energy_j:
+    def problem(self) -> str:
+        """The problem's label, and how it was measured where that was not with a cold cache on a device left as it is."""
+        state = conditions(self.like)
+        return self.like.problem_label + (f" ({state})" if state != PREFERRED_L2 else "")
+
+    @property
+    def energies(self) -> tuple[float, float] | None:
+        """Joules per launch of A and B; None where either has none."""
+        a, b = (row.energy_j if row else None for row in self.metered)
+        return (a, b) if a and b else None
+
+    @property
+    def energy(self) -> tuple[float, float | None, float | None] | None:
+        """(ratio of energy per launch, low, high) by the intervals of both rows; no ends where either row has none."""
+        if self.energies is None:
             return None
-        ends = [(row.energy_ci_low_j or row.energy_j or 0.0, row.energy_ci_high_j or row.energy_j or 0.0) for row in (self.a, self.b)]
-        return self.b.energy_j / self.a.energy_j, ends[1][0] / ends[0][1], ends[1][1] / ends[0][0]
+        ratio = self.energies[1] / self.energies[0]
+        ends = [end for row in self.metered if row for end in (row.energy_ci_low_j, row.energy_ci_high_j) if end and end > 0]
+        return (ratio, ends[2] / ends[1], ends[3] / ends[0]) if len(ends) == 4 else (ratio, None, None)
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ def judge(a: Sequence[Result], b: Sequence[Result], *, between_chips: bool = Fal
     for rows in (a, b):
         side = []
         for row in _bare(rows) if best else (row for row in rows if row.kind == "measured"):
-            key = canonical_json(["" if between_chips else row.chip, row.problem_key, row.policy])
+            key = canonical_json([*_place(row, between_chips)])
             if key not in tokens:
                 tokens[key] = len(likes)
                 likes.append(row)
@@ -105,21 +123,34 @@ def _bare(rows: Iterable[Result]) -> Iterator[Result]:
             yield row
 
 
-Known = dict[tuple[str, ...], Result]
+# The newest row, and the newest with an energy.
+Known = dict[tuple[str, ...], tuple[Result, Result | None]]
+
+
+def _place(row: Result, between_chips: bool) -> tuple[str, str, str]:
+    """(chip, problem, conditions): where kernels compete."""
+    try:
+        state = conditions_of(row)
+    except (KlabError, TypeError, ValueError):
+        state = ""  # such a row is left out, and the comparison's notes say so
+    return "" if between_chips else row.chip, row.problem_key, state
 
 
 def _newest(rows: Iterable[Result], between_chips: bool) -> Known:
-    fine = sorted((row for row in rows if row.kind == "measured" and row.status is Status.OK and row.median_us), key=age)
-    return {
-        ("" if between_chips else row.chip, row.problem_key, row.kernel, row.source_digest, canonical_json(row.config)): row for row in fine
-    }
+    found: Known = {}
+    for row in sorted((row for row in rows if row.kind == "measured" and row.status is Status.OK and row.median_us), key=age):
+        name = (*_place(row, between_chips), row.kernel, row.source_digest, canonical_json(row.config))
+        found[name] = row, row if row.energy_j else found.get(name, (None, None))[1]
+    return found
 
 
 def _pair(one: Line, likes: Sequence[Result], newest: tuple[Known, Known], between_chips: bool, best: bool) -> Pair:
     like = _like(one.name, likes)
-    where = "" if between_chips else like.chip, like.problem_key
-    a, b = (known.get((*where, *_ran(said, best))) for said, known in zip((one.a, one.b), newest, strict=True))
-    return Pair(like, "" if best else one.name.rpartition("\x1e ")[2], one.found, a, b)
+    place = _place(like, between_chips)
+    (a, metered_a), (b, metered_b) = (
+        known.get((*place, *_ran(said, best)), (None, None)) for said, known in zip((one.a, one.b), newest, strict=True)
+    )
+    return Pair(like, "" if best else one.name.rpartition("\x1e ")[2], one.found, a, b, (metered_a, metered_b))
 
 
 def _ran(said: Mapping[str, Json], best: bool) -> tuple[str, str, str]:

@@ -62,7 +62,8 @@ def write_compare(
 
     def read() -> Iterator[Result]:
         """The store, which is read more than once; what it meets is noted once."""
-        return iter_results(there, first.pop() if first else None)
+        rows = iter_results(there, first.pop() if first else None)
+        return (row for row in rows if not chips or row.chip in chips)
 
     asked = Request(chips=chips, plans=plans or {})
     sides = [_asked(side, chips, asked) for side in pick(read, a, b, report)]
@@ -121,7 +122,7 @@ def render(a: Side, b: Side, *, margin: float = MARGIN, reading: Sequence[str] =
         ),
         el("footer", el("p", "Made by klab report --compare. Everything is in this file; it loads nothing.", class_="note")),
     ]
-    title = f"klab: {names[1]} against {names[0]}: {main.comparison.answer.value}"
+    title = f"klab: {compare_strip.headline(main, of, *names)}"
     sections = {"index": index(compared.data(main.pairs))} if figures else {}
     return main.comparison, document(title, content, figures=figures, sections=sections, drawing=drawing)
 
@@ -139,8 +140,6 @@ def _or_none(a: Side, b: Side, margin: float) -> Judged | None:
 
 
 def _figures(best: Judged, main: Judged, names: tuple[str, str], between: bool) -> list[Figure]:
-    basis = (
-        "Rests on klab's own measurements, of each side the best kernel and configuration; intervals of cells allow for days and boards."
-    )
+    basis = "Rests on klab's own measurements, of each side the fastest kernel and configuration"
     sides = Sides(*names, basis=basis, both="both chips have" if between else "both sides have")
     return [*compared.heat(best.pairs, sides, "heat"), compared.scatter(compared.data(main.pairs), sides, "scatter")]

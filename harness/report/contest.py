@@ -14,10 +14,12 @@ from klab.harness.catalog.cpu_probe import probe
 from klab.harness.choose.candidates import state
 from klab.harness.choose.decide import defaults_of, sources_of
 from klab.harness.choose.profile import Profile
+from klab.harness.choose.settle import Defaults
 from klab.harness.choose.wrong import distrust
 from klab.harness.report.request import Request
 from klab.harness.store.index import Index
-from klab.kernels.contract import Json
+from klab.harness.store.index_sql import config_hash
+from klab.kernels.contract import Json, canonical_json
 
 # Beyond this ratio of medians, and with intervals apart, nothing is compared round by round (choose/compare.py: 1.1, twice over).
 NEAR = 1.25
@@ -91,10 +93,13 @@ def contest(index: Index, request: Request, chip: str, tag: str, *, without: str
         elsewhere = dict(index.query(aside))
     only = f"WHERE device IN ({quoted(device)}, '')" if device else ""
     index.query(f"CREATE OR REPLACE TEMP VIEW {mine} AS SELECT * FROM here_{tag} {only}")
+    limits = request.chip_limits(chip)
+    defaults = defaults_of(request.catalogue, limits) if request.catalogue and limits else None
     _states(index, mine, tag)
-    _refused(index, request, chip, mine, tag)
+    _refused(index, defaults, mine, tag)
     _sources(index, request, tag)
     db.execute(_candidates(mine, tag, factors))
+    _defaults(index, defaults, tag)
     counted = dict(index.query(f"SELECT problem_key, count(*) FROM candidates_{tag} GROUP BY ALL"))
     each = min(MOST, max(LEAST, budget // max(len(counted), 1)))
     db.execute(_ranked(tag, *(MARGIN if factors else NONE)))
@@ -133,7 +138,7 @@ def _states(index: Index, mine: str, tag: str) -> None:
     )
 
 
-def _refused(index: Index, request: Request, chip: str, mine: str, tag: str) -> None:
+def _refused(index: Index, defaults: Defaults | None, mine: str, tag: str) -> None:
     """What wrong results that stand keep from being chosen: code, and configurations of code (see choose/wrong.py)."""
     db = index.db
     db.execute(f"CREATE OR REPLACE TEMP TABLE bad_code_{tag} (kernel VARCHAR, source_digest VARCHAR, why VARCHAR)")
@@ -142,8 +147,7 @@ def _refused(index: Index, request: Request, chip: str, mine: str, tag: str) -> 
         f"SELECT n FROM (SELECT arg_max(status, n) AS status, max(n) AS n FROM {mine} "
         f"WHERE status = 'incorrect' OR ({VERIFIED}) GROUP BY key) WHERE status = 'incorrect'"
     )
-    limits = request.chip_limits(chip) if wrong else None
-    doubt = distrust(list(wrong.values()), defaults_of(request.catalogue, limits) if request.catalogue and limits else None)
+    doubt = distrust(list(wrong.values()), defaults)
     codes: dict[tuple[str, str], str] = {}
     for n, row in wrong.items():
         db.execute(f"INSERT INTO bad_config_{tag} VALUES (?, ?)", [n, doubt(row)])
@@ -168,6 +172,21 @@ def _sources(index: Index, request: Request, tag: str) -> None:
     now: Mapping[str, str] = sources_of(request.catalogue) if request.catalogue else {}
     for pair in now.items():
         index.db.execute(f"INSERT INTO sources_{tag} VALUES (?, ?)", list(pair))
+
+
+def _defaults(index: Index, defaults: Defaults | None, tag: str) -> None:
+    """The default configuration of each candidate's kernel: a choice is compared with that of its kernel, however slow it is."""
+    index.db.execute(f"CREATE OR REPLACE TEMP TABLE defaults_{tag} (problem_key VARCHAR, kernel VARCHAR, config_hash UBIGINT)")
+    if defaults is None:
+        return
+    one_each = index.light(f"SELECT max(n) FROM candidates_{tag} GROUP BY problem_key, kernel").values()
+    found = [(row.problem_key, row.kernel, canonical_json(config)) for row in one_each if (config := defaults(row)) is not None]
+    if found:
+        index.db.execute(
+            f"INSERT INTO defaults_{tag} SELECT problem_key, kernel, {config_hash('config::JSON')} "
+            "FROM (SELECT unnest(?::VARCHAR[]) AS problem_key, unnest(?::VARCHAR[]) AS kernel, unnest(?::VARCHAR[]) AS config)",
+            [list(column) for column in zip(*found, strict=True)],
+        )
 
 
 def _candidates(mine: str, tag: str, factors: str) -> str:
@@ -204,7 +223,7 @@ def _candidates(mine: str, tag: str, factors: str) -> str:
 
 
 def _ranked(tag: str, slack: float, first: int, of_kernel: int) -> str:
-    """The candidates of each problem in the order in which they matter: `must` be read, `near` to the best, then by time."""
+    """The candidates of each problem in the order in which they matter: `must` be read, `near` to the best, `fallback` (a default)."""
     return f"""
     CREATE OR REPLACE TEMP TABLE ranked_{tag} AS
     WITH timed AS (
@@ -215,14 +234,15 @@ def _ranked(tag: str, slack: float, first: int, of_kernel: int) -> str:
     ), close AS (
         SELECT *, us <= {NEAR * slack} * least OR low <= least_high AS near,
             row_number() OVER (PARTITION BY problem_key ORDER BY us, kernel) <= {first}
-            OR row_number() OVER (PARTITION BY problem_key, kernel ORDER BY us, config_hash) <= {of_kernel} AS must
+            OR row_number() OVER (PARTITION BY problem_key, kernel ORDER BY us, config_hash) <= {of_kernel} AS must,
+            (problem_key, kernel, config_hash) IN (SELECT (problem_key, kernel, config_hash) FROM defaults_{tag}) AS fallback
         FROM timed
     )
     SELECT *, row_number() OVER (PARTITION BY problem_key ORDER BY must DESC, near DESC, frugal <= 2 DESC, us, kernel) AS place FROM (
         SELECT *, CASE WHEN near AND energy IS NOT NULL THEN
             row_number() OVER (PARTITION BY problem_key, near AND energy IS NOT NULL ORDER BY energy) ELSE 1000 END AS frugal
         FROM close
-    ) WHERE must OR near;
+    ) WHERE must OR near OR fallback;
     """
 
 
@@ -231,7 +251,7 @@ def _whole(tag: str, each: int) -> str:
     return f"""
     CREATE OR REPLACE TEMP TABLE whole_{tag} AS
     WITH history AS (
-        SELECT u.n, r.problem_key, r.place, r.must, r.metered,
+        SELECT u.n, r.problem_key, r.place, r.must OR r.fallback AS must, r.metered,
             row_number() OVER (PARTITION BY r.problem_key, r.kernel, r.config_hash, r.source_digest ORDER BY u.n DESC) AS back
         FROM ranked_{tag} r JOIN usable_{tag} u USING (problem_key, state, kernel, config_hash, source_digest)
     ), ordered AS (

@@ -35,6 +35,9 @@ class Change(Protocol):
         """Its 95% interval."""
 
 
+# Nights of a level below which its median has no interval worth the name, nor a change from or to it: levels are looked for in four nights
+# or more, so one that short may be shorter in truth and have nights of its neighbour in it.
+LEAST_FOR_INTERVAL = 6
 Level = tuple[int, int, float]
 Historian = Callable[[Sequence[float]], Sequence[Change]]
 
@@ -68,7 +71,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Step:
-    """A change of level: at the first night with the new one. `why` lists what else changed between the two nights."""
+    """A change of level: at the first night with the new one. `why` lists what else changed between the two nights.
+
+    low, high: the 95% interval of the ratio. None where a level on either side has fewer than LEAST_FOR_INTERVAL nights: the change may be
+    larger in truth. None for a new epoch.
+    """
 
     at: str
     index: int
@@ -155,11 +162,11 @@ def _steps(places: Sequence[Place], epochs: Mapping[str, Json], changes: Histori
         borders = [0, *sorted(found), len(run)]
         for first, last in itertools.pairwise(borders):
             levels.append((run[first], run[last - 1], statistics.median(values[first:last])))
-        for index, change in found.items():
-            before, after = places[run[index - 1]], places[run[index]]
+        for (first, index), (_, last) in itertools.pairwise(itertools.pairwise(borders)):
+            before, after, change = places[run[index - 1]], places[run[index]], found[index]
             why = _differences(before, after, epochs)
-            size = (change.ratio, change.low, change.high)
-            steps.append(Step(after.at, run[index], *size, (before.commit, after.commit), why, False))
+            low, high = (change.low, change.high) if min(index - first, last - index) >= LEAST_FOR_INTERVAL else (None, None)
+            steps.append(Step(after.at, run[index], change.ratio, low, high, (before.commit, after.commit), why, False))
     for old, new in itertools.pairwise(runs):
         before, after = places[old[-1]], places[new[0]]
         # Ten nights on either side: a level, not a night.

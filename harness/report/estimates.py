@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,11 +15,12 @@ from pathlib import Path
 import klab.harness.catalog
 import klab.harness.cost
 import klab.harness.plan
+import klab.harness.store.reference
 import klab.kernels
-from klab.harness.catalog.prices import Price, find_price, load_facility
+from klab.harness.catalog.prices import Price, find_price, load_facility, load_prices
 from klab.harness.choose.select import Selection
 from klab.harness.cost.answer import HOST_US, Question, choose, options_of, stored_format
-from klab.harness.cost.estimate import Estimator, Origin, Source
+from klab.harness.cost.estimate import Estimator, Origin, Source, label_of
 from klab.harness.cost.fit import least_tp
 from klab.harness.cost.flips import certainty
 from klab.harness.cost.known import Interpolated, Known
@@ -34,7 +37,7 @@ from klab.harness.cost.workload import Deployment, Workload
 from klab.harness.plan.quantization import format_of
 from klab.harness.plan.rows import Plan
 from klab.harness.report.subject import Story, Subject
-from klab.harness.store.result import Status
+from klab.harness.store.result import Result, Status
 from klab.harness.tune.objective import LATENCY
 from klab.kernels.contract import Chip, Json, digest
 from klab.kernels.disk_cache import DiskCache, cache_root
@@ -102,15 +105,24 @@ def known(subject: Subject) -> tuple[list[Known], list[Known]]:
     chosen = {choice.wanted.problem_key for choice in subject.profile.choices}
     further = [row for row in subject.rows if row.problem_key not in chosen and row.wide_key]
     own = facts_in(Selection(further, LATENCY, chip=subject.chip)) if further else []
-    fastest: dict[str, Known] = {}
+    others = []
+    for row, us in fastest_published(subject).values():
+        problem = problem_of(row.operator, row.problem)
+        if problem is not None:
+            others.append(Known(problem, us, Origin.REFERENCE, None, row.kernel, dict(row.config), "published"))
+    return [*own, *facts_of(subject.profile.choices)], others
+
+
+def fastest_published(subject: Subject) -> dict[str, tuple[Result, Range]]:
+    """By problem key the fastest published row and its time in us, as far off as tables of the same thing are (AGAIN)."""
+    found: dict[str, tuple[Result, Range]] = {}
     for row in subject.reference:
-        problem = problem_of(row.operator, row.problem) if row.status is Status.OK and row.median_us else None
-        if problem is None or not row.median_us:
+        median = row.median_us if row.status is Status.OK else None
+        if median is None or not 0 < median < math.inf:
             continue
-        if row.problem_key not in fastest or row.median_us < fastest[row.problem_key].us.mid:
-            us = Range(*(share * row.median_us for share in AGAIN))
-            fastest[row.problem_key] = Known(problem, us, Origin.REFERENCE, None, row.kernel, dict(row.config), "published")
-    return [*own, *facts_of(subject.profile.choices)], list(fastest.values())
+        if row.problem_key not in found or median < found[row.problem_key][1].mid:
+            found[row.problem_key] = (row, Range(*(share * median for share in AGAIN)))
+    return found
 
 
 def workload_of(plan: Plan, isl: int | None = None, osl: int | None = None) -> Workload:
@@ -189,7 +201,8 @@ def _point(point: OperatingPoint, plan: Plan, format: str, best: bool) -> Cells:
         **{f"{name}{end}": value for name, one in figures.items() for end, value in zip(ENDS, (one.mid, one.low, one.high), strict=True)},
         "ttft_s": point.ttft_s.mid, "tpot_s": point.tpot_s.mid, "keeps_slos": meets(point), "best": best,
         **{f"{origin}_share": share for origin, share in shares.items()},
-        "times_are": str(point.label), "joules_are": str(point.energy_label),
+        "times_are": str(label_of(point.time_shares, plan.model.covered_share)),
+        "joules_are": str(label_of(point.energy_shares, plan.model.covered_share)),
     }  # fmt: skip
 
 
@@ -204,6 +217,15 @@ def price_of(chip: str) -> Price | None:
         return None
 
 
+def no_price(chip: str) -> str:
+    """Why `price_of` knows none."""
+    try:
+        several = sum((one.chip, one.contract) == (chip, CONTRACT) for one in load_prices()) > 1
+    except KlabError as error:
+        return f"Prices cannot be read ({error})"
+    return f"{'Several prices' if several else 'No price'} of {chip} {'are' if several else 'is'} known"
+
+
 def placements(story: Story) -> Made:
     """A row per workload: which arrangement of the page's chips costs least per token within the SLOs.
 
@@ -214,7 +236,7 @@ def placements(story: Story) -> Made:
     if len(asked.plans) < 2:
         return [], list(asked.left_out)
     prices = {name: price for name in asked.plans if (price := price_of(name))}
-    lacking = [f"No price of {name} is known, so it takes no part." for name in asked.plans if name not in prices]
+    lacking = [f"{no_price(name)}, so it takes no part." for name in asked.plans if name not in prices]
     if len(prices) < 2:
         return [], [*asked.left_out, *lacking]
     subjects = {subject.chip: subject for subject in story.subjects}
@@ -313,7 +335,7 @@ def _kept(kind: str, inputs: Sequence[Json], make: Callable[[], Made]) -> Made:
 @cache
 def _code() -> str:
     """The digest of what such an answer is computed by, and of the published tables that are installed."""
-    rooms = (klab.harness.cost, klab.harness.plan, klab.harness.catalog)
+    rooms = (klab.harness.cost, klab.harness.plan, klab.harness.catalog, klab.harness.store.reference, klab.kernels)
     files = [path for room in rooms for path in Path(room.__path__[0]).glob("*.py")]
     files += [Path(__file__), *Path(klab.kernels.__path__[0]).glob("*/problem.py")]
     summed = hashlib.sha256()
@@ -323,11 +345,14 @@ def _code() -> str:
 
 
 def published_tables() -> str:
-    """Which published tables are at hand: their folder and version; empty where none are."""
+    """Which published tables are at hand: folder, version, state of the files and whether they can be read; empty where none are."""
     from klab.harness.store.reference.tables import available, package_version
 
     try:
         root = available()
     except KlabError:
         return ""
-    return f"{root} {package_version(root)}" if root else ""
+    if root is None:
+        return ""
+    state: list[Json] = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in sorted((root / "data").rglob("*.parquet"))]
+    return f"{root} {package_version(root)} {digest([state, importlib.util.find_spec('duckdb') is not None])}"

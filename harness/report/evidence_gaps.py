@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -91,15 +91,12 @@ def standings(found: Iterable[Gap]) -> list[Standing]:
     for one in found:
         if one.over is not None:
             groups[one.operator].append(one)
-    return [
-        Standing(
-            operator,
-            len(group),
-            *(sum(one.verdict == verdict for one in group) for verdict in (WINS, LOSES, TIES)),
-            _mean([one.over for one in group if one.over is not None]),
-        )
-        for operator, group in sorted(groups.items())
-    ]
+    made = []
+    for operator, group in sorted(groups.items()):
+        said = Counter(one.verdict for one in group)
+        mean = _mean([one.over for one in group if one.over is not None])
+        made.append(Standing(operator, len(group), said[WINS], said[LOSES], said[TIES], mean))
+    return made
 
 
 def _mean(ratios: Sequence[Ratio]) -> tuple[float, float, float]:

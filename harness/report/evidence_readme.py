@@ -50,8 +50,8 @@ def readme(about: About) -> str:
     """Markdown."""
     parts = [
         f"# Recorded evidence: {about.title}",
-        f"Written by `klab evidence --finish` from {_count(about.rows, 'row')}. Times and joules were measured on this chip unless they are "
-        "called modelled (rooflines, from the specification's peaks) or replayed. Intervals are 95%.",
+        f"Written by `klab evidence --finish` from {_count(about.rows, 'row')}. Times and joules were measured on this chip unless "
+        "they are called modelled (rooflines, from the specification's peaks) or replayed. Intervals are 95%.",
         _made(about),
         _covers(about),
         _findings(about),
@@ -107,7 +107,8 @@ def _findings(about: About) -> str:
         columns = ("operator", "problems", "own faster", "own slower", "tied", "library over own, geometric mean", "of the roofline")
         text.append(_table(columns, cells))
         text.append(
-            "The last column is the median share (least to most) that the fastest kernel reaches, over all problems of the operator, those without a comparison too."
+            "The last column is the median share (least to most) that the fastest kernel reaches, over all problems of the operator, "
+            "those without a comparison too."
         )
     else:
         text.append("No problem has both a kernel of klab's own and a library with a valid time.")

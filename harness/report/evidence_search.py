@@ -228,7 +228,7 @@ def _replayed(recorded: RecordedSpace, problem: Problem, chip: Chip, kernels: Ma
     """The default strategy on the recorded space: the medians over seeds; the regret with the least and the largest."""
     try:
         prior = prior_for(recorded.space, problem, chip, kernels, (), expected_us=expected_us)
-    except KlabError:
+    except (KlabError, KeyError, TypeError, ValueError):  # rows of a kernel that is gone, or has other knobs now
         prior = Prior()
     budget = Budget(evaluations=evaluations)
     runs = [run_of(recorded, simulate(recorded, DEFAULT, seed=seed, budget=budget, prior=prior), seed) for seed in range(REPLAYS)]

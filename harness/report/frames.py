@@ -69,8 +69,9 @@ COLUMNS: dict[str, str] = {
 
 
 def conditions(r: Result) -> str:
-    """What two measured times must share to be compared: `cold`, or `warm at 1200 MHz` where a clock or power limit was set; "" of published
-    rows, which do not say.
+    """What two measured times must share to be compared: `cold`, or `warm at 1200 MHz` where a clock or power limit was set.
+
+    "" of published rows, which do not say.
     """
     if r.kind == "reference":
         return ""
@@ -87,7 +88,8 @@ def _chosen(subject: Subject) -> set[int]:
     for choice in subject.profile.choices:
         name = (choice.wanted.problem_key, choice.kernel, canonical_json(choice.config), choice.source_digest)
         rows = by_name.get(name, [])
-        states = {state(row) for row in rows if _is(row, choice)} or {state(row) for row in rows if row.l2_state == choice.evidence.l2_state}
+        own = [row for row in rows if _is(row, choice)] or [row for row in rows if row.l2_state == choice.evidence.l2_state]
+        states = set(map(state, own))
         found |= {id(row) for row in rows if state(row) in states}
     return found
 

@@ -14,7 +14,7 @@ from klab.harness.report.sift import sifted
 from klab.harness.report.subject import Story, tell
 from klab.harness.store.query import age
 from klab.harness.store.read import ReadReport, iter_results, part_files
-from klab.harness.store.result import Result
+from klab.harness.store.result import Result, Status
 
 # Up to here every row is read into memory: some seconds, and about 20,000 rows of 20 rounds.
 LARGE_BYTES = 48 << 20
@@ -63,6 +63,7 @@ def story_of(results: Sequence[Result], request: Request) -> Story:
     told = tell(rows, request.profile, request.known, chips=chips, keys=keys)
     newest_run: dict[str, str] = {}
     before: dict[str, Profile] = {}
+    failed_before: dict[str, frozenset[tuple[str, str]]] = {}
     for subject in told.subjects:
         own = [row for row in subject.rows if row.kind != "reference"]
         if not own:
@@ -74,4 +75,6 @@ def story_of(results: Sequence[Result], request: Request) -> Story:
         without = [row for row in here if row.kind == "reference" or row.run_id != newest]
         if any(row.kind != "reference" for row in without):
             before[subject.chip] = request.profile(subject.chip, without)
-    return dataclasses.replace(told, newest_run=newest_run, before=before)
+            failed = [row for row in without if row.status is not Status.OK and row.kind != "reference"]
+            failed_before[subject.chip] = frozenset((name, row.status.value) for row in failed for name in (row.kernel, row.key))
+    return dataclasses.replace(told, newest_run=newest_run, before=before, failed_before=failed_before)

@@ -41,7 +41,7 @@ def el(tag: str, /, *children: object, **attributes: str | None) -> Markup:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, and the number or text that its column is sorted by."""
+    """What a cell shows, and the number or text that its column is sorted by: None for its text, "" for what comes last either way."""
 
     shown: object
     sort: float | str | None = None

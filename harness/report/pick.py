@@ -102,6 +102,8 @@ def pick(read: Read, a: str, b: str, report: ReadReport | None = None) -> tuple[
             if row.kind != "reference" and _is(one, word, row):
                 kept.append(row)
     sides = [_side(one, word, kept, report) for (one, word), kept in zip(named, rows, strict=True)]
+    if (sides[0].kind, sides[0].name) == (sides[1].kind, sides[1].name):
+        raise UsageError(f"{a} and {b} are one place: {line(sides[0].name, 80)}")
     return sides[0], sides[1]
 
 

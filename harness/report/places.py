@@ -65,17 +65,37 @@ def places_of(problems: Iterable[Wanted], plans: Mapping[str, Plan], wide: Mappi
 
 
 def _add(found: dict[str, dict[Occurrence, None]], planned: Plan, asked: Iterable[str]) -> None:
+    """What is there already stays, with the options that led to it."""
     keys = asked if isinstance(asked, set | frozenset) else set(asked)
+    options = options_of(planned)
     for row in planned.rows:
         if row.problem is not None and row.problem.key in keys:
-            found[row.problem.key][Occurrence(planned.model.name, row.phase, row.batch, row.role, row.count)] = None
+            found[row.problem.key].setdefault(Occurrence(planned.model.name, row.phase, row.batch, row.role, row.count, options))
+
+
+def options_of(planned: Plan) -> str:
+    """The options of `klab measure` and the other verbs that plan, by which the steps of this plan are planned again on any chip."""
+    scenario, usual = planned.scenario, Scenario()
+    words = f"--isl {scenario.isl} --osl {scenario.osl} --dtype {planned.dtype}{f' --tp {scenario.tp}' if scenario.tp != 1 else ''}"
+    further = {one.name for one in dataclasses.fields(Scenario)} - {"isl", "osl", "batches", "tp", "dtype"}
+    return words + "".join(
+        f" --with {name}={value}" for name in sorted(further) if (value := getattr(scenario, name)) != getattr(usual, name)
+    )
 
 
 def _of_catalog(wanted: Mapping[str, Wanted], asked: Iterable[str]) -> dict[str, list[Occurrence]]:
     """From the cache where these problems were asked for before with the same catalog and the same code of the plan."""
     keys = sorted(asked)
     cache = DiskCache(cache_root() / "places")
-    name = digest({"problems": keys, "code": _code(), "bounds": [MOST_STEPS, MOST_LENGTHS, MOST_BATCHES, LARGEST_BATCH, *TENSOR_PARALLEL]})
+    form = [one.name for one in dataclasses.fields(Occurrence)]
+    name = digest(
+        {
+            "problems": keys,
+            "code": _code(),
+            "form": form,
+            "bounds": [MOST_STEPS, MOST_LENGTHS, MOST_BATCHES, LARGEST_BATCH, *TENSOR_PARALLEL],
+        }
+    )
     kept = cache.get(name)
     if kept is not None:
         return {key: [Occurrence(*values) for values in listed] for key, listed in json.loads(kept).items()}

@@ -70,6 +70,7 @@ def sifted(folders: Sequence[Path], request: Request) -> Story:
             reading=(*index.report.lines(), *notes),
             before=before,
             newest_run={chip.name: chip.newest_run for chip in settled if chip.newest_run},
+            failed_before={chip.name: _failed_before(index, chip) for chip in settled if chip.before is not None},
         )
 
 
@@ -83,8 +84,7 @@ def _asked(index: Index, request: Request) -> None:
         keys = request.keys(chip)
         if keys is not None:
             inserted(index, f"asked_keys_{number}", sorted(keys))
-            own = f"chip = (SELECT value FROM asked_chips LIMIT 1 OFFSET {number})"
-            conditions.append(f"(NOT {own} OR problem_key IN (SELECT value FROM asked_keys_{number}))")
+            conditions.append(f"(chip <> {quoted(chip)} OR problem_key IN (SELECT value FROM asked_keys_{number}))")
     if request.runs:
         chips = "AND chip IN (SELECT value FROM asked_chips)" if request.shown_chips else ""
         inserted(index, "asked_runs", named_runs(request.runs, _runs(index, chips)))
@@ -140,6 +140,17 @@ def _settled(index: Index, request: Request, chip: str, tag: str, budget: int, f
     return _Chip(chip, now, run, before, standing)
 
 
+def _failed_before(index: Index, chip: _Chip) -> frozenset[tuple[str, str]]:
+    """What ended how in earlier runs, of kernels and of the trials that the newest run has (see `Story.failed_before`)."""
+    earlier = (
+        f"FROM asked WHERE chip = {quoted(chip.name)} AND status <> 'ok' AND kind <> 'reference' AND run_id <> {quoted(chip.newest_run)}"
+    )
+    mine = f"SELECT key FROM asked WHERE chip = {quoted(chip.name)} AND status <> 'ok' AND run_id = {quoted(chip.newest_run)}"
+    return frozenset(
+        index.query(f"SELECT DISTINCT kernel, status {earlier} UNION SELECT DISTINCT key, status {earlier} AND key IN ({mine})")
+    )
+
+
 def _profile(index: Index, request: Request, one: Contest, whole: Mapping[int, Result], anchored: Sequence[Result]) -> Profile:
     rows = [whole[n] for (n,) in index.query(f"SELECT n FROM {one.whole} ORDER BY n") if n in whole]
     rows += index.light(f"SELECT n FROM {one.stand_ins}").values()
@@ -155,7 +166,7 @@ def _subject(index: Index, request: Request, chip: _Chip, profile: Profile, whol
     """
     named = {(c.wanted.problem_key, c.kernel, canonical_json(c.config)) for c in profile.choices}
     for c in profile.choices:
-        rivals = (c.evidence.runner_up, c.evidence.library, *c.evidence.tied)
+        rivals = (c.evidence.runner_up, c.evidence.library, c.evidence.default, *c.evidence.tied)
         named |= {(c.wanted.problem_key, rival.kernel, canonical_json(rival.config)) for rival in rivals if rival is not None}
     places = index.query(f"SELECT n, place FROM {chip.now.whole} WHERE n IN (SELECT n FROM {chip.standing}) ORDER BY place, n")
     ranked = [(n, whole[n]) for n, _ in places if n in whole]

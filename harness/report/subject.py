@@ -63,13 +63,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """Where a problem occurs: in which model's step, as what, how often per step."""
+    """Where a problem occurs: in which model's step, as what, how often per step.
+
+    `options`: what a verb that plans needs beside the model, the phase and a decode step's batch to get this very problem.
+    """
 
     model: str
     phase: str
     batch: int
     role: str
     count: int
+    options: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Story:
 
     occurs: by problem key, where models of the catalog (or the one asked for) have the problem. plans: by chip, of the model asked for.
     nights: by chip, what `klab nightly` recorded, oldest first. before: by chip, the choices as they would be without the newest run;
-    `newest_run` is that run by chip.
+    `newest_run` is that run by chip; `failed_before` by chip what ended how in earlier runs: (kernel, status) and (key of a trial, status).
     """
 
     subjects: tuple[Subject, ...]
@@ -92,6 +96,7 @@ class Story:
     nights: Mapping[str, tuple[Night, ...]] = field(default_factory=dict)
     before: Mapping[str, Profile] = field(default_factory=dict)
     newest_run: Mapping[str, str] = field(default_factory=dict)
+    failed_before: Mapping[str, frozenset[tuple[str, str]]] = field(default_factory=dict)
 
     @property
     def statuses(self) -> Counter[str]:

@@ -10,10 +10,10 @@ MOST_DIGITS = 1e12
 
 def time(us: float | None) -> str:
     """Microseconds with a fitting unit: `812 ns`, `4.14 us`, `1.25 ms`, `2.1 s`."""
-    if us is None:
+    if us is None or math.isnan(us):
         return "not measured"
     for scale, unit in ((1e6, "s"), (1e3, "ms"), (1.0, "µs")):
-        if us >= scale:
+        if abs(us) >= scale:
             return f"{number(us / scale)} {unit}"
     return f"{number(us * 1e3)} ns"
 
@@ -34,8 +34,10 @@ def number(value: float) -> str:
     """Three significant digits, never in powers of ten where a person would not."""
     if value == 0:
         return "0"
+    if math.isnan(value):
+        return "not measured"
     if abs(value) >= MOST_DIGITS:
-        return f"{value:.2e}" if math.isfinite(value) else "∞"
+        return f"{value:.2e}" if math.isfinite(value) else "∞" if value > 0 else "-∞"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     if abs(value) >= 100:
@@ -49,16 +51,27 @@ def number(value: float) -> str:
 def interval(low_us: float, high_us: float) -> str:
     """`4.13 to 4.15 µs`: both ends in the unit of the upper, with one digit more than a single value has."""
     scale, unit = next(((scale, unit) for scale, unit in ((1e6, "s"), (1e3, "ms"), (1.0, "µs")) if high_us >= scale), (1e-3, "ns"))
-    low, high = (f"{us / scale:#.4g}".rstrip(".") for us in (low_us, high_us))
+    low, high = (_finer(us / scale) for us in (low_us, high_us))
     return f"{low} to {high} {unit}"
+
+
+def _finer(value: float) -> str:
+    """Four significant digits where they are not all before the point."""
+    return f"{value:#.4g}".rstrip(".") if abs(value) < 1000 else number(value)
+
+
+def energy_interval(low: float, high: float) -> str:
+    """`19.0 to 21.0 mJ`: both ends in the unit of the upper."""
+    scale, unit = next(((scale, unit) for scale, unit in ((1.0, "J"), (1e-3, "mJ")) if high >= scale), (1e-6, "µJ"))
+    return f"{number(low / scale)} to {number(high / scale)} {unit}"
 
 
 def energy(joules: float | None) -> str:
     """Joules with a fitting unit."""
-    if joules is None:
+    if joules is None or math.isnan(joules):
         return "not measured"
     for scale, unit in ((1.0, "J"), (1e-3, "mJ")):
-        if joules >= scale:
+        if abs(joules) >= scale:
             return f"{number(joules / scale)} {unit}"
     return f"{number(joules * 1e6)} µJ"
 
@@ -75,13 +88,17 @@ def bandwidth(gb_per_s: float) -> str:
 
 def percent(share: float) -> str:
     """A share as a percentage."""
+    if not abs(share) < MOST_DIGITS:
+        return "not measured" if math.isnan(share) else f"{number(100 * share)}%"
     whole = 0.1 <= share < 0.98 or share == 1 or share >= 1.1
     return f"{share * 100:.0f}%" if whole else f"{share * 100:.1f}%"
 
 
 def plain_ratio(ratio: float) -> str:
-    """Three decimals where differences of a few per cent are told, fewer for large ones."""
-    return f"{ratio:.3f}" if ratio < 10 else f"{ratio:.1f}" if ratio < MOST_DIGITS else number(ratio)
+    """Three decimals where differences of a few per cent are told, fewer for large ones, and no 0.000."""
+    if 0 < ratio < 0.01:
+        return f"{ratio:.2g}"
+    return f"{ratio:.3f}" if abs(ratio) < 10 else f"{ratio:.1f}" if abs(ratio) < 1000 else number(ratio)
 
 
 def times(ratio: float) -> str:

@@ -74,7 +74,7 @@ def insert(source: str, there: Collection[str] = READ) -> str:
         "valid": _valid(),
         "at_us": "coalesce(epoch_us(try_cast(s.recorded_at AS TIMESTAMPTZ)), 0)",
         "tie": f"concat(s.status, ' ', coalesce(s.median_us::VARCHAR, 'None'), ' ', {values['reason']})",
-        "config_hash": "hash(list_sort(map_entries(s.config::MAP(VARCHAR, JSON))))",
+        "config_hash": config_hash("s.config"),
         "rounds": rounds,
         "counted_rounds": f"CASE WHEN {marks} = {rounds} THEN {rounds} - {marked} ELSE {rounds} END",
         "sum_us": "list_sum(s.samples_us)",
@@ -84,6 +84,11 @@ def insert(source: str, there: Collection[str] = READ) -> str:
     }
     chosen = ", ".join(f"{text} AS {name}" for name, text in (values | made).items())
     return f"INSERT INTO raw BY NAME SELECT {chosen} FROM (SELECT {inner}, filename FROM {source}) s"
+
+
+def config_hash(config: str) -> str:
+    """A number for a configuration: the same for the same fields in any order. config: an expression of type JSON."""
+    return f"hash(list_sort(map_entries({config}::MAP(VARCHAR, JSON))))"
 
 
 def _valid() -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from klab.harness.catalog.chips import find_chip
@@ -109,13 +111,12 @@ def _read(results: Iterable[Result], folder: Path, report: ReadReport, request: 
     for row in rows:
         if row.kind != "measured" or not _asked(row, request):
             continue
-        # Fields at their default are not in a stored policy.
         try:
-            setting = Policy.from_json(row.policy).setting
+            conditions = conditions_of(row)
         except (KlabError, TypeError, ValueError) as error:
             report.skip(folder, f"the policy of {row.kernel} ({row.run_id}) is not understood: {error}")
             continue
-        one = Contestant(row.chip, row.problem_key, canonical_json([row.policy.get("l2", Policy().l2), setting]), row.kernel)
+        one = Contestant(row.chip, row.problem_key, conditions, row.kernel)
         if code.setdefault(one, row.source_digest) != row.source_digest:
             code[one] = row.source_digest
             found[one].clear()  # the kernel's code changed within this set: what it is now counts, in every configuration
@@ -130,6 +131,18 @@ def _read(results: Iterable[Result], folder: Path, report: ReadReport, request: 
         for one, held in found.items()
         if any(h.rows or h.failed for h in held.values())
     }
+
+
+def conditions_of(row: Result) -> str:
+    """The state of the cache, and the clock and limit that were set: what two rows must share. Errors for a policy of another klab."""
+    return _conditions(canonical_json(row.policy))
+
+
+@lru_cache(1000)
+def _conditions(policy: str) -> str:
+    fields = json.loads(policy)
+    # Fields at their default are not in a stored policy.
+    return canonical_json([fields.get("l2", Policy().l2), Policy.from_json(fields).setting])
 
 
 def _asked(row: Result, request: Request) -> bool:

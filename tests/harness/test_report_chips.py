@@ -17,8 +17,8 @@ from made_results import CHIPS, contest, failed, made
 
 from klab.harness.choose.decide import decide
 from klab.harness.report.figures import chips
-from klab.harness.report.figures.chips_draw import MOST_FAMILIES, Sides, draw, grid, placed
-from klab.harness.report.figures.chips_mean import RESAMPLES, SEED, finding, mean_of, means
+from klab.harness.report.figures.chips_draw import BRACKETS, MOST_FAMILIES, Sides, draw, grid, not_drawn, placed
+from klab.harness.report.figures.chips_mean import RESAMPLES, SEED, finding, mean_of, means, widening
 from klab.harness.report.frames import standing
 from klab.harness.report.html import el
 from klab.harness.report.limits import Limits, limits_of
@@ -121,9 +121,20 @@ def test_the_mean_and_its_interval_by_another_way() -> None:
     resampled = sorted(statistics.fmean(logs[draw_one()] for _ in logs) for _ in range(RESAMPLES))
     found = mean_of("all", ratios)
     assert found.ratio == pytest.approx(statistics.geometric_mean(ratios))
-    assert found.low == pytest.approx(math.exp(resampled[25])) and found.high == pytest.approx(math.exp(resampled[974]))
-    reach = 2.07 * statistics.stdev(logs) / len(logs) ** 0.5
-    assert math.log(found.high / found.low) == pytest.approx(2 * reach, rel=0.2), "about as wide as Student's"
+    mean, wider = statistics.fmean(logs), 2.0739 / 1.95996 * (23 / 22) ** 0.5
+    ends = [math.exp(mean + wider * (resampled[at] - mean)) for at in (25, 974)]
+    assert [found.low, found.high] == pytest.approx(ends, rel=1e-4), "Student's t of 22 degrees of freedom is 2.0739"
+    reach = 2.0739 * statistics.stdev(logs) / len(logs) ** 0.5
+    assert math.log((found.high or 0) / (found.low or 1)) == pytest.approx(2 * reach, rel=0.1), "about as wide as Student's"
+
+
+def test_an_interval_of_few_problems_holds_the_truth_as_often_as_it_says() -> None:
+    for count, student in ((5, 2.7764), (6, 2.5706), (8, 2.3646), (30, 2.0452)):
+        assert widening(count) == pytest.approx(student / 1.95996 * (count / (count - 1)) ** 0.5, rel=1e-3)
+    rng = random.Random(5)
+    found = [mean_of("all", [math.exp(rng.gauss(0.1, 0.4)) for _ in range(5)]) for _ in range(400)]
+    held = sum((one.low or 0) <= math.exp(0.1) <= (one.high or 0) for one in found)
+    assert 0.91 < held / 400 < 0.98, "a percentile bootstrap alone holds it in 83%"
 
 
 def test_few_problems_have_a_mean_without_an_interval() -> None:
@@ -171,9 +182,52 @@ def test_measured_and_published_never_meet() -> None:
     found = story([*rows, *theirs])
     (figure,) = chips.figures(found, standing(found))
     assert figure.variant == "B200 over H200: time, reference" and figure.caption.startswith("B200 takes 0.600× ")
-    assert "are published for both" in figure.caption and "means without an interval" in figure.caption
+    assert "are published for both" in figure.caption and "times without an interval" in figure.caption
     assert figure.table is not None and figure.table["low"].isna().all(), "published means have no interval"
     json.dumps(figure.traces, allow_nan=False)
+
+
+def in_state(row: Result, l2: str, factor: float, **policy: float) -> Result:
+    """The row as another state of the cache, or another clock, would have it."""
+    changed = other(row, row.chip, factor)
+    return dataclasses.replace(
+        changed, policy={**row.policy, "l2": l2, **policy}, l2_state=l2, key=f"{row.key} {l2} {policy}", device=row.device,
+        device_uuid=row.device_uuid,
+    )  # fmt: skip
+
+
+def test_times_with_the_cache_in_another_state_never_meet() -> None:
+    cold = [made(Matmul(m, 2048, 1024), level_us=100.0) for m in (1, 2, 4, 8, 16, 32)]
+    warm = [in_state(row, "warm", 0.4) for row in cold]
+    both = story([*cold, *warm, *(other(row, "b200", 0.5) for row in cold)])
+    (figure,) = chips.figures(both, standing(both))
+    assert figure.caption.startswith("B200 takes 0.500× "), "cold over cold, though the same configuration is faster when warm"
+    assert figure.table is not None and set(figure.table["conditions"]) == {"cold"} and "Left out" not in figure.caption
+    mixed = story([*cold, *(other(row, "b200", 0.5) for row in cold[:4]), *(other(row, "b200", 0.5) for row in warm[4:])])
+    (figure,) = chips.figures(mixed, standing(mixed))
+    assert "over 4 problems" in figure.caption and "Left out are 2 that both have, but with the cache or the clocks" in figure.caption
+    apart = story([*cold, *(other(row, "b200", 0.5) for row in warm)])
+    (figure,) = chips.figures(apart, standing(apart))
+    assert figure.empty and "measured b200: 6, measured h200: 6" in figure.caption and "in the same state" in figure.caption
+    slow = story([*cold, *(other(in_state(row, "cold", 1.0, sm_clock_mhz=900), "b200", 0.5) for row in cold)])
+    assert chips.figures(slow, standing(slow))[0].empty, "one of them at a clock that was set"
+
+
+def test_of_a_choice_measured_twice_the_newest_counts() -> None:
+    old = [made(Matmul(m, 2048, 1024), level_us=50.0, seed=1) for m in (1, 2)]
+    new = [dataclasses.replace(made(Matmul(m, 2048, 1024), level_us=100.0, seed=2), key=f"again {m}") for m in (1, 2)]
+    assert old[0].recorded_at < new[0].recorded_at
+    found = story([*old, *new, *(other(row, "b200", 0.5) for row in new)])
+    (figure,) = chips.figures(found, standing(found))
+    assert figure.caption.startswith("B200 takes 0.500× "), "the older, faster rows are no choice's"
+
+
+def test_an_interval_that_reaches_0_makes_none_of_a_ratio() -> None:
+    rows = [dataclasses.replace(made(Matmul(m, 64, 64)), ci_low_us=-1.0) for m in (1, 2)]
+    frame = standing(story([*rows, *(other(row, "b200") for row in rows)])).assign(chosen=True)
+    known = chips.known(frame)
+    table = chips.data(known, chips.pairs(known, "time")[0])
+    assert len(table) == 2 and table["low"].isna().all() and table["high"].isna().all()
 
 
 def test_a_measured_chip_and_a_published_one_have_no_ratio() -> None:
@@ -198,6 +252,10 @@ def test_a_cpu_is_named_by_its_device_and_comes_last() -> None:
     rows = contest()
     found = story([*rows, *(other(row, "b200", 0.5) for row in rows), *contest("cpu", 1)])
     names = [figure.variant for figure in chips.figures(found, standing(found))]
+    slower = story([*(other(row, "a100", 9.0) for row in rows), *contest("cpu", 1)])
+    assert [figure.variant for figure in chips.figures(slower, standing(slower))] == [
+        "cpu (Example CPU @ 2.50GHz) over A100: time, measured"
+    ]
     assert names[0] == "B200 over H200: time, measured" and "cpu (Example CPU @ 2.50GHz) over B200: time, measured" in names[1:]
 
 
@@ -208,6 +266,7 @@ def test_fifty_chips_show_the_pairs_that_share_most() -> None:
     found = story(several)
     figures = chips.figures(found, standing(found))
     assert figures[0].variant == "CHIP44 over CHIP31: time, measured" and len(figures) == chips.MOST_PAIRS
+    assert all("Of 50 chips at most 3 pairs are shown" in figure.caption for figure in figures)
     assert "over 20 problems" in figures[0].caption and f"{(1 + 44 / 50) / (1 + 31 / 50):.3f}×" in figures[0].caption
 
 
@@ -219,6 +278,21 @@ def test_names_stay_text() -> None:
     page = document("t", framed_all([figure], True), figures=[figure])
     assert "<script>alert" not in page
     assert not any("<script" in cell for row in figure.traces[0]["customdata"] for cell in row)
+    assert "x" * 41 in figure.caption and "x" * 44 not in figure.caption + figure.variant
+    like = [other(row, "x" * 299 + end, 2.0) for row in rows for end in "abc"]
+    several = story([*rows, *like])
+    names = [figure.variant for figure in chips.figures(several, standing(several))]
+    assert len(set(names)) == len(names) == 3, "a menu tells apart what begins alike"
+
+
+def test_ratios_far_from_1_are_no_zero() -> None:
+    rows = [made(Matmul(m, 64, 64), level_us=1e6) for m in (1, 2)]
+    found = story([*rows, *(other(row, "b200", 2e-4) for row in rows)])
+    (figure,) = chips.figures(found, standing(found))
+    assert figure.caption.startswith("B200 takes 0.0002× ") and set(figure.traces[0]["text"][0]) == {"0.0002"}
+    assert figure.traces[0]["colorbar"]["ticktext"] == ["≤0.125×", "0.5×", "1×", "2×", "≥8×"], "the colours end before the data do"
+    axis = figure.layout["xaxis2"]
+    assert axis["range"][0] < math.log10(2e-4) and axis["tickvals"] == [0.001, 0.01, 0.1, 1.0]
 
 
 # The page's script
@@ -232,9 +306,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield browser
 
 
-def test_the_script_computes_the_same_under_a_filter(browser: Browser, tmp_path: Path, two: Story) -> None:
-    rows = chips.known(standing(two))
+def test_the_script_computes_the_same_under_a_filter(browser: Browser, tmp_path: Path) -> None:
+    base = [row for row in contest() if row.median_us]
+    base += [made(Matmul(m, 64 * n, 64), level_us=1.0 + n, problem_label=f"{m} {n}") for n in range(1, 40) for m in (1, 2)]
+    rng = random.Random(7)
+    ratio = {row.problem_key: math.exp(rng.gauss(-0.3, 0.4)) * (0.01 if row.operator == "prefill_attention" else 1.0) for row in base}
+    both = story([*base, *(other(row, "b200", ratio[row.problem_key]) for row in base)])
+    rows = chips.known(standing(both))
     table = chips.data(rows, chips.pairs(rows, "time")[0])
+    table["dtype"] = ["fp8" if n % 3 else "bf16" for n in range(len(table))]
     sides = Sides("H200", "B200", basis="Basis.", both="both have")
     figure = draw(table, sides, "chips-0", "Chips")
     page = tmp_path / "page.html"
@@ -243,23 +323,38 @@ def test_the_script_computes_the_same_under_a_filter(browser: Browser, tmp_path:
     assert browser.run("return klab.ready.then(() => { klab.plots.dirty(); return klab.plots.all(); })") == 1
     shown = figure.table
     assert shown is not None
-    for operators in (["matmul"], ["matmul", "prefill_attention"], ["decode_attention", "prefill_attention"], ["prefill_attention"]):
-        query = "&".join(f"operator={name}" for name in operators)
+    drawn_rows = {row for line in figure.traces[0]["meta"]["rows"] for row in line}
+    every = sorted(set(shown["operator"]))
+    for operators, dtype in ((["matmul"], "fp8"), (every[:2], "bf16"), (every[1:], "fp8"), (["prefill_attention"], "bf16"), (every, "fp8")):
+        query = "&".join([f"dtype={dtype}", *(f"operator={name}" for name in operators)])
         browser.run(f"location.hash = '#x?{query}'; return new Promise((done) => setTimeout(done, 60)).then(() => klab.plots.all())")
-        left = shown[shown["operator"].isin(operators)]
+        left = shown[shown["operator"].isin(operators) & (shown["dtype"] == dtype)]
         found = means(left["operator"].tolist(), left["ratio"].tolist())
-        said = finding(found, left["ratio"], "H200", "B200", "time", "both have")
-        assert browser.run("return document.querySelector('figcaption').textContent").startswith(said)
-        drawn = browser.run(
-            "const t = klab.plots.view(klab.plots.get('chips-0')).data[1]; return [t.x, t.y, t.error_x.array, t.error_x.arrayminus]"
+        lost = len(set(left.index) - drawn_rows)
+        wanted = [
+            finding(found, left["ratio"], "H200", "B200", "time", "both have"),
+            BRACKETS if found[0].low else "",
+            not_drawn(lost),
+            "Basis.",
+        ]
+        caption = browser.run("return document.querySelector('figcaption').textContent")
+        assert caption.startswith(wanted[0]) and caption.endswith(" ".join(filter(None, wanted[1:])))
+        assert (BRACKETS in caption, "not drawn" in caption) == (found[0].low is not None, lost > 0)
+        x, y, more, less, axis = browser.run(
+            "const v = klab.plots.view(klab.plots.get('chips-0')), t = v.data[1];"
+            "return [t.x, t.y, t.error_x.array, t.error_x.arrayminus, [v.layout.xaxis2.range, v.layout.xaxis2.tickvals]]"
         )
         order = [*reversed(found[1:]), found[0]]
-        assert drawn[0] == pytest.approx([one.ratio for one in order], rel=1e-9)
-        assert drawn[1] == [*(one.name for one in order[:-1]), "<b>all</b>"]
-        assert drawn[2] == pytest.approx([(one.high or one.ratio) - one.ratio for one in order], abs=1e-9)
-        assert drawn[3] == pytest.approx([one.ratio - (one.low or one.ratio) for one in order], abs=1e-9)
+        assert x == pytest.approx([one.ratio for one in order], rel=1e-9)
+        assert y == [*(one.name for one in order[:-1]), "<b>all</b>"]
+        assert more == pytest.approx([(one.high or one.ratio) - one.ratio for one in order], abs=1e-9)
+        assert less == pytest.approx([one.ratio - (one.low or one.ratio) for one in order], abs=1e-9)
+        ends = [end for one in found for end in (one.low or one.ratio, one.high or one.ratio)]
+        assert 10 ** axis[0][0] < min(*ends, 1) and 10 ** axis[0][1] > max(*ends, 1), "all marks lie on the axis"
+        cut = draw(left.assign(fields=table["fields"]), sides, "x", "x").layout["xaxis2"]
+        assert axis[0] == pytest.approx(cut["range"]) and axis[1] == pytest.approx(cut["tickvals"])
         cells = browser.run("return klab.plots.view(klab.plots.get('chips-0')).data[0].z.flat().filter((z) => z !== null).length")
-        assert cells == len(left)
+        assert cells == len(left) - lost
     browser.run("location.hash = '#x'; return new Promise((done) => setTimeout(done, 60)).then(() => klab.plots.all())")
     assert browser.run("return document.querySelector('figcaption').textContent") == figure.caption
     assert browser.console() == []

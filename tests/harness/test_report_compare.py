@@ -165,6 +165,47 @@ def test_energy_has_the_interval_of_both_rows() -> None:
     assert pair.energy == pytest.approx((0.5, 0.9 / 2.1, 1.1 / 1.9))
     (pair,) = judge(a, [made(Matmul(8, 64, 64))]).pairs
     assert pair.energy is None
+    bare = [dataclasses.replace(b[0], energy_ci_low_j=None, energy_ci_high_j=None)]
+    (pair,) = judge(a, bare).pairs
+    assert pair.energy == (0.5, None, None), "an energy without an interval gives a ratio without one"
+    (figure,) = [figure for figure in compared.heat([pair], compared.Sides("A", "B"), "h") if figure.variant == "energy"]
+    assert figure.table is not None and figure.table["low"].isna().all() and "allow for no days and boards" in figure.caption
+    assert "0.500×" in render(side(a), side(bare))[1]
+
+
+def test_energy_that_was_measured_apart_is_found() -> None:
+    times = [made(Matmul(8, 64, 64), recorded_at="2026-11-21T00:00:00Z")]
+    energy = {"energy_j": 2.0, "energy_ci_low_j": 1.9, "energy_ci_high_j": 2.1}
+    apart = [dataclasses.replace(row, policy={**row.policy, "energy": True}, key="apart", **energy) for row in [made(Matmul(8, 64, 64))]]
+    (pair,) = judge([*times, *apart], [*times, *apart]).pairs
+    assert pair.a is not None and pair.a.energy_j is None and pair.energies == (2.0, 2.0)
+    assert pair.energy == pytest.approx((1.0, 1.9 / 2.1, 2.1 / 1.9))
+    slower = [dataclasses.replace(row, config={"splits": 2}, median_us=1e4) for row in apart]
+    (pair,) = judge([*times, *apart], [*times, *slower], best=True).pairs
+    assert pair.energy is None, "the energy of another configuration is not that of the fastest"
+
+
+def test_each_state_of_the_cache_has_its_own_rows() -> None:
+    cold = [made(Matmul(8, 64, 64), level_us=100.0)]
+    warm = [
+        dataclasses.replace(row, policy={**row.policy, "l2": "warm"}, l2_state="warm", key="warm", recorded_at="2026-11-25T00:00:00Z")
+        for row in [made(Matmul(8, 64, 64), level_us=40.0)]
+    ]
+    for best in (False, True):
+        found = judge([*cold, *warm], [*warm, *cold], best=best)
+        shown = {pair.problem: (pair.a.median_us, pair.b.median_us) for pair in found.pairs if pair.a and pair.b}
+        label = cold[0].problem_label
+        assert shown == {label: (cold[0].median_us,) * 2, f"{label} (warm)": (warm[0].median_us,) * 2}
+
+
+def test_the_headline_says_where_it_is_worse() -> None:
+    a = [made(Matmul(m, 64, 64), level_us=100.0) for m in (1, 2, 4)]
+    b = again(a, "b", 21, lambda row: 1.5 if row.problem["m"] == 1 else 0.5, chip="b200", device="NVIDIA B200", device_uuid="GPU-9")
+    _, page = render(side(a, Kind.CHIP, "h200"), side(b, Kind.CHIP, "b200"))
+    assert "<h1>B200 is slower than H200 on 1 of 3 problems, faster in the mean</h1>" in page
+    worse = again(a, "b", 21, lambda row: 1.5, chip="b200", device="NVIDIA B200", device_uuid="GPU-9")
+    _, page = render(side(a, Kind.CHIP, "h200"), side(worse, Kind.CHIP, "b200"))
+    assert "<h1>B200 is slower than H200</h1>" in page
 
 
 # What a side may be
@@ -291,6 +332,15 @@ def test_what_cannot_be_written_or_compared(tmp_path: Path) -> None:
     with pytest.raises(CannotMeasure, match="cannot write"):
         write_compare([both], "one", "two", tmp_path / "file" / "page.html")
     assert write_compare([both], "one", "two", tmp_path / "page.html").comparison.answer is Answer.CANNOT_TELL
+    with pytest.raises(UsageError, match="are one place"):
+        write_compare([], str(both), f"{both}/../{both.name}", tmp_path / "page.html")
+
+
+def test_the_latest_run_is_that_of_the_chips_asked_for(rows: list[Result], tmp_path: Path) -> None:
+    good = [row for row in rows if row.kind == "measured" and row.run_id != "night-b3"]
+    store = stored(tmp_path / "results", good)
+    told = write_compare([store], "night-a0", "latest", tmp_path / "page.html", chips=["h200"])
+    assert "run night-b2" in told.b, "night-c is newer, and of another chip"
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())

@@ -13,6 +13,12 @@ from browser import Browser, missing
 from made_results import contest, made
 from test_report_strip import NASTY, A, B, row, story
 
+from klab.harness.catalog import find_chip, find_model
+from klab.harness.choose.profile import Wanted
+from klab.harness.cli._options import scenario_of
+from klab.harness.plan import Plan, Scenario, plan
+from klab.harness.plan.scenario import scenario_for
+from klab.harness.report import places
 from klab.harness.report.html import el
 from klab.harness.report.payload import compact
 from klab.harness.report.sections import evidence, winners
@@ -93,15 +99,55 @@ def test_many_winners_keep_fewer_rounds_and_the_fastest_none(monkeypatch: pytest
 def test_the_command_that_measures_again() -> None:
     """Only where a model of the catalog has the problem: of its step at that batch, at the context that the problem has."""
     shape = DecodeAttention(kv_lens=(8704,) * 8, heads=16, kv_heads=8, head_dim=128)
-    told = story([made(shape, "triton_a")], occurs={shape.key: (Occurrence("qwen3-0.6b", "decode", 8, "attention", 28),)})
-    command = again(told, winners.winners(told)[0])
-    words = "--model qwen3-0.6b --chip h200 --kernel decode_attention/triton_a --isl 8704 --osl 1 --batch 8 --phase decode --again"
-    assert command == f"klab measure {words}"
+    options = "--isl 8704 --osl 1 --dtype bfloat16"
+    told = story([made(shape, "triton_a")], occurs={shape.key: (Occurrence("qwen3-0.6b", "decode", 8, "attention", 28, options),)})
+    does, command = again(told, winners.winners(told)[0])
+    words = f"--model qwen3-0.6b --chip h200 --kernel decode_attention/triton_a {options} --batch 8 --phase decode --again"
+    assert (does, command) == ("Measure again", f"klab measure {words}")
     tuned = story([made(shape, "triton_a", config={"splits": 4})], occurs=told.occurs)
-    assert again(tuned, winners.winners(tuned)[0]).startswith("klab tune ") and f"--problem {shape.key}" in again(
-        tuned, winners.winners(tuned)[0]
-    )
-    assert again(story([made(shape, "triton_a")]), winners.winners(told)[0]) == ""
+    does, command = again(tuned, winners.winners(tuned)[0])
+    assert does == "Tune again" and command.startswith("klab tune ") and command.endswith(f"--phase decode --problem {shape.key}")
+    assert again(story([made(shape, "triton_a")]), winners.winners(told)[0])[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "scenario"),
+    [
+        ("qwen3-0.6b", {"isl": 1024, "osl": 128, "batches": (1, 8)}),
+        ("qwen3-8b", {"isl": 512, "osl": 1, "batches": (4,), "tp": 2, "dtype": "float16"}),
+        ("qwen3-8b", {"isl": 640, "osl": 9, "batches": (3,), "page_size": 32, "prefill_batch": 2}),
+    ],
+)
+def test_the_command_plans_the_very_problem(model: str, scenario: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every row of a plan: its command, read as the command line does, has the problem in its phase (split, narrow and long ones too)."""
+    monkeypatch.setenv("KLAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(places, "load_models", lambda: (find_model(model),))
+    chip = find_chip("h200")
+    planned = plan(find_model(model), chip, Scenario(**scenario))
+    wanted = [Wanted(problem.key, problem.operator, problem.label(), problem.to_json()) for problem in planned.problems()]
+    given = {"h200": planned} if "page_size" in scenario else {}
+    told = story([made(problem, "triton_a", level_us=9.0) for problem in planned.problems()], occurs=places.places_of(wanted, given))
+    plans: dict[str, Plan] = {}
+    for one in winners.winners(told):
+        _, command = again(told, one)
+        words = command.split()
+        options = {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
+        with_ = [value for name, value in zip(words, words[1:], strict=False) if name == "--with"]
+        if command not in plans:
+            fields = scenario_of(
+                int(options["--isl"]),
+                int(options["--osl"]),
+                options.get("--batch"),
+                int(options.get("--tp", "1")),
+                options["--dtype"],
+                with_,
+            )
+            plans[command] = plan(find_model(options["--model"]), chip, scenario_for(find_model(model), chip, **fields))
+        rows = plans[command].rows
+        assert any(row.problem and row.problem.key == one.choice.wanted.problem_key and row.phase == options["--phase"] for row in rows), (
+            command
+        )
+    assert len(plans) > 1
 
 
 def test_without_a_script_it_reads() -> None:

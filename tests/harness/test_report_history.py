@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import statistics
 
 import pytest
@@ -14,7 +15,7 @@ from test_report_page import Reader, story
 from test_watch_outputs import hostile
 
 from klab.harness.report.figures import history_series
-from klab.harness.report.figures.history_table import Known, level_now, nights_of, overview
+from klab.harness.report.figures.history_table import Known, level_interval, level_now, nights_of, overview
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
 from klab.harness.report.page import render
@@ -64,6 +65,41 @@ def test_a_planted_change_is_told_with_its_size_its_night_and_its_commits() -> N
     assert several[0].caption.startswith("The level is 43.") and "No change was found" in several[1].caption
 
 
+@pytest.mark.parametrize(("planted", "held"), [(1, False), (2, False), (3, False), (5, False), (6, True), (8, True)])
+def test_a_change_too_late_for_its_size_is_told_without_an_interval(planted: int, held: bool) -> None:
+    """Levels have four nights or more, so one of three takes a night of the old level with it: 4.5% for 6%."""
+    nights = history(2, 30, lambda n, day: 20.0 * (n + 1) * (1.06 if n == 0 and day >= 30 - planted else 1.0))
+    overall, one, quiet = drawn(*nights)
+    row = overview(history_series.told({"h200": nights})["h200"][1], NOTHING).iloc[0]
+    if planted == 1:
+        assert row["changed_at"] == "" and "No change was found that lasts 4 nights or more" in one.caption
+        assert "No change of level that lasts 4 nights or more was found" in overall.caption
+        return
+    for caption in (overall.caption, one.caption):
+        assert ("too few nights for an interval" in caption, "95% interval +" in caption) == (not held, held)
+    assert ("the change is larger then" in one.caption) is not held
+    assert math.isnan(row["change_low_percent"]) is not held and math.isnan(row["change_high_percent"]) is not held
+    assert not held or row["change_low_percent"] < 6.0 < row["change_high_percent"]
+    assert planted != 3 or row["change_percent"] == pytest.approx(4.5, abs=0.4), "what an interval around it would deny"
+    assert "No change was found" in quiet.caption
+
+
+def test_the_interval_of_a_level_holds() -> None:
+    """Of 400 made levels of 6, 9 and 30 nights the true one lies inside in 95 of 100 or more, as the binomial distribution has it."""
+    rng = random.Random(5)
+    (curve,) = history_series.told({"h200": history(1, 30)})["h200"][1]
+    for count, least, out in ((6, 0.94, 0), (9, 0.93, 1), (30, 0.93, 9)):
+        inside = 0
+        for _ in range(400):
+            places = tuple(dataclasses.replace(one, judged=rng.gauss(20.0, 0.1)) for one in curve.places[:count])
+            low, high = level_interval(dataclasses.replace(curve, places=places), (0, count - 1, 20.0))
+            inside += low <= 20.0 <= high
+        assert inside >= least * 400, (count, inside)
+        values = sorted(place.judged for place in places)
+        assert (low, high) == (values[out], values[-1 - out])
+    assert all(math.isnan(end) for end in level_interval(curve, (0, 4, 20.0)))
+
+
 def test_the_level_is_the_median_of_its_nights() -> None:
     nights = history(1, 20)
     (curve,) = history_series.told({"h200": nights})["h200"][1]
@@ -89,6 +125,7 @@ def test_marks_of_a_map_stand_for_the_series_of_their_row() -> None:
     assert first.table is not None and first.table["verdict"].iloc[-1] == Call.BROKEN
     absent = first.traces[2]
     assert absent["meta"]["rows"] == [len(first.table) - 1] and math.isnan(first.table["judged"].iloc[-1])
+    assert ["95% interval +" in one.caption for one in several[:3]] == [False, False, False], "a change of three nights has none"
     assert "The last night says broken: incorrect: error 0.3 above" in first.caption and first.caption.startswith("The level was 40")
 
 

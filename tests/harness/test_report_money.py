@@ -125,7 +125,10 @@ def test_the_finding_tells_the_cheapest_its_lead_and_where_it_ends() -> None:
 
 def test_another_format_is_a_curve_and_no_contestant() -> None:
     frame = money.data([row("a", 1000.0), row("b", 900.0), row("a", 10.0, format="fp8_block")], PRICES)
-    assert "a is the cheapest: $1.00 " in money.finding(frame)
+    assert "a in bf16 is the cheapest: $1.00 " in money.finding(frame)
+    assert "a in bf16 takes the least, 0.900 J" not in money.finding_of_energy(
+        frame
+    ) and "b in bf16 takes the least" in money.finding_of_energy(frame)
     figure = money.draw(frame, PRICES, "", [])
     assert [trace["name"] for trace in figure.traces if trace["meta"]["part"] == "line"] == ["a bf16", "b bf16", "a fp8_block"]
     assert len([trace for trace in figure.traces if trace["meta"]["part"] == "band"]) == 2
@@ -214,6 +217,7 @@ def test_the_page_draws_the_same_and_follows_the_slider(tmp_path: Path) -> None:
     if not drawing:
         pytest.skip("plotly is not installed: figures are drawn nowhere")
     rows = [row("a", 1000.0), row("a", 2000.0, speed=90.0), row("b", 400.0), row("b", 900.0, speed=99.0), row("b", 300.0, keeps=False)]
+    rows.append(row("a", 10.0, format="fp8_block"))
     frame = money.data(rows, PRICES)
     figure = money.draw(frame, PRICES, "Read it so.", [])
     page = tmp_path / "page.html"
@@ -240,16 +244,24 @@ def test_the_page_draws_the_same_and_follows_the_slider(tmp_path: Path) -> None:
         )
         moved = browser.run(again)
         for mine, theirs, trace in zip(same["data"], moved["data"], figure.traces, strict=True):
-            factor = 0.5 if trace["name"] == "a" else 1.0
+            factor = 0.5 if trace["name"].startswith("a ") else 1.0
             assert theirs["y"] == pytest.approx([factor * y for y in mine["y"]])
         cheaper = money.finding(money.data(rows, PRICES | {"a": price("a", 1.8)}))
-        assert moved["caption"] == f"{cheaper} {figure.layout['meta']['words']}" and "a is the cheapest: $0.500" in cheaper
+        assert moved["caption"] == f"{cheaper} {figure.layout['meta']['words']}" and "a in bf16 is the cheapest: $0.500" in cheaper
         shown = "return [document.querySelector('figcaption').textContent, document.querySelector('output').value, location.hash]"
         for _ in range(30):
             caption, number, address = browser.run(shown)
             if caption == moved["caption"] and "price.a=1.8" in address:
                 break
-        assert caption == moved["caption"] and number == "1.8" and "price.a=1.8" in address
+        assert caption == moved["caption"] and number == "1.80" and "price.a=1.8" in address
         browser.run("klab.state.set('price.a', 'nonsense')")
         assert browser.run(again)["caption"] == figure.caption, "what is no price does not count"
+        assert browser.run("return document.querySelector('output').value") == "3.60"
+        browser.run("klab.state.set('price.a', '1000')")
+        assert "at $9.00)" in browser.run(again)["caption"], "no price beyond the slider's end"
+        assert browser.run("return document.querySelector('output').value") == "9.00"
+        browser.run(
+            "const s = document.querySelector('[data-state=\"price.a\"]'); s.value = '3.6'; s.dispatchEvent(new Event('input', {bubbles: true}))"
+        )
+        assert browser.run("return klab.state.get('price.a')") is None, "at its own value it is not in the address"
         assert browser.console() == []

@@ -107,6 +107,8 @@ def test_cells_are_the_tables_rows_and_doubt_is_pale() -> None:
     assert [seen[n] < 1 for n in range(6)] == [False, False, False, True, False, False], "that nothing is in time is no doubt"
     texts = [text for trace in maps for line in trace["text"] for text in line if text]
     assert sorted(texts) == sorted([*["a together<br>+10.0%"] * 3, "a → b<br>+10.0%", "a → b<br>alone in time", "none in time"])
+    full = placement_map.draw(placement_map.data([cell(512, 128, "", nearest="")]), [], []).traces[0]
+    assert full["text"] == [["does not fit"]] and "memory" in full["customdata"][0][0], "not every cell without a winner is late"
 
 
 def test_plotly_knows_every_property() -> None:

@@ -143,6 +143,7 @@ def test_published_rows_are_a_part_of_their_own(plan: Plan) -> None:
     for _, row in part.iterrows():
         count = sum(r.count for r in plan.step(row["phase"], row["batch"]) if r.problem == problems[0])
         assert row["time_us"] == pytest.approx(count * median)
+        assert row["time_low_us"] < row["time_us"] < row["time_high_us"], "what others measured is not known better than what klab did"
     assert len(part) and (figure.table["measured_share"] < 1).all()
     assert any(trace["marker"].get("pattern", {}).get("shape") == "/" for trace in figure.traces)
 

@@ -31,6 +31,7 @@ LEAST_SPAN, MOST_SPAN = math.log2(1.25), 3.0
 SIZES = ("m", "rows", "tokens", "batch")
 LENGTHS = ("q_lens", "kv_lens", "seq_lens")
 LONGEST = 44
+BRACKETS = "Brackets are 95% intervals by bootstrap over problems: how far the mean depends on which problems are in it."
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def draw(table: pd.DataFrame, sides: Sides, identity: str, title: str, variant: 
     ratios = table["ratio"].tolist()
     found = means([str(name) for name in table["operator"]], ratios)
     left_out = len(table) - sum(position >= 0 for row in cells for position in row)
-    reading = _reading(sides, left_out, any(one.low is not None for one in found))
     texts = {ALL: f"<b>{ALL}</b>"} | {one.name: plain(_short(one.name)) for one in found[1:]}
-    words = {"a": sides.a, "b": sides.b, "what": sides.what, "both": sides.both, "reading": reading, "names": texts}
+    words = {"a": sides.a, "b": sides.b, "what": sides.what, "both": sides.both, "names": texts}
+    words |= {"reading": _reading(sides), "brackets": BRACKETS, "basis": sides.basis}
     families, columns = [plain(place.family) for place in places], [_size(size) for size in sizes]
     height, upper, lower = heights(len(places), len(found))
     unit = {"color": INK, "width": 1, "dash": "dot"}
@@ -152,7 +153,9 @@ def draw(table: pd.DataFrame, sides: Sides, identity: str, title: str, variant: 
         showlegend=False,
         meta=words,
     )  # fmt: skip
-    caption = f"{finding(found, ratios, sides.a, sides.b, sides.what, sides.both)} {reading}"
+    brackets = BRACKETS if any(one.low is not None for one in found) else ""
+    said = [finding(found, ratios, sides.a, sides.b, sides.what, sides.both), _reading(sides), brackets, not_drawn(left_out), sides.basis]
+    caption = " ".join(filter(None, said))
     shown = table.drop(columns=["fields", "problem_key"], errors="ignore")
     traces = [marks(_heat(table, sides, cells, families, columns), cells), _forest(found, texts)]
     return Figure(identity, title, caption, traces, shape, table=shown, variant=variant, derive="geomean")
@@ -169,8 +172,10 @@ def _heat(table: pd.DataFrame, sides: Sides, cells: list[list[int]], families: l
     ratios = table["ratio"].tolist()
     rows: list[dict[Any, Any]] = table.to_dict("records")
     span = min(MOST_SPAN, max(LEAST_SPAN, *(abs(math.log2(ratio)) for ratio in ratios)))
-    steps = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0) if span > 1 else (0.5, 0.7, 1.0, 1.4, 2.0) if span > 0.5 else (0.8, 0.9, 1.0, 1.1, 1.25)
+    steps = (0.125, 0.5, 1.0, 2.0, 8.0) if span > 2 else (0.25, 0.5, 1.0, 2.0, 4.0) if span > 1 else (0.5, 0.7, 1.0, 1.4, 2.0)
+    steps = steps if span > 0.5 else (0.8, 0.9, 1.0, 1.1, 1.25)
     ticks = [tick for tick in steps if abs(math.log2(tick)) <= span + 1e-9]
+    beyond = {ticks[0]: "≤", ticks[-1]: "≥"} if any(abs(math.log2(ratio)) > span + 1e-9 for ratio in ratios) else {}
     numbers = len(columns) <= COLUMNS_WITH_NUMBERS
     return {
         "type": "heatmap",
@@ -189,23 +194,23 @@ def _heat(table: pd.DataFrame, sides: Sides, cells: list[list[int]], families: l
         "colorscale": [[0, FASTER], [0.5, FAINT], [1, SLOWER]],
         "colorbar": {
             "orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 0.7, "x": 0, "xanchor": "left", "outlinewidth": 0,
-            "tickvals": [math.log2(tick) for tick in ticks], "ticktext": [f"{tick:g}×" for tick in ticks], "tickangle": 0,
+            "tickvals": [math.log2(tick) for tick in ticks], "ticktext": [f"{beyond.get(tick, '')}{tick:g}×" for tick in ticks], "tickangle": 0,
             "title": {"text": f"{plain(sides.what)} of {plain(_short(sides.b))} over {plain(_short(sides.a))}", "side": "top"},
         },
     }  # fmt: skip
 
 
-def _reading(sides: Sides, left_out: int, intervals: bool) -> str:
+def _reading(sides: Sides) -> str:
     less = "is faster" if sides.metric == "time" else "takes less"
-    said = [
-        f"Each cell is a problem: {sides.what} of {sides.b} over that of {sides.a}, blue below 1 ({sides.b} {less}), orange above.",
-        "Across: its size, which is rows, tokens, sequences in the batch, or tokens of the prompt.",
-    ]
-    if intervals:
-        said.append("Brackets are 95% intervals by bootstrap over problems: how far the mean depends on which problems are in it.")
-    if left_out:
-        said.append(f"{problems(left_out)} of further families or sizes {'is' if left_out == 1 else 'are'} not drawn, but in the means.")
-    return " ".join([*said, sides.basis])
+    return (
+        f"Each cell is a problem: {sides.what} of {sides.b} over that of {sides.a}, blue below 1 ({sides.b} {less}), orange above. "
+        "Across: its size, which is rows, tokens, sequences in the batch, or tokens of the prompt."
+    )
+
+
+def not_drawn(count: int) -> str:
+    """What the means have and the map has not."""
+    return f"{problems(count)} of further families or sizes {'is' if count == 1 else 'are'} not drawn, but in the means." if count else ""
 
 
 def _forest(found: list[Mean], names: Mapping[str, str]) -> dict[str, Any]:
@@ -235,11 +240,13 @@ def _forest(found: list[Mean], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _log_ticks(found: list[Mean]) -> dict[str, Any]:
-    """Ticks where people look for them, and room for 1."""
+    """Ticks where people look for them, and room for 1. derive_geomean.js has the same."""
     ends = [end for one in found for end in (one.low or one.ratio, one.high or one.ratio)]
     low, high = min(*ends, 1.0) / 1.08, max(*ends, 1.0) * 1.08
-    steps = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-    near = [0.6, 0.8, 0.9, 1.1, 1.2] if high / low < 3 else []
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [float(f"{step}e{power}") for power in decades for step in ((1, 2, 5) if high / low < 1000 else (1,))]
+    near = [0.3, 0.7, 1.5, 3.0] if high / low < 100 else []
+    near += [0.6, 0.8, 0.9, 1.1, 1.2] if high / low < 3 else []
     near += [0.95, 1.05] if high / low < 1.4 else []
     ticks = sorted(t for t in (*steps, *near) if low <= t <= high)
     return {"range": [math.log10(low), math.log10(high)], "tickvals": ticks, "ticktext": [f"{t:g}×" for t in ticks], "gridcolor": FAINT}
@@ -256,7 +263,7 @@ def _hover(row: Mapping[Any, Any], sides: Sides) -> str:
 
 
 def _number(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
 def _size(size: float) -> str:

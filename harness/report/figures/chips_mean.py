@@ -61,7 +61,7 @@ def mean_of(name: str, ratios: Sequence[float]) -> Mean:
 
 def widening(count: int) -> float:
     """By how much a percentile bootstrap of `count` values is too narrow: without it, the 95% interval of 5 normal values covers 83%."""
-    student = sum(term / (count - 1) ** power for power, term in enumerate(STUDENT))
+    student = math.fsum(term / (count - 1) ** power for power, term in enumerate(STUDENT))
     return student / STUDENT[0] * math.sqrt(count / (count - 1))
 
 

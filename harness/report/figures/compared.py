@@ -43,13 +43,14 @@ def data(pairs: Sequence[Pair], metric: str = "time") -> pd.DataFrame:
         told = (found.ratio, found.low, found.high) if metric == "time" else pair.energy
         if a is None or b is None or told is None or told[0] is None:
             continue
+        values = (a.median_us, b.median_us) if metric == "time" else pair.energies or (None, None)
         like = pair.like
         rows.append({
             "model": (), "phase": (), "chip": tuple(dict.fromkeys((a.chip, b.chip))), "operator": like.operator, "dtype": dtype_of(like),
-            "kernel": tuple(dict.fromkeys((_bare(a.kernel), _bare(b.kernel)))), "status": "ok", "problem": like.problem_label,
+            "kernel": tuple(dict.fromkeys((_bare(a.kernel), _bare(b.kernel)))), "status": "ok", "problem": pair.problem,
             "problem_key": like.problem_key, "fields": dict(like.problem), "kernel_a": _bare(a.kernel), "kernel_b": _bare(b.kernel),
             "config_a": config_label(a), "config_b": config_label(b),
-            "a": a.median_us if metric == "time" else a.energy_j, "b": b.median_us if metric == "time" else b.energy_j,
+            "a": values[0], "b": values[1],
             "ratio": told[0], "low": told[1], "high": told[2], "answer": found.answer.value, "reason": found.reason,
         })  # fmt: skip
     numbers = ("a", "b", "ratio", "low", "high")
@@ -102,13 +103,20 @@ def scatter(table: pd.DataFrame, sides: Sides, identity: str) -> Figure:
     return Figure(identity, title, caption, traces, shape, table=shown.drop(columns=["fields", "problem_key"]))
 
 
+# What the intervals of single cells cover.
+CELLS = {
+    "time": "intervals of cells, and that of the mean at the top of the page, allow for days and boards, which the brackets here do not.",
+    "energy": "intervals of cells are the ends of the two rows' intervals over each other, and allow for no days and boards.",
+}
+
+
 def heat(best: Sequence[Pair], sides: Sides, identity: str) -> list[Figure]:
     """The best of each side per problem as a heat map, of time and, where both sides have it, of energy."""
     drawn = []
     for metric in ("time", "energy"):
         table = data(best, metric).sort_values("a", ascending=False, kind="stable").reset_index(drop=True)
         if len(table):
-            named = Sides(sides.a, sides.b, metric, sides.basis, sides.both)
+            named = Sides(sides.a, sides.b, metric, f"{sides.basis}; {CELLS[metric]}", sides.both)
             drawn.append(draw_ratios(table, named, f"{identity}-{metric}", "Problem by problem, the best of each side", metric))
     return drawn if len(drawn) > 1 else [Figure(**vars(figure) | {"variant": ""}) for figure in drawn]
 

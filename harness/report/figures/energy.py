@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from klab.harness.report.figures import energy_price, front
 from klab.harness.report.figures.energy_price import ENERGY, metered, named, price
 from klab.harness.report.figures.front import TIME
-from klab.harness.report.figures.style import Figure, Look, distinct, even_legend, layout, log_axis, looks
+from klab.harness.report.figures.style import Figure, Look, distinct, even_legend, grouped, layout, log_axis, looks
 from klab.harness.report.subject import Story
 from klab.harness.report.units import percent
 from klab.harness.watch.wording import line
@@ -48,7 +48,7 @@ def finding(panel: pd.DataFrame) -> str:
 
 def draw(panel: pd.DataFrame, identity: str, look: Mapping[str, Look], variant: str = "", note: str = "") -> Figure:
     """One problem on one chip: rows of `energy_price.metered`. note: what the page left out."""
-    shown = panel.iloc[:MARKS].reset_index(drop=True)
+    shown = _drawn(panel)
     found = front.front(shown, TIME, ENERGY)
     caption = (
         f"{finding(panel)} A mark is a configuration: further left is faster, further down uses less energy; bars are 95% intervals. The "
@@ -57,11 +57,11 @@ def draw(panel: pd.DataFrame, identity: str, look: Mapping[str, Look], variant: 
     if (shown["origin"] != "measured").any():
         caption += " Hollow marks are published by others and do not compete."
     if len(panel) > len(shown):
-        caption += f" The {len(shown)} fastest are drawn; {len(panel) - len(shown)} are left out."
+        caption += f" The {len(shown)} drawn are those on the line and the fastest; {len(panel) - len(shown)} are left out."
     traces: list[dict[str, Any]] = [front.line_trace(shown, found, TIME, ENERGY)]
-    for (kernel, _), group in shown.groupby(["kernel_id", "origin"]):
-        seen = look[str(kernel)]
-        traces.append(front.mark_trace(group, found, TIME, ENERGY, group["kernel"].iloc[0], seen.colour, seen.symbol))
+    for (kernel, _), rows in grouped(shown.itertuples(), "kernel_id", "origin").items():
+        seen = look[kernel]
+        traces.append(front.mark_trace(rows, found, TIME, ENERGY, rows[0].kernel, seen.colour, seen.symbol))
     shape = layout(
         xaxis=log_axis("time per launch, µs", shown["median_us"]),
         yaxis=log_axis("energy per launch, J", shown["energy_j"]),
@@ -69,6 +69,15 @@ def draw(panel: pd.DataFrame, identity: str, look: Mapping[str, Look], variant: 
     )
     table = shown.drop(columns=["backend", "kernel_id", "problem_key"])
     return Figure(identity, TITLE, f"{caption} {note}".strip(), traces, even_legend(shape), table=table, variant=variant, derive="front")
+
+
+def _drawn(panel: pd.DataFrame) -> pd.DataFrame:
+    """All rows where they are no more than MARKS, else those on the front's line and of the others the fastest, in the panel's order."""
+    if len(panel) <= MARKS:
+        return panel.reset_index(drop=True)
+    line_of = front.front(panel, TIME, ENERGY).line
+    others = [n for n in range(len(panel)) if n not in set(line_of)]
+    return panel.iloc[sorted([*line_of, *others[: max(MARKS - len(line_of), 0)]])].reset_index(drop=True)
 
 
 def missing(frame: pd.DataFrame) -> str:
@@ -98,21 +107,25 @@ def figures(story: Story, frame: pd.DataFrame) -> list[Figure]:
     look = looks(frame)
     prices = energy_price.data(rows, frame)
     saved = {(chip, key): float(much) for chip, key, much in zip(prices["chip"], prices["problem_key"], prices["saved_j"], strict=True)}
-    found: list[list[tuple[str, pd.DataFrame]]] = []
+    places: dict[str, dict[str, list[int]]] = {}
+    for n, (chip, key) in enumerate(zip(rows["chip"], rows["problem_key"], strict=True)):
+        places.setdefault(chip, {}).setdefault(key, []).append(n)
+    labels = rows["problem"].tolist()
+    found: list[list[tuple[str, list[int]]]] = []
     without: dict[str, list[str]] = {}
     for chip in (subject.chip for subject in story.subjects):
-        panels = [(key, panel) for key, panel in rows[rows["chip"] == chip].groupby("problem_key", sort=False) if len(panel) > 1]
-        panels.sort(key=lambda one: (-saved.get((chip, one[0]), 0.0), -len(one[1]), one[1]["problem"].iloc[0]))
+        panels = [(key, at) for key, at in places.get(chip, {}).items() if len(at) > 1]
+        panels.sort(key=lambda one: (-saved.get((chip, one[0]), 0.0), -len(one[1]), labels[one[1][0]]))
         if not panels:
             why = missing(frame[frame["chip"] == chip])
             without.setdefault(why, []).extend([line(chip, 40)] * bool(why))
-        found.append([(f"{chip}: {line(panel['problem'].iloc[0], 100)}", panel) for _, panel in panels])
+        found.append([(f"{chip}: {line(labels[at[0]], 100)}", at) for _, at in panels])
     several = [one for turn in zip_longest(*found) for one in turn if one is not None]
     note = ""
     if len(several) > PANELS:
         note = f"{PANELS} problems have a figure, of each chip in turn where most joules can be saved; {len(several) - PANELS} have none."
     names = distinct([name for name, _ in several])
-    drawn = [draw(panel, f"energy-{n}", look, names[n], note) for n, (_, panel) in enumerate(several[:PANELS])]
+    drawn = [draw(rows.iloc[at], f"energy-{n}", look, names[n], note) for n, (_, at) in enumerate(several[:PANELS])]
     for n, (why, chips) in enumerate((why, chips) for why, chips in without.items() if why):
         some = ", ".join(chips[:CHIPS]) + (f" and {len(chips) - CHIPS} more" if len(chips) > CHIPS else "")
         drawn.append(Figure(f"energy-none-{n}", TITLE, "", empty=f"{why} ({some})", variant=some))

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from klab.harness.report.figures.front import TIME, Way
-from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, digits, layout, mark, marks, short
+from klab.harness.report.figures.front import TIME, Way, over
+from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, digits, grouped, layout, mark, marks, short
 from klab.harness.report.frames import DIMS
 from klab.harness.report.subject import Story
 from klab.harness.report.units import energy, percent, time
@@ -103,17 +103,12 @@ def price(fast: Any, thrifty: Any) -> Price:
     (e_low, e_high), (much_low, much_high) = ENERGY.ends(thrifty), ENERGY.ends(fast)
     t, t_fast, e, much = (float(getattr(row, name)) for name in ("median_us", "energy_j") for row in (thrifty, fast))
     return Price(
-        (t / t_fast - 1, t_low / fast_high - 1, _over(t_high, fast_low) - 1),
-        (1 - e / much, 1 - _over(e_high, much_low), 1 - e_low / much_high),
+        (t / t_fast - 1, over(t_low, fast_high) - 1, over(t_high, fast_low) - 1),
+        (1 - e / much, 1 - over(e_high, much_low), 1 - over(e_low, much_high)),
         (much - e, much_low - e_high, much_high - e_low),
         clear=e_high < much_low,
         slower=fast_high < t_low,
     )
-
-
-def _over(top: float, bottom: float) -> float:
-    """Their ratio at the worst: an interval that reaches 0 bounds nothing."""
-    return top / bottom if bottom > 0 else math.inf
 
 
 def finding(prices: pd.DataFrame, chip: str) -> str:
@@ -165,7 +160,7 @@ def draw(prices: pd.DataFrame, identity: str, chip: str, most: int = MOST) -> Fi
     if len(prices) > len(shown):
         caption += f" The {len(shown)} with most joules to save are drawn; {len(prices) - len(shown)} are left out."
     hues = {operator: PALETTE[n % len(PALETTE)] for n, operator in enumerate(sorted(set(prices["operator"])))}
-    traces = [_marks(group, str(operator), hues[str(operator)]) for operator, group in shown.groupby("operator")]
+    traces = [_marks(rows, operator, hues[operator]) for (operator,), rows in grouped(shown.itertuples(), "operator").items()]
     zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": {"color": INK, "width": 1, "dash": "dot"}}
     shape = layout(
         xaxis=axis("more time than the fastest, %"), yaxis=axis("less energy than the fastest, %"), shapes=[zero], showlegend=True
@@ -174,21 +169,21 @@ def draw(prices: pd.DataFrame, identity: str, chip: str, most: int = MOST) -> Fi
     return Figure(identity, TITLE, caption, traces, shape, table=table, variant=chip)
 
 
-def _marks(group: pd.DataFrame, operator: str, hue: str) -> dict[str, Any]:
+def _marks(rows: list[Any], operator: str, hue: str) -> dict[str, Any]:
     trace = {
         "type": "scatter",
         "mode": "markers",
         "name": short(operator),
-        "x": digits(group["extra_percent"]),
-        "y": digits(group["saved_percent"]),
-        "error_x": EXTRA.bars(group) | {"width": 0, "thickness": 1},
-        "error_y": SAVED.bars(group) | {"width": 0, "thickness": 1},
-        "customdata": [_told(row) for row in group.itertuples()],
+        "x": digits(row.extra_percent for row in rows),
+        "y": digits(row.saved_percent for row in rows),
+        "error_x": EXTRA.bars(rows) | {"width": 0, "thickness": 1},
+        "error_y": SAVED.bars(rows) | {"width": 0, "thickness": 1},
+        "customdata": [_told(row) for row in rows],
         "hovertemplate": "<b>%{customdata[0]}</b><br>fastest: %{customdata[1]}<br>thriftiest: %{customdata[2]}<br>"
         "%{y:.1f}% less energy, %{x:.1f}% more time<extra></extra>",
-        "marker": {"color": hue, "symbol": [mark(backend) for backend in group["backend"]], "size": 9},
+        "marker": {"color": hue, "symbol": [mark(row.backend) for row in rows], "size": 9},
     }
-    return marks(trace, [int(row) for row in group.index])
+    return marks(trace, [row.Index for row in rows])
 
 
 def _told(row: Any) -> list[str]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +50,22 @@ class Way:
         return f"{time(middle)} ({interval(low, high)})" if self.unit == "us" else f"{energy(middle)} ({energy(low)} to {energy(high)})"
 
     def ends(self, row: Any) -> tuple[float, float]:
-        """Low and high of a row; the median where there is no interval."""
+        """Low and high of a row; the median where an end is not known."""
         middle = float(getattr(row, self.median))
         low, high = (float(getattr(row, name)) if name else middle for name in (self.low, self.high))
-        return (middle if math.isnan(low) else low), (middle if math.isnan(high) else high)
+        return (low if math.isfinite(low) else middle), (high if math.isfinite(high) else middle)
 
-    def bars(self, frame: pd.DataFrame) -> dict[str, Any]:
-        """The intervals as Plotly's error bars."""
-        middle, low, high = _numbers(frame, self)
-        bars = {"array": digits(np.maximum(high - middle, 0.0)), "arrayminus": digits(np.maximum(middle - low, 0.0))}
+    def bars(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """The intervals of rows as Plotly's error bars."""
+        ends = [(float(getattr(row, self.median)), *self.ends(row)) for row in rows]
+        up, down = (max(high - middle, 0.0) for middle, _, high in ends), (max(middle - low, 0.0) for middle, low, _ in ends)
+        bars = {"array": digits(up), "arrayminus": digits(down)}
         return {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, **bars}
+
+
+def over(top: float, bottom: float) -> float:
+    """Their ratio at the worst: an interval that reaches 0 bounds nothing."""
+    return float(top) / float(bottom) if bottom > 0 else math.inf
 
 
 TIME = Way("median_us", "low_us", "high_us", "time", "us")
@@ -111,9 +118,9 @@ def line_trace(frame: pd.DataFrame, found: Front, x: Way, y: Way) -> dict[str, A
     }
 
 
-def mark_trace(group: pd.DataFrame, found: Front, x: Way, y: Way, name: str, colour: str, symbol: str | list[str]) -> dict[str, Any]:
-    """Marks of rows of one origin with their intervals; the index of the group is the position in the figure's table."""
-    own = bool((group["origin"] == "measured").all())
+def mark_trace(rows: Sequence[Any], found: Front, x: Way, y: Way, name: str, colour: str, symbol: str | list[str]) -> dict[str, Any]:
+    """Marks of rows of one origin with their intervals. rows: of `itertuples` of the figure's table, whose index is the position in it."""
+    own = all(row.origin == "measured" for row in rows)
     unbeaten = set(found.unbeaten)
     symbols = symbol if isinstance(symbol, str) else list(symbol)
     if not own:
@@ -122,22 +129,20 @@ def mark_trace(group: pd.DataFrame, found: Front, x: Way, y: Way, name: str, col
         "type": "scatter",
         "mode": "markers",
         "name": short(name) if own else f"{short(name)} (published)",
-        "x": digits(group[x.median]),
-        "y": digits(group[y.median]),
-        "customdata": [
-            [short(row.kernel, 80), short(row.problem, 80), short(row.config, 160), x.told(row), y.told(row)] for row in group.itertuples()
-        ],
+        "x": digits(getattr(row, x.median) for row in rows),
+        "y": digits(getattr(row, y.median) for row in rows),
+        "customdata": [[short(row.kernel, 80), short(row.problem, 80), short(row.config, 160), x.told(row), y.told(row)] for row in rows],
         "hovertemplate": f"<b>%{{customdata[0]}}</b>{''.join(f'<br>%{{customdata[{n}]}}' for n in range(1, 5))}<extra></extra>",
         "marker": {
             "color": colour,
             "symbol": symbols,
-            "size": [UNBEATEN if row in unbeaten else BEATEN for row in group.index] if own else BEATEN + 2,
+            "size": [UNBEATEN if row.Index in unbeaten else BEATEN for row in rows] if own else BEATEN + 2,
             "opacity": 0.9,
             "line": {"width": 0 if own else 1},
         },
     }
-    bars = {f"error_{axis}": way.bars(group) for axis, way in (("x", x), ("y", y)) if way.low}
-    return marks(trace | bars, [int(row) for row in group.index])
+    bars = {f"error_{axis}": way.bars(rows) for axis, way in (("x", x), ("y", y)) if way.low}
+    return marks(trace | bars, [row.Index for row in rows])
 
 
 def _numbers(frame: pd.DataFrame, way: Way) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

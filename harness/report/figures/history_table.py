@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from klab.harness.measure.stats import median_interval
-from klab.harness.report.curve import Curve, Level, Place, Step
+from klab.harness.report.curve import LEAST_FOR_INTERVAL, Curve, Level, Place, Step
 from klab.harness.report.subject import Occurrence, Story
 from klab.harness.watch.series import Metric, Series
 from klab.harness.watch.wording import line, name_of
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 # Nights back within which a change of level is news.
 LATELY = 14
-# Nights of a level below which its median has no interval worth the name.
-LEAST_FOR_INTERVAL = 6
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def overview(several: Sequence[Curve], known: Known) -> pd.DataFrame:
     Columns: chip, model, phase, operator, dtype, kernel (of the last night with a value), series; verdict and reason of the last night;
     level with level_low and level_high (95% interval of the median of its nights; NaN below six of them) in `unit` (us or J),
     level_nights, level_since; of the last change within an epoch: changed_at, change_percent, change_low_percent, change_high_percent
-    (95%), between_commits, changed_with; epoch_since: when the epoch of the last night began, "" where there is one epoch only.
+    (95%; NaN where one of its levels has fewer than six nights), between_commits, changed_with; epoch_since: when the epoch of the last night began, "" where there is one epoch only.
     """
     import pandas as pd
 
@@ -124,9 +123,17 @@ def level_now(curve: Curve) -> Level | None:
 
 
 def level_interval(curve: Curve, level: Level | None) -> tuple[float, float]:
-    """The 95% interval of the median of a level's nights; NaN where they are too few."""
-    values = values_of(curve, level[0], level[1]) if level else []
-    return median_interval(values, resamples=400) if len(values) >= LEAST_FOR_INTERVAL else (math.nan, math.nan)
+    """The 95% interval of the median of a level's nights; NaN where they are too few.
+
+    Between two of the nights in order, so far out that the median is beyond them in 5 of 100 cases at most, however nights are
+    distributed: a bootstrap of so few nights holds in 85 to 93 of 100.
+    """
+    values = sorted(values_of(curve, level[0], level[1])) if level else []
+    if len(values) < LEAST_FOR_INTERVAL:
+        return (math.nan, math.nan)
+    beyond = list(itertools.accumulate(2 * math.comb(len(values), n) / 2 ** len(values) for n in range(len(values) // 2)))
+    out = bisect.bisect_right(beyond, 0.05) - 1
+    return values[out], values[-1 - out]
 
 
 def values_of(curve: Curve, first: int, last: int) -> list[float]:

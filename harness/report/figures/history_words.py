@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from klab.harness.report.curve import Curve, Step
+from klab.harness.report.curve import LEAST_FOR_INTERVAL, Curve, Step
 from klab.harness.report.figures.history_table import (
     LATELY,
-    LEAST_FOR_INTERVAL,
     changed_lately,
     last_change,
     level_interval,
@@ -32,7 +31,7 @@ def map_finding(nights: Sequence[Night], several: Sequence[Curve]) -> str:
         return " ".join([*said, f"Changes of level are looked for from {2 * SHORTEST} nights on."])
     fresh = [(step, curve) for curve in several if changed_lately(curve) is not None and (step := last_change(curve))]
     if not fresh:
-        return " ".join([*said, f"No level changed in the last {LATELY} nights."])
+        return " ".join([*said, f"No change of level that lasts {SHORTEST} nights or more was found in the last {LATELY} nights."])
     step, curve = max(fresh, key=lambda one: abs(math.log(one[0].ratio)))
     said.append(f"{len(fresh)} of {len(several)} series changed their level in the last {LATELY} nights.")
     return " ".join([*said, f"The largest change: {name_of(curve.series)}, {_step(step)}."])
@@ -74,8 +73,13 @@ def _changes(curve: Curve) -> list[str]:
         why = f"; with it changed: {'; '.join(step.why)}" if step.why else ""
         commits = " and ".join(dict.fromkeys(step.commits))
         said.append(f"It last changed by {_step(step)}, between the nights of {commits}{why}.")
+        if step.low is None:
+            said.append(
+                f"One of its levels has fewer than {LEAST_FOR_INTERVAL} nights and may be shorter still (they are looked for in {SHORTEST} or "
+                "more): the change is larger then."
+            )
     elif len(curve.measured) >= 2 * SHORTEST:
-        said.append("No change was found.")
+        said.append(f"No change was found that lasts {SHORTEST} nights or more.")
     borders = [one for one in curve.steps if one.new_epoch]
     if borders:
         moved = borders[-1]
@@ -86,5 +90,5 @@ def _changes(curve: Curve) -> list[str]:
 
 def _step(step: Step) -> str:
     known = step.low is not None and step.high is not None
-    inside = f" (95% interval {change(step.low)} to {change(step.high)})" if known else ""
-    return f"{change(step.ratio)}{inside} on {line(step.at, 40)[:10]}"
+    inside = f"95% interval {change(step.low)} to {change(step.high)}" if known else "too few nights for an interval"
+    return f"{change(step.ratio)} ({inside}) on {line(step.at, 40)[:10]}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from klab.harness.catalog.prices import Price, load_facility, load_prices
-from klab.harness.report.estimates import ENDS, SLO_TPOT_S, SLO_TTFT_S, price_of, served, serving
+from klab.harness.report.estimates import ENDS, SLO_TPOT_S, SLO_TTFT_S, no_price, price_of, served, serving
 from klab.harness.report.figures.style import INK, Figure, colours, digits, hollow, layout, log_axis, marks, short
 from klab.harness.report.html import Markup, el
 from klab.harness.report.subject import Story
@@ -21,6 +21,8 @@ SYMBOLS = {"measured": "circle", "reference": hollow("circle"), "modelled": "x"}
 DASHES = ("solid", "dash", "dot")
 PALE = 0.35
 SLOS = f"TPOT ≤ {SLO_TPOT_S * 1e3:g} ms and TTFT ≤ {SLO_TTFT_S:g} s"
+# A range may reach beyond what its middle keeps.
+JUDGED = "Whether these hold is judged by the middle of the ranges."
 USD = tuple(f"usd_per_mtok{end}" for end in ENDS)
 JOULES = tuple(f"joules_per_token{end}" for end in ENDS)
 SPEED = tuple(f"tokens_per_s_per_user{end}" for end in ENDS)
@@ -92,7 +94,7 @@ def finding(frame: pd.DataFrame) -> str:
     first, *others = best
     dollars = tuple(first[name] for name in USD)
     said = [
-        f"Within {SLOS} {first['chip']} {'is the cheapest:' if others else 'takes'} {_usd(dollars[0])} per million tokens "
+        f"Within {SLOS} {first['chip']}{_in(frame)} {'is the cheapest:' if others else 'takes'} {_usd(dollars[0])} per million tokens "
         f"({_usd(dollars[1])} to {_usd(dollars[2])} by the doubt of its times) at {_usd(first['usd_per_gpu_hour'])} per GPU-hour."
     ]
     if others:
@@ -116,7 +118,7 @@ def finding_of_energy(frame: pd.DataFrame) -> str:
     first, *others = best
     least, low, high = (first[name] for name in JOULES)
     lead = "the least, " if others else ""
-    said = [f"Within {SLOS} {first['chip']} takes {lead}{_figure(least)} J per token ({_span(low, high)})."]
+    said = [f"Within {SLOS} {first['chip']}{_in(frame)} takes {lead}{_figure(least)} J per token ({_span(low, high)})."]
     if others:
         second = others[0]
         said.append(
@@ -127,12 +129,17 @@ def finding_of_energy(frame: pd.DataFrame) -> str:
     kwh = site.usd_per_kwh
     usd = [least * each * site.pue.mid / 3.6 for each in (kwh.mid, kwh.low, kwh.high)]
     said.append(
-        f"A million tokens take {_usd(usd[0])} of electricity ({_usd(usd[1])} to {_usd(usd[2])} at {kwh.low:g} to {kwh.high:g} $/kWh, "
-        f"PUE {site.pue.mid:g})."
+        f"A million tokens take {_usd(usd[0])} of electricity for the boards ({_usd(usd[1])} to {_usd(usd[2])} at {kwh.low:g} to "
+        f"{kwh.high:g} $/kWh, PUE {site.pue.mid:g})."
     )
     labels = ", ".join(f"{one['joules_are']} on {one['chip']}" for one in best)
     said.append(f"The joules of the boards are {labels}.")
     return " ".join(said)
+
+
+def _in(frame: pd.DataFrame) -> str:
+    """The format that the chips are compared in, where there are several."""
+    return f" in {frame['format'].iloc[0]}" if frame["format"].nunique() > 1 else ""
 
 
 def _overlap(apart: bool) -> str:
@@ -179,10 +186,10 @@ def figures(story: Story, _: pd.DataFrame) -> list[Figure]:
     rows, left_out = serving(story)
     prices = {chip: price_of(chip) for chip in asked.plans}
     frame = data(rows, prices)
-    without = [f"No price of {chip} is known, so it has no dollars." for chip, price in prices.items() if price is None]
+    without = [f"{no_price(chip)}, so it has no dollars." for chip, price in prices.items() if price is None]
     plan = next(iter(asked.plans.values()), None)
     reading = _reading(plan.model.name, plan.scenario.isl, plan.scenario.osl) if plan else ""
-    reading += " Formats differ in accuracy; the comparison is in the first." if frame["format"].nunique() > 1 else ""
+    reading += " Formats differ in accuracy, so chips are compared in one." if frame["format"].nunique() > 1 else ""
     return [draw(frame, prices, reading, [*left_out, *without]), draw_energy(frame, reading, left_out)]
 
 
@@ -191,8 +198,8 @@ def _reading(model: str, isl: int, osl: int) -> str:
         f"{model}, {isl:,} prompt and {osl:,} generated tokens; lower and further to the right is better. A point is the best number of "
         "GPUs and of requests in flight at its speed, the large one what klab cost chooses. "
         f"The dashed line is TPOT {SLO_TPOT_S * 1e3:g} ms; "
-        f"pale points miss it or TTFT {SLO_TTFT_S:g} s. Full circle: 90% is measured; hollow: measured or published; cross: modelled. "
-        "A band has all times at the low end on one edge and at the high end on the other."
+        f"pale points miss it or TTFT {SLO_TTFT_S:g} s. {JUDGED} Full circle: 90% is measured; hollow: measured or published; "
+        "cross: modelled. A band has all times at the low end on one edge and at the high end on the other."
     )
 
 

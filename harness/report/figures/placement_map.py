@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from klab.harness.report.estimates import GENERATED, PROMPTS, placements, price_of, served
-from klab.harness.report.figures.money import SLOS
+from klab.harness.report.estimates import BOARD, GENERATED, PROMPTS, SIZES, placements, price_of, served
+from klab.harness.report.figures.money import JUDGED, SLOS
 from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, layout, marks, plain
 from klab.harness.report.subject import Story
 
@@ -68,9 +68,10 @@ def draw(frame: pd.DataFrame, prices: Sequence[str], left_out: Sequence[str]) ->
     shape["legend"] = shape["legend"] | {"y": -0.3}
     reading = (
         f"{frame['model'].iloc[0]} in {frame['format'].iloc[0]}: what costs least per token and keeps {SLOS}, in a large fleet (replicas "
-        "are counted to a fraction), each on the fewest GPUs that hold the model or four times as many. A → B: A prefills and B decodes; "
-        "together: one pool does both. The number says how much more the next roles cost. Pale: with each chip's times at either end of "
-        f"their ranges other roles may cost less. Prices: {'; '.join(prices)}."
+        f"are counted to a fraction), each on the fewest GPUs that hold the model or {SIZES} times as many (at most {BOARD}). {JUDGED} "
+        "A → B: A prefills and B decodes; together: one pool does both. The number says how much more the next roles cost. Pale: with each "
+        "chip's times at either end of their ranges other roles may cost less. At these prices, which no slider moves: "
+        f"{'; '.join(prices)}."
     )
     caption = " ".join([finding(frame), reading, *left_out])
     label = set(frame["times_are"].dropna())
@@ -158,14 +159,14 @@ def _cells(
 
 def _short(one: Mapping[Any, Any]) -> str:
     if one["wins"] == NOBODY:
-        return "none in time"
+        return "none in time" if one["nearest"] else "does not fit"
     more = one["runner_up_more_share"]
     return plain(one["wins"]) + (f"<br>+{100 * more:.1f}%" if more == more else "<br>alone in time")
 
 
 def _hover(one: Mapping[Any, Any]) -> str:
     if one["wins"] == NOBODY:
-        return plain(f"Nothing keeps {SLOS}; nearest: {one['nearest'] or 'none'}")
+        return plain(f"Nothing keeps {SLOS}; nearest: {one['nearest']}" if one["nearest"] else "Not one such request fits into the memory")
     runner = (
         f"{one['runner_up']} costs {100 * one['runner_up_more_share']:.1f}% more" if one["runner_up"] else "nothing else keeps the SLOs"
     )

@@ -7,8 +7,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from klab.harness.report.figures import front
-from klab.harness.report.figures.front import TIME, Way
-from klab.harness.report.figures.style import PALETTE, Figure, axis, distinct, even_legend, layout, log_axis, mark
+from klab.harness.report.figures.front import TIME, Way, over
+from klab.harness.report.figures.style import PALETTE, Figure, axis, distinct, even_legend, grouped, layout, log_axis, mark
 from klab.harness.report.frames import DIMS, best
 from klab.harness.report.subject import Story
 from klab.harness.report.units import percent, plain_ratio, time, times
@@ -36,6 +36,7 @@ def data(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = best(frame)
+    rows = rows[rows["median_us"].between(0, math.inf, inclusive="neither")]
     narrow = rows[(rows["wide_key"] != "") & rows["wide_error"].between(0, math.inf, inclusive="left")]
     wanted = narrow[["chip", "wide_key"]].drop_duplicates()
     wide = rows.merge(wanted.rename(columns={"wide_key": "problem_key"}), on=["chip", "problem_key"])
@@ -84,7 +85,7 @@ def _saving(row: pd.Series[Any], wide: pd.Series[Any] | None) -> str:
     if wide is None:
         return f"{name} {TIME.told(row)} at {error}"
     (low, high), (wide_low, wide_high) = TIME.ends(row), TIME.ends(wide)
-    ratio, least, most = wide["median_us"] / row["median_us"], wide_low / high, wide_high / low
+    ratio, least, most = over(wide["median_us"], row["median_us"]), over(wide_low, high), over(wide_high, low)
     if low <= wide_high and wide_low <= high:
         return f"{name} cannot be told apart in time, at {error}"
     if ratio < 1:
@@ -105,9 +106,8 @@ def draw(panel: pd.DataFrame, identity: str, hues: dict[str, str], note: str = "
     if (shown["origin"] != "measured").any():
         caption += " Hollow marks are published by others and do not compete."
     traces: list[dict[str, Any]] = [front.line_trace(shown, found, ERROR, TIME)]
-    for (name, _), group in shown.groupby(["format", "origin"]):
-        symbols = [mark(backend) for backend in group["backend"]]
-        traces.append(front.mark_trace(group, found, ERROR, TIME, str(name), hues[str(name)], symbols))
+    for (name, _), rows in grouped(shown.itertuples(), "format", "origin").items():
+        traces.append(front.mark_trace(rows, found, ERROR, TIME, name, hues[name], [mark(row.backend) for row in rows]))
     # A little to the left of 0, so that the marks of the problem itself are whole.
     widest = max(shown["error_percent"].max(), 0.01)
     shape = layout(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from klab.harness.measure.calibration import is_measured
-from klab.harness.report.figures.front import TIME
+from klab.harness.report.figures.front import TIME, over
 from klab.harness.report.figures.style import INK, PALETTE, Figure, digits, even_legend, hollow, layout, log_axis, mark, marks, short
 from klab.harness.report.frames import DIMS, best
 from klab.harness.report.limits import Limits
@@ -116,7 +116,7 @@ def finding(found: pd.DataFrame, title: str) -> str:
     fastest = own.sort_values("median_us", kind="stable").drop_duplicates("problem_key")
     share = fastest["of_roofline_percent"] / 100
     ends = [TIME.ends(row) for row in fastest.itertuples()]
-    least, most = (sum(bound / end[n] >= NEAR for bound, end in zip(fastest["bound_us"], ends, strict=True)) for n in (1, 0))
+    least, most = (sum(over(bound, end[n]) >= NEAR for bound, end in zip(fastest["bound_us"], ends, strict=True)) for n in (1, 0))
     near, count = int((share >= NEAR).sum()), len(fastest)
     sure = "" if least == most else f" ({least} to {most} within the 95% intervals)"
     middle = f"the median share is {percent(statistics.median(share))}" if count > 1 else f"its share is {percent(share.iloc[0])}"
@@ -130,12 +130,15 @@ def finding(found: pd.DataFrame, title: str) -> str:
     if lost.iloc[0] <= 0:
         return text
     worst = fastest.loc[lost.index[0]]
-    low, high = TIME.ends(worst)
+    least, most = (over(worst["bound_us"], end) for end in reversed(TIME.ends(worst)))
     return (
         f"{text} Most time per launch above it: {line(worst['problem'], 80)}, {time(lost.iloc[0])} of {time(worst['median_us'])} with "
-        f"{line(worst['kernel'], 60)} at {worst['of_roofline_percent']:.1f}% "
-        f"({100 * worst['bound_us'] / high:.1f}% to {100 * worst['bound_us'] / low:.1f}%) of it."
+        f"{line(worst['kernel'], 60)} at {worst['of_roofline_percent']:.1f}% ({_exact(least)} to {_exact(most)}) of it."
     )
+
+
+def _exact(share: float) -> str:
+    return f"{100 * share:.1f}%" if share < 10 else percent(share)
 
 
 def draw(found: pd.DataFrame, limits: Limits, identity: str, title: str, variant: str = "", most: int = MARKS) -> Figure:

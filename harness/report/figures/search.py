@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klab.harness.report.figures import search_failures, search_importance, search_progress
+from klab.harness.report.figures.front import TIME, over
 from klab.harness.report.figures.search_journals import journals
 from klab.harness.report.figures.search_spaces import NEAR, Parameter, Space, dims, is_number, spaces, word
 from klab.harness.report.figures.style import Figure, layout, marks, plain
@@ -161,17 +162,18 @@ def caption(space: Space, lines: int, hidden: Sequence[Parameter], ranked: bool)
         words.append("None gave a checked time.")
     else:
         us = space.times_us[fine]
-        ends = _ends(best)
+        ends = TIME.ends(best)
         middle = float(np.median(us))
         words[0] = f"The best of {total} configurations takes {time(best['median_us'])} ({interval(*ends)})"
-        against = [f"the median one takes {times(middle / best['median_us'])} as long"]
+        against = [f"the median one takes {times(over(middle, best['median_us']))} as long"]
         default = space.default
         if default is not None and default["config_key"] == best["config_key"]:
             against.append("it is the default")
         elif default is not None:
-            low, high = _ends(default)
+            low, high = TIME.ends(default)
             against.append(
-                f"the default {times(default['median_us'] / best['median_us'])} ({times(low / ends[1])} to {times(high / ends[0])}) as long"
+                f"the default {times(over(default['median_us'], best['median_us']))} ({times(over(low, ends[1]))} to "
+                f"{times(over(high, ends[0]))}) as long"
             )
         near = int((us <= NEAR * best["median_us"]).sum())
         words[0] += f": {', '.join(against)}. {near} of {len(us)} with a time are within 5% of it; {_count(total - len(us))} failed."
@@ -193,12 +195,6 @@ def caption(space: Space, lines: int, hidden: Sequence[Parameter], ranked: bool)
     if space.others:
         words.append(f"No landscape for {space.others} smaller space{'' if space.others == 1 else 's'}.")
     return " ".join(words)
-
-
-def _ends(row: pd.Series[Any]) -> tuple[float, float]:
-    middle = float(row["median_us"])
-    low, high = (middle if np.isnan(row[name]) else float(row[name]) for name in ("low_us", "high_us"))
-    return low, high
 
 
 def _count(count: int) -> str:

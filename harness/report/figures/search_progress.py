@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from klab.harness.measure.stats import FLOOR_ROUNDS
+from klab.harness.report.figures.front import TIME, over
 from klab.harness.report.figures.search_journals import Recorded
 from klab.harness.report.figures.search_spaces import NEAR, Space, trials
 from klab.harness.report.figures.style import FAINT, INK, PALETTE, Figure, axis, layout, marks, plain
@@ -122,7 +123,7 @@ def _line(events: Iterable[tuple[object, float, float, bool, bool, float]]) -> l
 
 def goal(rows: pd.DataFrame, known: Iterable[Space]) -> Goal:
     """Of the rows of one problem on one chip. known: its spaces, which may know a default configuration."""
-    fine = rows[(rows["status"] == Status.OK.value) & rows["median_us"].notna() & (rows["origin"] == "measured")]
+    fine = rows[(rows["status"] == Status.OK.value) & rows["median_us"].gt(0) & (rows["origin"] == "measured")]
     name = f"{rows['problem'].iloc[0]}, {rows['chip'].iloc[0]}"
     if fine.empty:
         return Goal(name, None)
@@ -144,9 +145,7 @@ def _fastest(rows: pd.DataFrame) -> pd.Series[Any] | None:
 def _ends(row: pd.Series[Any] | None) -> Times | None:
     if row is None:
         return None
-    middle = float(row["median_us"])
-    low, high = (middle if math.isnan(row[name]) else float(row[name]) for name in ("low_us", "high_us"))
-    return middle, low, high
+    return float(row["median_us"]), *TIME.ends(row)
 
 
 def draw(found: pd.DataFrame, goal: Goal, identity: str) -> Figure | None:
@@ -253,7 +252,8 @@ def caption(found: pd.DataFrame, goal: Goal) -> str:
 
 
 def _against(winner: Times, other: Times, what: str) -> str:
-    return f"{times(other[0] / winner[0])} ({times(other[1] / winner[2])} to {times(other[2] / winner[1])}) as fast as {what}"
+    middle, low, high = (times(over(other[n], winner[m])) for n, m in ((0, 0), (1, 2), (2, 1)))
+    return f"{middle} ({low} to {high}) as fast as {what}"
 
 
 def within(part: pd.DataFrame, target_us: float) -> float:

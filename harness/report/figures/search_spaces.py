@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,7 +120,7 @@ def spaces(frame: pd.DataFrame, story: Story, limit: int = SPACES) -> list[Space
 
 def trials(frame: pd.DataFrame) -> pd.DataFrame:
     """Own rows that gave a time, or failed."""
-    untimed = (frame["status"] == Status.OK.value) & frame["median_us"].isna()
+    untimed = (frame["status"] == Status.OK.value) & ~frame["median_us"].between(0, math.inf, inclusive="neither")
     return frame[(frame["origin"] == "measured") & ~untimed & (frame["status"] != Status.SCREENED.value)]
 
 
@@ -152,8 +153,10 @@ def parameters(settings: Sequence[Mapping[str, Json]]) -> tuple[tuple[Parameter,
     varying, constant = [], {}
     for name in dict.fromkeys(name for one in settings for name in one):
         values = [one.get(name) for one in settings]
-        known = {_identity(value): _text(value) for value in values}
-        texts = [known[_identity(value)] for value in values]
+        identities = [_identity(value) for value in values]
+        first = dict(zip(reversed(identities), reversed(values), strict=True))
+        known = {identity: _text(value) for identity, value in first.items()}
+        texts = [known[identity] for identity in identities]
         distinct = dict(zip(texts, values, strict=True))
         if len(distinct) == 1:
             constant[name] = values[0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.intp]
+Ranks = NDArray[np.int32]
 
 # Bootstrap samples, and trees grown from each.
 RESAMPLES, TREES = 30, 3
@@ -78,73 +79,69 @@ def one_way(codes: Whole, values: Floats) -> float:
 def _credits(codes: Whole, y: Floats, ordered: Sequence[bool], rng: np.random.Generator) -> Floats:
     """(RESAMPLES, parameters): the credit of each parameter on what each sample left out, as a share of the variance there.
 
-    All trees grow at once, level by level: an entry is one configuration in one tree, and a node a number that its entries share.
+    All trees grow at once, level by level: an entry is one configuration in one tree, and a node a number that its entries share. Those
+    that a tree is grown from are kept in the order of their nodes; those it has not seen only follow the splits.
     """
     count, width = codes.shape
     trees = RESAMPLES * TREES
-    drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES)
-    weight = np.repeat(drawn, TREES, axis=0).astype(np.float64).ravel()
+    drawn = np.repeat(rng.multinomial(count, np.full(count, 1.0 / count), size=RESAMPLES), TREES, axis=0).astype(np.float64).ravel()
     # Values without an order are put in another one by each tree, so that a cut can part them in any way.
     ranks = [_ranks(int(codes[:, n].max()) + 1, trees, ordered[n], rng)[:, codes[:, n]].ravel() for n in range(width)]
     target, tree = np.tile(y, trees), np.repeat(np.arange(trees), count)
-    sample = tree // TREES
-    node, entries = tree.copy(), np.arange(trees * count)
-    left_out = weight == 0
+    seen, unseen = np.flatnonzero(drawn > 0), np.flatnonzero(drawn == 0)
+    spread = np.bincount(tree[unseen] // TREES, target[unseen] ** 2, RESAMPLES)
+    node, node_unseen = tree[seen], tree[unseen]
     credit = np.zeros((RESAMPLES, width))
     for _ in range(DEPTH):
-        w, t = weight[entries], target[entries]
-        nodes = int(node.max()) + 1 if len(node) else 0
-        n, s = np.bincount(node, w, nodes), np.bincount(node, w * t, nodes)
-        cut, best_gain = np.zeros(nodes), np.full(nodes, 1e-12)
-        feature = np.full(nodes, -1)
+        if not len(seen):
+            break
+        w = drawn[seen]
+        wt = w * target[seen]
+        starts = np.flatnonzero(np.diff(node, prepend=-1))
+        nodes = len(starts)
+        n, s = np.add.reduceat(w, starts), np.add.reduceat(wt, starts)
+        cut, best_gain, feature = np.zeros(nodes), np.full(nodes, 1e-12), np.full(nodes, -1)
         for k in range(width):
-            rank = ranks[k][entries]
-            at = _cuts(rank, node, w, nodes, rng)
+            rank = ranks[k][seen]
+            low, high = np.minimum.reduceat(rank, starts), np.maximum.reduceat(rank, starts)
+            at = np.floor(low + rng.random(nodes) * (high - low))
             right = rank > at[node]
-            w_right = w * right
-            n_r, s_r = np.bincount(node, w_right, nodes), np.bincount(node, w_right * t, nodes)
+            n_r, s_r = np.add.reduceat(w * right, starts), np.add.reduceat(wt * right, starts)
             n_l, s_l = n - n_r, s - s_r
             with np.errstate(divide="ignore", invalid="ignore"):
                 gain = np.where((n_l > 0) & (n_r > 0), s_l**2 / n_l + s_r**2 / n_r - s**2 / n, 0.0)
             better = gain > best_gain * (1 + 1e-9)
             best_gain, cut, feature = np.where(better, gain, best_gain), np.where(better, at, cut), np.where(better, k, feature)
-        feature[n < SPLIT_FROM] = -1
-        alive = feature[node] >= 0
-        if not alive.any():
-            break
-        entries, node, w, t = entries[alive], node[alive], w[alive], t[alive]
-        chosen = feature[node]
-        right = np.zeros(len(entries), dtype=bool)
-        for k in range(width):
-            mine = chosen == k
-            right[mine] = ranks[k][entries[mine]] > cut[node[mine]]
-        child = 2 * node + right
-        mean = _means(child, w, t, 2 * nodes)
-        step = mean[child] - _means(node, w, t, nodes)[node]
-        out = left_out[entries]
-        place = sample[entries[out]] * width + chosen[out]
-        credit += np.bincount(place, step[out] * t[out], RESAMPLES * width).reshape(RESAMPLES, width)
-        _, node = np.unique(child, return_inverse=True)
-    spread = np.bincount(sample[left_out], target[left_out] ** 2, RESAMPLES)
+        seen, child = _fallen(ranks, seen, node, feature, cut)
+        unseen, child_unseen = _fallen(ranks, unseen, node_unseen, feature, cut)
+        w = drawn[seen]
+        n_child = np.bincount(child, w, 2 * nodes)
+        mean = np.bincount(child, w * target[seen], 2 * nodes) / np.maximum(n_child, 1.0)
+        parent = child_unseen // 2
+        place = tree[unseen] // TREES * width + feature[parent]
+        step = (mean[child_unseen] - (s / n)[parent]) * target[unseen]
+        credit += np.bincount(place, step, RESAMPLES * width).reshape(RESAMPLES, width)
+        grows = n_child >= SPLIT_FROM
+        number = np.cumsum(grows) - 1
+        kept, kept_unseen = grows[child], grows[child_unseen]
+        order = np.argsort(child[kept], kind="stable")
+        seen, node = seen[kept][order], number[child[kept][order]]
+        unseen, node_unseen = unseen[kept_unseen], number[child_unseen[kept_unseen]]
     return credit / np.maximum(spread, 1e-300)[:, None]
 
 
-def _ranks(levels: int, trees: int, ordered: bool, rng: np.random.Generator) -> Floats:
+def _fallen(ranks: Sequence[Ranks], entries: Whole, node: Whole, feature: Whole, cut: Floats) -> tuple[Whole, Whole]:
+    """(the entries whose node is split, in their order; the number of the side each is on: twice its node, and one more to the right)."""
+    alive = feature[node] >= 0
+    entries, node = entries[alive], node[alive]
+    chosen, side = feature[node], np.zeros(len(entries), dtype=np.intp)
+    for k, rank in enumerate(ranks):
+        mine = np.flatnonzero(chosen == k)
+        side[mine] = rank[entries[mine]] > cut[node[mine]]
+    return entries, 2 * node + side
+
+
+def _ranks(levels: int, trees: int, ordered: bool, rng: np.random.Generator) -> Ranks:
     """(trees, levels): the place of each value, a random one per tree where values have no order."""
-    order = np.tile(np.arange(levels, dtype=np.float64), (trees, 1))
+    order = np.tile(np.arange(levels, dtype=np.int32), (trees, 1))
     return order if ordered else rng.permuted(order, axis=1)
-
-
-def _cuts(rank: Floats, node: Whole, weight: Floats, nodes: int, rng: np.random.Generator) -> Floats:
-    """(nodes,): for each a random place between the least and the greatest rank that was drawn into it."""
-    drawn = weight > 0
-    low, high = np.full(nodes, np.inf), np.full(nodes, -np.inf)
-    np.minimum.at(low, node[drawn], rank[drawn])
-    np.maximum.at(high, node[drawn], rank[drawn])
-    wide = np.where(high > low, high - low, 0.0)
-    return np.where(wide > 0, np.floor(low + rng.random(nodes) * wide), 0.0)
-
-
-def _means(node: Whole, weight: Floats, values: Floats, nodes: int) -> Floats:
-    n = np.bincount(node, weight, nodes)
-    return np.bincount(node, weight * values, nodes) / np.maximum(n, 1.0)

@@ -111,6 +111,16 @@ def plain(text: object) -> str:
     return html.escape(str(text), quote=False)
 
 
+def grouped(rows: Iterable[Any], *names: str) -> dict[tuple[str, ...], list[Any]]:
+    """Rows that have their columns as attributes (of `DataFrame.itertuples`), by these columns, in order of the values: many times quicker
+    than a DataFrame for each of many small groups.
+    """
+    found: dict[tuple[str, ...], list[Any]] = {}
+    for row in rows:
+        found.setdefault(tuple(getattr(row, name) for name in names), []).append(row)
+    return dict(sorted(found.items()))
+
+
 def layout(**changes: Any) -> dict[str, Any]:
     """The common layout. The legend lies below, so that a narrow screen keeps its width for the data."""
     return {

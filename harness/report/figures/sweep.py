@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from klab.harness.report.figures.front import TIME
-from klab.harness.report.figures.style import Figure, Look, digits, distinct, hollow, layout, log_axis, looks, marks, short
+from klab.harness.report.figures.front import TIME, over
+from klab.harness.report.figures.style import Figure, Look, digits, distinct, grouped, hollow, layout, log_axis, looks, marks, short
 from klab.harness.report.frames import DIMS, best
 from klab.harness.report.subject import Story
 from klab.harness.report.units import number, time, times
@@ -87,11 +87,9 @@ def data(frame: pd.DataFrame, along: Axis) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows = best(frame)
-    rows = rows[rows["median_us"].between(0, math.inf, inclusive="neither")]
-    placed = [along.place(fields) for fields in rows["fields"]]
-    rows = rows[np.array([place is not None for place in placed], dtype=bool)]
-    spots = [place for place in placed if place is not None]
+    rows = frame[np.array([along.place(fields) is not None for fields in frame["fields"]], dtype=bool)]
+    rows = best(rows[rows["median_us"].between(0, math.inf, inclusive="neither")])
+    spots = [place for place in map(along.place, rows["fields"]) if place is not None]
     group = [
         canonical_json([chip, operator, rest]) for chip, operator, (_, rest) in zip(rows["chip"], rows["operator"], spots, strict=True)
     ]
@@ -206,25 +204,28 @@ def finding(panel: pd.DataFrame, along: Axis) -> str:
         return text
     (first_low, first_high), (last_low, last_high) = TIME.ends(first), TIME.ends(last)
     start, end = float(first["median_us"]), float(last["median_us"])
+    along_it = f"for {_place(last['at'] / first['at'])}× the {along.unit}" if first["at"] > 0 else f"along the {along.unit}"
     return (
         f"{text} The best time goes from {time(first['median_us'])} at {_place(first['at'])} to {time(last['median_us'])} at "
-        f"{_place(last['at'])}: {times(end / start)} ({times(last_low / first_high)} to "
-        f"{times(last_high / first_low)}) for {_place(last['at'] / first['at'])}× the {along.unit}."
+        f"{_place(last['at'])}: {times(over(end, start))} ({times(over(last_low, first_high))} to "
+        f"{times(over(last_high, first_low))}) {along_it}."
     )
 
 
 def _overtaking(one: Change) -> str:
     place = f"between {_place(one.low)} and {_place(one.high)}"
-    near = "" if math.isnan(one.at) else f" (near {_near(one.at)}{'' if one.sure else '; not clear, intervals overlap'})"
+    if math.isnan(one.at):
+        return f"{_kernel(one.after)} follows {_kernel(one.before)} {place}, where one of them was not measured on both sides"
+    near = f" (near {_near(one.at)}{'' if one.sure else '; not clear, intervals overlap'})"
     return f"{_kernel(one.after)} overtakes {_kernel(one.before)} {place}{near}"
 
 
 def _ties(own: pd.DataFrame) -> str:
     """At how many places the next best cannot be told apart from the best."""
     ties = 0
-    for _, group in own.groupby("at"):
-        ranked = group.sort_values("median_us")
-        ties += len(ranked) > 1 and not _apart(ranked.iloc[0], ranked.iloc[1])
+    for rows in grouped(own.itertuples(), "at").values():
+        first, *others = sorted(rows, key=lambda row: float(row.median_us))
+        ties += bool(others) and not _apart(first, others[0])
     return f" (at {ties} of them the next cannot be told apart)" if ties else ""
 
 
@@ -252,8 +253,8 @@ def draw(panel: pd.DataFrame, along: Axis, identity: str, look: Mapping[str, Loo
     if (shown["origin"] != "measured").any():
         caption += " Hollow marks and thin dotted lines are published by others."
     traces: list[dict[str, Any]] = []
-    for (kernel, origin), group in shown.groupby(["kernel_id", "origin"]):
-        traces += _traces(group, look[str(kernel)], own=origin == "measured")
+    for (kernel, origin), rows in grouped(shown.itertuples(), "kernel_id", "origin").items():
+        traces += _traces(rows, look[kernel], own=origin == "measured")
     stops = sorted(set(shown["at"]))
     ends = [value for name in TIME.columns for value in shown[name]]
     across = log_axis(along.unit, stops) | _ticks(stops)
@@ -262,23 +263,23 @@ def draw(panel: pd.DataFrame, along: Axis, identity: str, look: Mapping[str, Loo
     return Figure(identity, along.title, f"{caption} {note}".strip(), traces, shape, table=table, variant=shown["panel"].iloc[0])
 
 
-def _traces(group: pd.DataFrame, look: Look, *, own: bool) -> list[dict[str, Any]]:
+def _traces(rows: list[Any], look: Look, *, own: bool) -> list[dict[str, Any]]:
     """The band (a closed shape: it follows a filter by itself) and the line of one kernel, switched together by the legend."""
-    rows = [int(row) for row in group.index]
-    name = short(group["kernel"].iloc[0]) + ("" if own else " (published)")
-    common = {"type": "scatter", "name": name, "legendgroup": name}
-    x = digits(group["at"])
-    ends = [TIME.ends(row) for row in group.itertuples()]
+    at = [row.Index for row in rows]
+    name = short(rows[0].kernel) + ("" if own else " (published)")
+    common = {"type": "scatter", "name": name, "legendgroup": f"{at[0]}"}
+    x = digits(row.at for row in rows)
+    ends = [TIME.ends(row) for row in rows]
     line_of = common | {
         "mode": "lines+markers",
         "x": x,
-        "y": digits(group["median_us"]),
-        "customdata": [[short(row.problem, 80), short(row.config, 160), TIME.told(row)] for row in group.itertuples()],
+        "y": digits(row.median_us for row in rows),
+        "customdata": [[short(row.problem, 80), short(row.config, 160), TIME.told(row)] for row in rows],
         "hovertemplate": f"<b>{name}</b><br>%{{customdata[0]}}<br>%{{customdata[1]}}<br>%{{customdata[2]}}<extra></extra>",
         "line": {"color": look.colour, "width": 2 if own else 1, "dash": look.dash if own else "dot"},
         "marker": {"color": look.colour, "symbol": look.symbol if own else hollow(look.symbol), "size": 7},
     }
-    lines = [marks(line_of, rows)]
+    lines = [marks(line_of, at)]
     if any(low < high for low, high in ends):
         band = common | {
             "mode": "lines",
@@ -290,7 +291,7 @@ def _traces(group: pd.DataFrame, look: Look, *, own: bool) -> list[dict[str, Any
             "fill": "toself",
             "fillcolor": _faded(look.colour),
         }
-        lines.insert(0, marks(band, rows + rows[::-1]))
+        lines.insert(0, marks(band, at + at[::-1]))
     return lines
 
 

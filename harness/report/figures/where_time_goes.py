@@ -14,11 +14,10 @@ from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.plan import plan as make_plan
 from klab.harness.plan.communication import KINDS, Collective
 from klab.harness.plan.rows import Plan, Row
-from klab.harness.report.estimates import estimator_of
+from klab.harness.report.estimates import estimator_of, fastest_published
 from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, digits, layout, marks, short
 from klab.harness.report.subject import Story, Subject
 from klab.harness.report.units import interval, percent, time
-from klab.harness.store.result import Status
 from klab.kernels.dtypes import SIZE_BYTES
 from klab.kernels.errors import KlabError
 
@@ -74,7 +73,7 @@ class _Part:
 
 def _step(plan: Plan, subject: Subject, estimator: Estimator, phase: str, batch: int) -> list[dict[str, Any]]:
     """The rows of one step."""
-    published = _published(subject)
+    published = fastest_published(subject)
     choices = {choice.wanted.problem_key: choice for choice in subject.profile.choices}
     parts: dict[tuple[str, str], _Part] = defaultdict(_Part)
     for row in plan.step(phase, batch):
@@ -84,7 +83,7 @@ def _step(plan: Plan, subject: Subject, estimator: Estimator, phase: str, batch:
             low, high = choice.evidence.interval_us
             us, rests_on = Range(*sorted((low, choice.evidence.median_us, high))), MEASURED
         elif row.problem is not None and row.problem.key in published:
-            us, rests_on = Range.exact(published[row.problem.key]), PUBLISHED
+            us, rests_on = published[row.problem.key][1], PUBLISHED
         else:
             (us, how), rests_on = _estimated(row, plan, estimator), MODELLED
         part = parts[(row.operator, rests_on)]
@@ -184,8 +183,9 @@ def _filling(hue: str, rests_on: str) -> dict[str, Any]:
 
 NOTHING = "none of it measured"
 READING = (
-    "Times are launches × median of the chosen kernels, without the gaps between launches. Full: measured. Hatched: published by others. "
-    "Dotted: not measured, drawn at its modelled time, so that nothing is left out."
+    "Times are launches × median of the chosen kernels, without the gaps between launches. In brackets: all at the low and all at the high "
+    "end of their 95% intervals, or of the range of what is published or modelled. Full: measured. Hatched: published by others. Dotted: "
+    "not measured, drawn at its modelled time, so that nothing is left out."
 )
 
 
@@ -270,15 +270,6 @@ def _known(step: Sequence[Row], chosen: Collection[str]) -> float:
 
 def _enough(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["measured_share"] >= LEAST_SHARE].reset_index(drop=True)
-
-
-def _published(subject: Subject) -> dict[str, float]:
-    """Microseconds by problem key."""
-    found: dict[str, float] = {}
-    for row in subject.reference:
-        if row.status is Status.OK and row.median_us:
-            found[row.problem_key] = min(row.median_us, found.get(row.problem_key, row.median_us))
-    return found
 
 
 def _estimated(row: Row, plan: Plan, estimator: Estimator) -> tuple[Range, str]:

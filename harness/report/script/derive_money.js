@@ -12,10 +12,13 @@
   const usd = (value) => `$${figure3(value)}`;
   const percent = (share) => `${(100 * share).toFixed(0)}%`;
 
-  // A price of the address may be any text: only a positive number counts.
+  // A price of the address may be any text: only a positive number counts, and none beyond what the slider shows.
   function price(chip, own) {
-    const set = Number(klab.state.get(`price.${chip}`) ?? NaN);
-    return set > 0 && Number.isFinite(set) ? set : own;
+    const name = `price.${chip}`;
+    const set = Number(klab.state.get(name) ?? NaN);
+    if (!(set > 0 && Number.isFinite(set))) return own;
+    const slider = klab.state.controls().find((input) => input.dataset.state === name);
+    return slider ? Math.min(Number(slider.max), Math.max(Number(slider.min), set)) : set;
   }
 
   // The rows that are shown as objects, at the prices that are set.
@@ -36,8 +39,9 @@
     }
     const [first, ...others] = [...best.values()].sort((a, b) => a.usd_per_mtok - b.usd_per_mtok);
     if (!first) return `Nothing shown keeps ${slos}.`;
+    const format = new Set(rows.map((one) => one.format)).size > 1 ? ` in ${rows[0].format}` : "";
     const said = [
-      `Within ${slos} ${first.chip} ${others.length ? "is the cheapest:" : "takes"} ${usd(first.usd_per_mtok)} per million tokens ` +
+      `Within ${slos} ${first.chip}${format} ${others.length ? "is the cheapest:" : "takes"} ${usd(first.usd_per_mtok)} per million tokens ` +
       `(${usd(first.usd_per_mtok_low)} to ${usd(first.usd_per_mtok_high)} by the doubt of its times) at ${usd(first.usd_per_gpu_hour)} per GPU-hour.`,
     ];
     if (others.length) {

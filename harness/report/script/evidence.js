@@ -48,7 +48,7 @@
   // One unit for all series of a panel: [factor, name], of microseconds.
   function unit(series) {
     const most = Math.max(...series.map(({ median }) => median || 0));
-    return most >= 1e6 ? [1e-6, "s"] : most >= 1e4 ? [1e-3, "ms"] : [1, "µs"];
+    return most >= 1e6 ? [1e-6, "s"] : most >= 1e3 ? [1e-3, "ms"] : most >= 1 ? [1, "µs"] : [1e3, "ns"];
   }
   const digits = (value) => String(Number(value.toPrecision(5)));
 
@@ -112,17 +112,17 @@
       else panels.delete(panel);
     }
   }
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  klab.plots.painted(redraw);
 
   function told(one, [factor, name]) {
-    const every = one.every > 1 ? `, every ${one.every}th is shown` : "";
+    const every = one.every > 1 ? `, one in ${one.every} is shown` : "";
     const inside = one.low === null || one.high === null ? "" : ` [${digits(one.low * factor)} to ${digits(one.high * factor)}]`;
     return klab.el("li", {}, klab.el("b", { textContent: one.role }), ` ${one.title}: median ${digits(one.median * factor)} ${name}${inside}, ${one.rounds} rounds${every}, run ${one.run}${one.how ? `; compared by: ${one.how}` : ""}`);
   }
 
   function facts(pairs) {
     return klab.el("dl", {}, ...pairs.map(([name, value]) => {
-      const shown = name === "Measure again" ? [klab.el("code", { textContent: value }), " ", copier("copy", "Copy the command", () => value)] : [value];
+      const shown = name === "Measure again" || name === "Tune again" ? [klab.el("code", { textContent: value }), " ", copier("copy", "Copy the command", () => value)] : [value];
       return klab.el("div", {}, klab.el("dt", { textContent: name }), klab.el("dd", {}, ...shown));
     }));
   }
@@ -144,21 +144,25 @@
     if (one.power) drawn.push(power(one.power));
     if (series.length) parts.push(klab.el("ul", { className: "told" }, ...series.map((each) => told(each, unit(series)))));
     else parts.push(klab.el("p", { className: "note", textContent: one.left_out || "The rounds of this choice are not among the results shown." }));
-    if (window.Plotly) {
-      for (const [title, traces, layout] of drawn) {
-        const target = klab.el("div", { className: "strip-plot", with: { role: "img", "aria-label": `${title}: ${one.problem}` } });
-        panel.figures.push({ target, traces, layout });
-        parts.push(klab.el("h5", { textContent: title }), target);
-      }
-      if (series.length > 1) parts.push(klab.el("p", { className: "note", textContent: "Lines are medians, bands their 95% intervals, hollow marks rounds that do not count. Rows compared by the same rounds took turns, so that drift is common to them." }));
-    }
+    const charts = klab.el("div");
+    parts.push(charts);
     parts.push(facts(one.facts.map((place) => klab.payload.evidence.facts[place])));
     const environment = klab.payload.evidence.environments[one.environment];
     if (environment) parts.push(klab.el("details", {}, klab.el("summary", { textContent: "Environment" }), facts(Object.entries(environment))));
     box.append(...parts);
-    if (panel.figures.length) {
+    const chart = () => {
+      if (!window.Plotly || !box.isConnected || !drawn.length) return;
+      for (const [title, traces, layout] of drawn) {
+        const target = klab.el("div", { className: "strip-plot", with: { role: "img", "aria-label": `${title}: ${one.problem}` } });
+        panel.figures.push({ target, traces, layout });
+        charts.append(klab.el("h5", { textContent: title }), target);
+      }
+      if (series.length > 1) charts.append(klab.el("p", { className: "note", textContent: "Lines are medians, bands their 95% intervals, hollow marks rounds that do not count. Rows compared by the same rounds took turns, so that drift is common to them." }));
       draw(panel);
       panels.add(panel);
-    }
+    };
+    // A link may open the panel before the figures' library is unpacked.
+    if (window.Plotly) chart();
+    else klab.ready.then(chart);
   };
 })();

@@ -134,6 +134,12 @@
   // What an address asks for and this page does not have.
   filters.unknown = () => klab.dims.flatMap((dim) => klab.state.all(dim).filter((value) => !filters.values(dim).includes(value)).map((value) => `${dim}=${klab.short(value)}`));
 
+  // After the browser has laid out and painted what was changed; a page that is not looked at is not painted.
+  const painted = () => new Promise((done) => {
+    if (document.hidden) return done();
+    requestAnimationFrame(() => setTimeout(done));
+  });
+
   filters.start = (tables, counted) => {
     index = counted;
     gather(index ? [index, ...tables] : tables);
@@ -141,14 +147,18 @@
       if (!klab.dims.some((dim) => changed.has(dim))) return;
       const began = performance.now();
       filters.apply();
-      klab.plots.settled("seen").then(() => {
+      klab.plots.settled("seen").then(painted).then(() => {
         klab.lastFilterMs = performance.now() - began;
         document.documentElement.dataset.filterMs = klab.lastFilterMs.toFixed(1);
       });
     });
     if (!values.size) return;
     status = klab.el("p", { className: "status", with: { role: "status", "aria-live": "polite" } });
-    const clear = klab.el("button", { type: "button", className: "clear", textContent: "clear", on: { click: filters.clear } });
+    const clear = klab.el("button", { type: "button", className: "clear", textContent: "clear", on: { click: () => {
+      filters.clear();
+      // The button goes; the focus stays among the filters.
+      controls.querySelector("summary").focus();
+    } } });
     const copy = klab.el("button", { type: "button", textContent: "copy link", on: { click: () => klab.copy(klab.state.link(), copy) } });
     const wide = matchMedia("(min-width: 700px)");
     const controls = klab.el("div", { className: "dims" }, ...[...values.keys()].map(control), clear, copy);
@@ -157,6 +167,7 @@
     document.querySelector("main").before(bar);
     const close = () => boxes.forEach(({ details }) => { details.open = false; });
     document.addEventListener("click", ({ target }) => { if (!target.closest(".filter")) close(); });
+    bar.addEventListener("focusout", ({ relatedTarget }) => { if (relatedTarget && !relatedTarget.closest(".filter[open]")) close(); });
     bar.addEventListener("keydown", (event) => {
       const open = event.key === "Escape" && event.target.closest(".filter[open]");
       if (!open) return;

@@ -1,9 +1,11 @@
 // Puts the page together: tables first, which need nothing; then what the payload has; then plotly.js, and the figures near the screen.
 (() => {
   const root = document.documentElement;
+  const MOST_TOLD = 8;
 
   // Figures of one title: a menu shows one at a time, the one that was chosen, or the first of which a filter leaves something.
   const groups = [];
+  const variants = new Map(); // name in the state -> those that there are
   // A figure that only says why it is empty goes with its chip.
   function remains(figure) {
     const plot = klab.plots.get(figure.querySelector(".plot")?.id);
@@ -17,7 +19,9 @@
     const menu = klab.el("select", { with: { "aria-label": `Which ${figures[0].querySelector("h3").textContent}` }, on: { change: () => klab.state.set(name, menu.value) } });
     const options = figures.map((figure) => klab.el("option", { value: figure.dataset.variant, textContent: klab.short(figure.dataset.variant, 90), title: figure.dataset.variant }));
     menu.append(...options);
-    element.prepend(klab.el("label", { className: "variant" }, "Shown: ", menu));
+    const printed = klab.el("span", { className: "printed" });
+    element.prepend(klab.el("label", { className: "variant" }, "Shown: ", menu, printed));
+    variants.set(name, options.map(({ value }) => value));
     groups.push(() => {
       const left = figures.map(remains);
       const wanted = figures.findIndex((figure) => figure.dataset.variant === klab.state.get(name));
@@ -25,6 +29,7 @@
       figures.forEach((figure, n) => { figure.hidden = n !== seen; });
       options.forEach((option, n) => { option.textContent = klab.short(option.value, 90) + (left[n] ? "" : " (the filter leaves nothing)"); });
       menu.selectedIndex = seen;
+      printed.textContent = `${options[seen].value} (one of ${options.length}; the others are on the page itself)`;
     });
     klab.state.on((changed) => { if (changed.has(name)) klab.variants(); });
   }
@@ -35,7 +40,10 @@
 
   function actions(plot) {
     const { identity, figure, table, box } = plot;
-    const image = klab.el("button", { type: "button", textContent: "PNG", with: { "aria-label": `PNG of ${figure.title}` }, on: { click: () => klab.png(identity).then((address) => klab.download(`${identity}.png`, address)) } });
+    const image = klab.el("button", { type: "button", textContent: "PNG", with: { "aria-label": `PNG of ${figure.title}` }, on: { click: () => klab.png(identity).then((address) => klab.download(`${identity}.png`, address)).catch((error) => {
+      image.textContent = "no PNG here";
+      image.title = error.message;
+    }) } });
     const save = table && klab.el("button", {
       type: "button", textContent: "CSV", with: { "aria-label": `CSV of ${figure.title}` },
       on: { click: () => {
@@ -52,16 +60,21 @@
     } else box.append(row);
   }
 
-  // The figure as it is seen, with its title, on the colour of the page.
+  // The figure as it is seen, with its title and what is shown of it, on the colour of the page.
   klab.png = async (identity) => {
     const plot = klab.plots.get(identity);
     const { data, layout } = klab.plots.view(plot);
     const made = klab.plots.dressed(data, layout);
     const width = Math.max(plot.target.clientWidth, 640);
-    made.title = { text: plot.figure.title.replaceAll("&", "&amp;").replaceAll("<", "&lt;"), font: { size: 15 }, x: 0.01, xanchor: "left" };
-    made.margin = { ...made.margin, t: (made.margin?.t || 16) + 30 };
+    const plain = (text) => klab.short(text, Math.floor(width / 7)).replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+    const title = [plot.figure.title, plot.box.dataset.variant].filter(Boolean).join(": ");
+    const only = plot.shown ? `<br><sub>Only ${plain(klab.filters.words())}</sub>` : "";
+    const more = only ? 50 : 30;
+    made.title = { text: plain(title) + only, font: { size: 15 }, x: 0.01, xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 8 } };
+    made.margin = { ...made.margin, t: (made.margin?.t || 16) + more };
     made.paper_bgcolor = klab.plots.themed("var(--card)");
-    return Plotly.toImage({ data: klab.plots.themed(data), layout: { ...made, width, height: made.height + 30 } }, { format: "png", scale: 2, width, height: made.height + 30 });
+    const size = { width, height: made.height + more };
+    return Plotly.toImage({ data: klab.plots.themed(data), layout: { ...made, ...size } }, { format: "png", scale: 2, ...size });
   };
 
   // Paper has no clicks: everything is open and drawn in its colours; on the screen all is as it was after that.
@@ -85,8 +98,12 @@
   }
 
   function ignored() {
-    const lost = [...klab.filters.unknown(), ...klab.state.unknown().map((name) => klab.short(name))];
-    if (lost.length) klab.say(`Ignored from the address, because this page does not have it: ${lost.join(", ")}.`);
+    const asked = (name) => `${klab.short(name)}=${klab.short(klab.state.get(name))}`;
+    const missed = [...variants].filter(([name, known]) => klab.state.get(name) !== null && !known.includes(klab.state.get(name))).map(([name]) => asked(name));
+    if (klab.state.get("open") !== null && !klab.tables.opens(klab.state.get("open"))) missed.push(asked("open"));
+    const lost = [...klab.filters.unknown(), ...missed, ...klab.state.unknown().map((name) => klab.short(name))];
+    const more = lost.length > MOST_TOLD ? ` and ${klab.count(lost.length - MOST_TOLD)} more` : "";
+    if (lost.length) klab.say(`Ignored from the address, because this page does not have it: ${lost.slice(0, MOST_TOLD).join(", ")}${more}.`);
   }
 
   // A packed part of the page; without it the rest goes on, and the reader is told.

@@ -7,10 +7,18 @@
   const paper = { "--ink": "#000", "--soft": "#444", "--faint": "#bbb", "--card": "#fff", "--paper": "#fff", "--accent": "#000", "--warn": "#555" };
   const NEEDS_WEBGL = /^(parcoords|parcats3d|splom|surface|mesh3d|.*gl|.*3d)$/;
   const solid = (trace) => NEEDS_WEBGL.test(trace.type || "");
+  const PAPER_WIDTH = 680;
   let printing = false;
 
   // The theme's colours by name, asked for once: each question makes the browser compute its styles anew.
   const colours = new Map();
+  const painted = []; // what else is drawn in them: callbacks
+  function repaint() {
+    colours.clear();
+    for (const plot of plots.values()) plot.dirty = true;
+    soon();
+    painted.forEach((callback) => callback());
+  }
   function colour(_, name) {
     if (printing && paper[name]) return paper[name];
     if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
@@ -55,6 +63,8 @@
     // The legend lies below: it takes height of its own, not the plot's.
     const entries = data.filter((trace) => trace.visible !== false && trace.showlegend !== false).length;
     if (made.showlegend !== false) made.height = (made.height || 460) + 18 * Math.max(0, Math.ceil(entries / (narrow ? 1 : 4)) - 3);
+    // Scripts run before paper has its width, too.
+    if (printing) made.width = PAPER_WIDTH;
     if (narrow) made.margin = { ...made.margin, l: Math.min(48, made.margin ? made.margin.l ?? 48 : 48), r: 8 };
     // Names of rows would leave no width for the rows; a touch still tells them.
     if (narrow && made.yaxis && made.yaxis.ticktext) made.yaxis.showticklabels = false;
@@ -216,11 +226,8 @@
       soon();
     },
     // Another theme, width or medium: all of them.
-    dirty() {
-      colours.clear();
-      for (const plot of plots.values()) plot.dirty = true;
-      soon();
-    },
+    dirty: repaint,
+    painted: (callback) => painted.push(callback),
     // When the figures near the screen are drawn; seen: those that are on it.
     settled: (only = "near") => new Promise((done) => {
       if (!window.Plotly || (!due().length && !running)) return done();

@@ -118,17 +118,19 @@
   function given(input) {
     if (input.type === "checkbox") return input.checked === input.defaultChecked ? null : input.checked ? "1" : "0";
     const own = input.tagName === "SELECT" ? [...input.options].find((option) => option.defaultSelected)?.value ?? input.options[0]?.value : input.defaultValue;
-    return input.value === own ? null : input.value;
+    // A slider writes 3.6 for 3.60.
+    return input.value === own || (input.type === "range" && Number(input.value) === Number(own)) ? null : input.value;
   }
   function fill(input) {
     const value = state.get(input.dataset.state);
     if (input.type === "checkbox") input.checked = value === null ? input.defaultChecked : value === "1";
     else if (input.type === "radio") input.checked = value === null ? input.defaultChecked : input.value === value;
     else if (input.tagName === "SELECT" && value === null) for (const [n, option] of [...input.options].entries()) option.selected = option.defaultSelected || n === 0;
-    else if (input.value !== value) input.value = value ?? input.defaultValue;
+    // What is no number would put a slider in its middle.
+    else if (input.value !== value) input.value = value === null || (input.type === "range" && !(value.trim() && Number.isFinite(Number(value)))) ? input.defaultValue : value;
     if (input.tagName === "SELECT" && input.selectedIndex < 0) input.selectedIndex = 0;
     const output = input.id && document.querySelector(`output[for="${CSS.escape(input.id)}"]`);
-    if (output) output.value = input.value;
+    if (output) output.value = input.type === "range" ? Number(input.value).toFixed((input.step.split(".")[1] || "").length) : input.value;
   }
   state.controls = () => [...document.querySelectorAll("[data-state]")];
   state.start = () => {

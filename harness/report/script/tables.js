@@ -6,10 +6,11 @@
   const BEHIND = 500;
   const PRINTED = 60;
 
+  // What a cell is sorted by. Words among numbers say why there is no number: they are not there, and come last either way.
   function value(cell) {
     const text = (cell.dataset.sort ?? cell.textContent).trim();
     const number = Number(text.replace(/,/g, ""));
-    return text === "" ? null : Number.isFinite(number) ? number : text;
+    return text === "" ? null : Number.isFinite(number) ? number : cell.classList.contains("n") ? null : text;
   }
 
   function adopt(element) {
@@ -43,8 +44,9 @@
     return klab.el("div", { className: "find" }, field);
   }
 
-  // Heads become buttons: up, down, and the order of the page again. The state has "column:up" or "column:down".
-  function sortable(element, name, sorted) {
+  // Heads become buttons: up, down, and the order of the page again. The state has "column:up" or "column:down". Without `sorted`, the
+  // table is made anew whenever its order changes.
+  function sortable(element, name, sorted = null) {
     const heads = [...element.tHead.rows[0].cells];
     const titles = heads.map((head) => head.textContent);
     element.classList.add("sorts");
@@ -64,7 +66,7 @@
       });
       if (changed) sorted();
     };
-    klab.state.on(mark);
+    if (sorted) klab.state.on(mark);
     mark();
   }
 
@@ -142,17 +144,19 @@
     const order = column < 0 ? rows : klab.order(rows.map((n) => table.cell(n, column)), way === "down").map((n) => rows[n]);
     const numbers = table.values.map((list) => Array.isArray(list) && list.some((one) => typeof one === "number"));
     const most = klab.plots.printing ? PRINTED : BEHIND;
-    const line = (n) => klab.el("tr", {}, ...table.row(n).map((cell, at) => klab.el("td", { className: numbers[at] ? "n" : "", textContent: text(cell) })));
+    const line = (n) => klab.el("tr", {}, ...table.row(n).map((cell, at) => klab.el("td", { className: numbers[at] ? "n" : "", textContent: told(cell) })));
     const head = klab.el("tr", {}, ...table.columns.map((name, at) => klab.el("th", { textContent: name, className: numbers[at] ? "n" : "", scope: "col" })));
     const body = klab.el("table", {}, klab.el("thead", {}, head), klab.el("tbody", {}, ...order.slice(0, most).map(line)));
     // Focus stays on the head that was pressed.
     const pressed = [...details.querySelectorAll("th button")].indexOf(document.activeElement);
-    sortable(body, `sort.${identity}`, () => {});
+    sortable(body, `sort.${identity}`);
     const note = order.length > most ? [klab.el("p", { className: "note", textContent: `The first ${most} of ${klab.rows(order.length)}; the CSV has them all.` })] : [];
     details.replaceChildren(details.querySelector("summary"), ...note, klab.el("div", { className: "wide plain", tabIndex: 0, with: { role: "region", "aria-label": "Table behind the figure" } }, body));
     if (pressed >= 0) body.querySelectorAll("th button")[pressed].focus();
   }
 
+  // The CSV has every digit; a reader needs fewer.
+  const told = (cell) => (typeof cell === "number" && !Number.isInteger(cell) ? String(Number(cell.toPrecision(8))) : text(cell));
   const text = (cell) => (Array.isArray(cell) ? cell.join(", ") : cell === null ? "" : String(cell));
 
   // RFC 4180. A spreadsheet runs a text that begins like a formula: an apostrophe makes it a text; numbers stay numbers.
@@ -180,6 +184,8 @@
       }
     },
     open,
+    // Whether a row has this evidence.
+    opens: (identity) => [...tables.values()].some(({ rows }) => rows.some(({ tr }) => tr.dataset.evidence === identity)),
     start() {
       for (const element of document.querySelectorAll("main table")) {
         if (element.tBodies[0] && element.tHead && !element.closest("details.behind") && (element.id || element.querySelector("tr[data-dims], tr[data-evidence]"))) adopt(element);

@@ -72,9 +72,9 @@ def changes_of(story: Story, subject: Subject) -> list[Change] | None:
     then = {choice.wanted.problem_key: choice for choice in before.choices}
     now = {choice.wanted.problem_key: choice for choice in subject.profile.choices}
     reasons = {one.wanted.problem_key: one.reason for one in subject.profile.open}
-    same = not before.device or not subject.profile.device or before.device == subject.profile.device
+    same = _same_device(before, subject)
     found = [_change(then.get(key), now.get(key), reasons.get(key, ""), same) for key in dict.fromkeys([*then, *now])]
-    failing = _failing(subject, story.newest_run.get(subject.chip, ""))
+    failing = _failing(story, subject)
     order = list(KINDS)
     told = [one for one in found if one is not None] + failing
     return sorted(told, key=lambda one: (order.index(one.kind), -abs((one.ratio or (1.0,))[0] - 1), one.problem))
@@ -86,6 +86,8 @@ def _change(then: Choice | None, now: Choice | None, reason: str, same_device: b
     wanted = known.wanted
     dtype = str(wanted.problem.get("dtype", "bfloat16"))
     kind, ratio, winner = "", None, False
+    if not same_device and (then is None or now is None):
+        return None
     if now is None:
         kind = "lost"
     elif then is None:
@@ -105,13 +107,17 @@ def _change(then: Choice | None, now: Choice | None, reason: str, same_device: b
     return Change(kind, wanted.label, wanted.problem_key, wanted.operator, dtype, known.kernel, then, now, ratio, winner, reason=reason)
 
 
-def _failing(subject: Subject, newest: str) -> list[Change]:
-    """A line for each kernel and status that only rows of the newest run have. What cannot run here is no failure."""
-    rows = [row for row in subject.failed if row.status is not Status.UNSUPPORTED]
-    known = {(row.kernel, row.status) for row in rows if row.run_id != newest}
+def _failing(story: Story, subject: Subject) -> list[Change]:
+    """A line for each kernel and status that failed so in the newest run and in none before it, and for those that failed where the same
+    trial had a valid time before. What cannot run here is no failure.
+    """
+    newest, known = story.newest_run.get(subject.chip, ""), story.failed_before.get(subject.chip, frozenset())
+    fine = {row.key for row in (*subject.rows, *subject.light) if row.status is Status.OK and row.run_id != newest}
     groups: dict[tuple[str, Status], list[Result]] = {}
-    for row in rows:
-        if newest and row.run_id == newest and (row.kernel, row.status) not in known:
+    for row in subject.failed:
+        if not newest or row.run_id != newest or row.status is Status.UNSUPPORTED:
+            continue
+        if (row.kernel, row.status.value) not in known or (row.key in fine and (row.key, row.status.value) not in known):
             groups.setdefault((row.kernel, row.status), []).append(row)
     found = []
     for (kernel, status), group in groups.items():
@@ -121,6 +127,18 @@ def _failing(subject: Subject, newest: str) -> list[Change]:
         known_as = (one.problem_key, one.operator, dtype_of(one), kernel)
         found.append(Change("fails", problem, *known_as, status=status.value, reason=one.reason or "no reason recorded"))
     return found
+
+
+def moved(story: Story, subject: Subject) -> str:
+    """That the choices of the newest run are of another device than those before it; "" where they are not."""
+    before = story.before.get(subject.chip)
+    if before is None or _same_device(before, subject):
+        return ""
+    return f"the choices are of another device ({line(subject.profile.device)}; before: {line(before.device)}), so times are not compared"
+
+
+def _same_device(before: Profile, subject: Subject) -> bool:
+    return not before.device or not subject.profile.device or before.device == subject.profile.device
 
 
 def summary(found: Sequence[Change], before: Profile) -> str:
@@ -138,7 +156,16 @@ def summary(found: Sequence[Change], before: Profile) -> str:
     said = ", ".join(filter(None, parts)) or "none has another winner or a time that moved beyond its 95% interval"
     total = len({choice.wanted.problem_key for choice in before.choices} | {one.problem_key for one in found if one.kind != "fails"})
     fails = f"; {plural(counts['fails'], 'kernel')} {'fails' if counts['fails'] == 1 else 'fail'} newly" if counts["fails"] else ""
-    return f"of {plural(total, 'problem')} {said}{fails}"
+    return f"of {plural(total, 'problem')} {said}{fails}" if total else f"no problem had or has a choice{fails}"
+
+
+def news(story: Story, subject: Subject) -> str:
+    """What the newest run changed, in words without a full stop; "" where there is nothing to compare with."""
+    found, before = changes_of(story, subject), story.before.get(subject.chip)
+    if found is None or before is None:
+        return ""
+    elsewhere = moved(story, subject)
+    return "; ".join(filter(None, (elsewhere, "" if elsewhere and not found else summary(found, before))))
 
 
 def section(story: Story) -> Markup:
@@ -156,11 +183,11 @@ def section(story: Story) -> Markup:
 
 
 def _run(story: Story, subject: Subject) -> list[object]:
-    found, before = changes_of(story, subject), story.before.get(subject.chip)
-    if found is None or before is None:
+    found = changes_of(story, subject)
+    if found is None:
         return [el("p", "All results of this chip are of one run, so there are no earlier choices to compare with.")]
     newest = story.newest_run.get(subject.chip, "")
-    words = f"Since the newest run{f' ({newest})' if newest else ''}: {summary(found, before)}."
+    words = f"Since the newest run{f' ({newest})' if newest else ''}: {news(story, subject)}."
     note = (
         "The choices from all results beside those without the newest run. The intervals are of single runs; how much runs differ from one "
         "another is what the night watch (klab nightly) learns."

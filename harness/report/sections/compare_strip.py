@@ -35,7 +35,18 @@ def section(a: Side, b: Side, judged: Judged, of: str, warned: Sequence[str]) ->
     notes = (
         el("aside", el("h2", "Know before reading"), el("ul", [el("li", text) for text in warned]), class_="warnings") if warned else None
     )
-    return el("header", el("h1", VERBS[judged.comparison.answer].format(a=short(a), b=short(b))), told, pairs(facts), notes)
+    return el("header", el("h1", headline(judged, of, short(a), short(b))), told, pairs(facts), notes)
+
+
+def headline(judged: Judged, of: str, a: str, b: str) -> str:
+    """The verdict. Worse anywhere is worse, as in klab compare; where that is not everywhere, the headline says so."""
+    found = judged.comparison
+    said = VERBS[found.answer].format(a=a, b=b)
+    compared = [pair for pair in judged.pairs if pair.found.answer is not Answer.NOT_COMPARED]
+    count = sum(pair.found.answer is found.answer for pair in compared)
+    if not found.answer.fails or not count or count == len(compared):
+        return said
+    return f"{said} on {count} of {plural(len(compared), of)}" + (", faster in the mean" if found.mean.answer is Answer.FASTER else "")
 
 
 def called(a: Side, b: Side) -> tuple[str, str]:
@@ -83,7 +94,7 @@ def ratio(found: Found) -> str:
 def name_of(pair: Pair) -> str:
     """The problem, and the kernel or kernels that ran it."""
     names = dict.fromkeys(_ran(row) for row in (pair.a, pair.b) if row is not None)
-    return line(f"{pair.like.problem_label}, {' and '.join(names) or pair.kernel}", 200)
+    return line(f"{pair.problem}, {' and '.join(names) or pair.kernel}", 200)
 
 
 def _ran(row: Result) -> str:

@@ -44,7 +44,7 @@ def _line(pair: Pair, best: bool, energy: bool, usual: str, identity: str) -> Li
     kernel = el("span", line(pair.kernel, 60), title=pair.kernel)
     reason = "" if found.reason == usual else line(found.reason, 300)
     cells: list[object] = [
-        Cell(el("span", line(pair.like.problem_label, 90), title=pair.like.problem_label)),
+        Cell(el("span", line(pair.problem, 90), title=pair.problem)),
         *([] if best else [Cell(kernel, pair.kernel)]),
         Cell([text, el("small", ends) if ends else None], found.ratio),
         Cell([el("b", found.answer.value), _small(reason)], ORDER.index(found.answer)),
@@ -73,7 +73,8 @@ def _energy(pair: Pair) -> Cell:
     if pair.energy is None:
         return Cell("")
     middle, low, high = pair.energy
-    return Cell([times(middle), _small(f"[{times(low)[:-1]}, {times(high)[:-1]}]")], middle)
+    ends = f"[{times(low)[:-1]}, {times(high)[:-1]}]" if low is not None and high is not None else ""
+    return Cell([times(middle), _small(ends)], middle)
 
 
 def _small(text: str) -> Markup | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from klab.harness.choose.profile import Choice
 from klab.harness.report.sections.method import L2_WORDS, LAUNCH_WORDS
 from klab.harness.report.sections.winners import Winner, label
-from klab.harness.report.subject import Occurrence, Story
+from klab.harness.report.subject import Story
 from klab.harness.report.units import number
 from klab.harness.store.result import Result
 from klab.harness.watch.wording import line
@@ -38,43 +38,28 @@ def facts(story: Story, one: Winner) -> list[tuple[str, str]]:
         ("Commit", _commit(row) if row else ""),
         ("Kernel's source", choice.source_digest),
         ("Instead of the wanted problem", choice.instead),
-        ("Measure again", again(story, one)),
+        again(story, one),
     ]
     return [(name, line(value, LONGEST)) for name, value in found if value]
 
 
-def again(story: Story, one: Winner) -> str:
-    """The command that measures this kernel on this problem again, or why there is none."""
+def again(story: Story, one: Winner) -> tuple[str, str]:
+    """What a command does (``Measure again``: a default configuration; ``Tune again``: another is found by a search, which begins with what
+    is known) and the command; it is empty where no model of the catalog has the problem.
+    """
     choice = one.choice
     default = choice.evidence.default_reason == "the choice is the default configuration" or not choice.config
+    does, verb = ("Measure again", "measure") if default else ("Tune again", "tune")
     places = [place for place in story.occurs.get(choice.wanted.problem_key, ()) if place.model]
-    uses = choice.wanted.uses
-    if uses and story.model:
-        place = Occurrence(story.model, uses[0].phase, uses[0].batch, uses[0].role, uses[0].count)
-        lengths = [f"--isl {story.scenario['input']}" if "input" in story.scenario else ""]
-        lengths += [f"--osl {story.scenario['output']}" if "output" in story.scenario else ""]
-        lengths += [f"--tp {story.scenario['tp']}" if story.scenario.get("tp") not in (None, 1) else ""]
-    elif places:
-        place = next((p for p in places if p.model == story.model), places[0])
-        lengths = [_length(choice, place)]
-    else:
-        return ""
-    words = ["klab", "measure" if default else "tune", "--model", place.model, "--chip", one.subject.chip, "--kernel", choice.kernel]
-    words += [word for length in lengths for word in length.split()]
+    if not places:
+        return does, ""
+    place = next((p for p in places if p.model == story.model), places[0])
+    words = ["klab", verb, "--model", place.model, "--chip", one.subject.chip, "--kernel", choice.kernel]
+    words += [place.options] if place.options else []
     words += ["--batch", str(place.batch)] if place.phase == "decode" else []
-    words += ["--phase", place.phase, "--again"] if default else ["--problem", choice.wanted.problem_key]
-    return " ".join(words)
-
-
-def _length(choice: Choice, place: Occurrence) -> str:
-    """A decode step at a context is that of a prompt of this length with one token to generate; a prefill step is its prompt."""
-    problem = choice.wanted.problem
-    for name in ("kv_lens", "q_lens", "seq_lens"):
-        values = problem.get(name)
-        if isinstance(values, list | tuple) and values:
-            return f"--isl {values[0]} --osl 1"
-    rows = next((problem[name] for name in ("m", "rows", "tokens") if isinstance(problem.get(name), int)), None)
-    return f"--isl {rows}" if rows and place.phase == "prefill" else ""
+    words += ["--phase", place.phase]
+    words += ["--again"] if default else ["--problem", choice.wanted.problem_key]
+    return does, " ".join(words)
 
 
 def _timed(row: Result) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from klab.harness.choose.profile import StepTime
 from klab.harness.report.gain import Gain, Span, gain_of, headroom_of, step_gain, step_time
-from klab.harness.report.sections.changes import changes_of, summary
+from klab.harness.report.sections.changes import changes_of, news
 from klab.harness.report.subject import Story, Subject
 from klab.harness.report.units import interval, percent, plain_ratio, time, times
 from klab.harness.watch.wording import failing, headline, joined, line, name_of, outcome, plural
@@ -87,7 +87,8 @@ def _nothing(subject: Subject) -> str:
     if subject.reference and not trials:
         return f"there are only published figures ({len(subject.reference)}), no measurement of one's own, so nothing has won."
     if trials:
-        return f"nothing has won: none of {plural(asked, 'problem')} has a valid result ({plural(len(subject.failed), 'failure')} below)."
+        failures = f" ({plural(len(subject.failed), 'failure')} below)" if subject.failed else ""
+        return f"nothing has won: none of {plural(asked, 'problem')} has a valid result{failures}."
     of = f" of {plural(asked, 'problem')}" if asked else ""
     return f"nothing has won: nothing was measured{of}."
 
@@ -145,7 +146,7 @@ def _limits(subject: Subject, step: StepTime | None) -> str:
     else:
         reach = f"On {chip} the chosen kernels reach {figure} over {found.problems} problems, each counted once"
     if share > 1:
-        return f"{reach} by specified limits: above 100%, so a cache serves part of the bytes or a limit is a low guess."
+        return f"{reach}, by specified limits: above 100%, so a cache serves part of the bytes or a limit is a low guess."
     above = f"{time(found.left_us)} above its least time{' per step' if step else ''}, at {_share(found.left_share)}"
     left = f"; most is left in {name(found.left.wanted.label)} ({above})" if found.left_us > 0 and found.problems > 1 else ""
     return f"{reach}{', weighted by time' if found.problems > 1 else ''}{left}."
@@ -154,12 +155,12 @@ def _limits(subject: Subject, step: StepTime | None) -> str:
 def change(story: Story, subject: Subject) -> str:
     """What the newest night or run changed, or how sure the choices are; then the first thing to do."""
     chip = name(subject.chip)
-    nights, found, before = story.nights.get(subject.chip, ()), changes_of(story, subject), story.before.get(subject.chip)
+    nights, changed = story.nights.get(subject.chip, ()), news(story, subject)
     parts = []
     if nights:
         parts.append(f"The night of {line(nights[-1].at, 40)[:10]} on {chip} {outcome(nights[-1])}: {headline(nights[-1])}.")
-    if found is not None and before is not None:
-        parts.append(f"Since the newest run on {chip}, {summary(found, before)}.")
+    if changed:
+        parts.append(f"Since the newest run on {chip}, {changed}.")
     if not parts:
         parts.append(_sure(subject))
     return f"{' '.join(parts)} Next: {_next(story, subject)}."
@@ -173,10 +174,16 @@ def _sure(subject: Subject) -> str:
     clear = sum(not choice.evidence.tied_count for choice in rivalled)
     if not rivalled:
         return f"On {chip} there is nothing to compare with yet, and no choice has a rival."
-    others = "the other is a tie" if len(rivalled) - clear == 1 else "the others are ties"
-    sure = f"{clear} of {len(rivalled)} choices with a rival {'is' if clear == 1 else 'are'} clear of it by 95% intervals, {others}"
-    if clear == len(rivalled):
-        sure = f"all {plural(clear, 'choice')} with a rival {'is' if clear == 1 else 'are'} clear of it by 95% intervals"
+    count, clear_of = len(rivalled), f"{'is' if clear == 1 else 'are'} clear of it by 95% intervals"
+    sure = f"{clear} of {count} choices with a rival {clear_of}, {'the other is a tie' if count - clear == 1 else 'the others are ties'}"
+    if clear == count:
+        sure = f"all {plural(clear, 'choice')} with a rival {clear_of}" if clear > 1 else f"the only choice with a rival {clear_of}"
+    elif not clear:
+        sure = (
+            f"none of {count} choices with a rival is clear of it by 95% intervals"
+            if count > 1
+            else "the only choice with a rival is a tie"
+        )
     return f"On {chip} there is no earlier run or night to compare with; {sure}."
 
 

@@ -35,9 +35,12 @@ def _line(subject: Subject, step: StepTime) -> Line:
     cells = [
         Cell(f"{step.phase}, batch {step.batch}", f"{step.phase} {step.batch:09d}"),
         Cell([sum_time(step.us, step.open), ends], step.us),
-        Cell(time(libraries), libraries) if libraries else "not known for every problem",
-        Cell([speed_up(libraries, step.us, step.open), inside], ratio[0] if ratio else None),
+        Cell(time(libraries), libraries) if libraries else Cell("not known for every problem", ""),
+        Cell([speed_up(libraries, step.us, step.open), inside], ratio[0] if ratio else ""),
         Cell(step.open or "none", step.open),
-        Cell("not known" if step.modelled_share is None else percent(step.modelled_share), step.modelled_share),
+        Cell(
+            "not known" if step.modelled_share is None else percent(step.modelled_share),
+            "" if step.modelled_share is None else step.modelled_share,
+        ),
     ]
     return Line(cells, {"chip": subject.chip, "model": subject.profile.model, "phase": step.phase})

@@ -14,7 +14,7 @@ from klab.harness.report.gain import chosen_rows
 from klab.harness.report.html import Cell, Line, Markup, el, table
 from klab.harness.report.limits import bound, dtype_of, share_of_measured
 from klab.harness.report.subject import Story, Subject
-from klab.harness.report.units import bandwidth, energy, interval, number, percent, plain_ratio, rate, time, times
+from klab.harness.report.units import bandwidth, energy, energy_interval, interval, number, percent, plain_ratio, rate, time, times
 from klab.harness.store.frame import gb_per_s, tflops
 from klab.harness.store.result import Result
 from klab.harness.watch.wording import line, plural
@@ -26,8 +26,8 @@ MOST_PLACES, MOST_OPEN, LONGEST = 2, 100, 160
 WORDS = (
     "Chosen by the lowest median time. Brackets are 95% intervals. Against: the other's time over the choice's, above 1 the choice is "
     "faster. Candidates that cannot be told apart form a tie, settled by lower energy, then by last time's choice, then by the simpler "
-    "configuration. The share of the roofline is the least time that the chip's specified limits allow over the median; at clock: with "
-    "the arithmetic peak at the SM clock that was measured."
+    "configuration. The share of the roofline is the least time that the chip's specified limits allow over the median; at a clock: with "
+    "the arithmetic peak at that SM clock, which was measured. Speed is sorted by TFLOP/s, energy by joules."
 )
 
 
@@ -80,7 +80,7 @@ def section(story: Story) -> Markup:
         return el("section", el("h3", "Winners"), none, _open(story))
     lines = []
     for n, one in enumerate(found):
-        shown = [cells[column.head][n] or Cell(_small(line(column.why(one), LONGEST))) for column in kept]
+        shown = [cells[column.head][n] or Cell(_small(line(column.why(one), LONGEST)), "") for column in kept]
         lines.append(Line(shown, dims(story, one), identity=one.identity, evidence=one.identity))
     made = table(heads, lines, [column.head for column in kept if column.numbers], identity="winners")
     lacking = " ".join(_left_out([column.head for column in columns], heads, found))
@@ -118,12 +118,10 @@ def _columns(story: Story) -> list[Column]:
         Column("Time", _time, needed=True),
         Column("Against library", _library, why=lambda one: one.choice.evidence.library_reason),
         Column("Of roofline", _of_roofline, why=lambda one: "limits not known"),
-        Column("At clock", _at_clock, why=lambda one: "clock not read"),
         Column("Speed", _speed),
         Column("Against default", _default, why=lambda one: one.choice.evidence.default_reason or "not known"),
         Column("Nearest rival", _nearest, why=lambda one: "no rival"),
         Column("Energy per call", _energy, why=lambda one: one.choice.evidence.energy_reason or "not asked for"),
-        Column("Power", _power),
         Column("Error", _error, needed=True),
     ]
 
@@ -135,7 +133,7 @@ def _left_out(columns: list[str], heads: list[str], found: list[Winner]) -> list
     if "Of roofline" in gone:
         reasons = dict.fromkeys(one.subject.limits.reason for one in found if one.subject.limits.reason)
         said.append(f"No share of the roofline: {'; '.join(map(line, reasons)) or 'the limits of no chip here are known'}.")
-    elif "At clock" in gone:
+    elif not any(_at_clock(one) for one in found):
         said.append("No SM clock was read.")
     if "Energy per call" in gone:
         counted = Counter(one.choice.evidence.energy_reason or "not asked for" for one in found)
@@ -186,7 +184,7 @@ def _time(one: Winner) -> Cell:
 
 
 def _speed(one: Winner) -> Cell | None:
-    """What bounds the problem comes first. All cells are sorted by their share of what the first column says: flops, then bytes."""
+    """What bounds the problem comes first; all are sorted by TFLOP/s."""
     row = one.row
     flops, stream = (tflops(row), gb_per_s(row)) if row else (None, None)
     if row is None or not (flops or stream):
@@ -200,40 +198,36 @@ def _speed(one: Winner) -> Cell | None:
 
 
 def _of_roofline(one: Winner) -> Cell | None:
+    """By specification, at the measured clock, and by the measured peaks; sorted by the first."""
     row = one.row
     found = bound(row, one.subject.limits) if row else None
     if found is None or row is None or not row.median_us:
         return None
     share, own = found.us / row.median_us, share_of_measured(row, one.subject.limits)
-    words = [_small(f"{time(found.us)} by {found.by}")]
+    words = [_small(_at_clock(one)), _small(f"{time(found.us)} by {found.by}")]
     if own is not None:
         words.append(_small(f"{percent(own)} of what klab calibrate measured"))
     return Cell([_percent(share), *words], share)
 
 
-def _at_clock(one: Winner) -> Cell | None:
+def _at_clock(one: Winner) -> str:
     row = one.row
     share = share_at_clock(row, one.subject.limits) if row else None
-    if row is None or share is None or not _known(share, row.sm_clock_mhz):
-        return None
-    return Cell([_percent(share), _small(f"{row.sm_clock_mhz:.0f} MHz")], share)
+    return f"{_percent(share)} at {row.sm_clock_mhz:.0f} MHz" if row and share is not None and _known(share, row.sm_clock_mhz) else ""
 
 
 def _percent(share: float) -> str:
     return percent(share) if share >= 0.001 else "< 0.1%"
 
 
-def _power(one: Winner) -> Cell | None:
-    watts = one.choice.evidence.power_w
-    return Cell(f"{number(watts)} W", watts) if watts is not None and _known(watts) else None
-
-
 def _energy(one: Winner) -> Cell | None:
-    joules, ends = one.choice.evidence.energy_j, one.choice.evidence.energy_interval_j
+    """Joules with their interval, and watts; sorted by joules."""
+    joules, ends, watts = one.choice.evidence.energy_j, one.choice.evidence.energy_interval_j, one.choice.evidence.power_w
+    power = _small(f"{number(watts)} W") if watts is not None and _known(watts) else None
     if joules is None or not _known(joules):
-        return None
-    inside = _small(f"[{energy(ends[0])} to {energy(ends[1])}]", kind="ends") if ends and _known(*ends) else None
-    return Cell([energy(joules), inside], joules)
+        return Cell([_small(one.choice.evidence.energy_reason or "not asked for"), power], "") if power else None
+    inside = _small(f"[{energy_interval(*ends)}]", kind="ends") if ends and _known(*ends) else None
+    return Cell([energy(joules), inside, power], joules)
 
 
 def _library(one: Winner) -> Cell | None:
@@ -280,7 +274,7 @@ def _name(rival: Rival, choice: Choice) -> str:
 def _error(one: Winner) -> Cell:
     evidence = one.choice.evidence
     if evidence.error is None or evidence.tolerance is None or not _known(evidence.error):
-        return Cell(_small("not checked"))
+        return Cell(_small("not checked"), "")
     sort = evidence.error / evidence.tolerance if evidence.tolerance else math.inf
     return Cell([f"{evidence.error:.1e}", _small(f"of {evidence.tolerance:.1e} allowed")], sort)
 
