@@ -13,11 +13,11 @@ import pytest
 # a klab of their own would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What takes minutes and looks deeper into kernels that the generic tests (interpreter, emulator, compiler, CPU) run on every example:
-# `make test-all` runs it, `make test` does not.
+# What takes minutes and looks deeper into kernels that the generic tests (interpreter, emulator, compiler, CPU) run on every example, and
+# what is large where another test has it small: `make test-all` runs it, `make test` does not.
 THOROUGH = {
     "test_cuda_attention", "test_cuda_flash_hopper", "test_cuda_wgmma", "test_decode_attention", "test_fused_moe", "test_latent_attention",
-    "test_prefill_attention", "test_scaled_matmul", "test_weight_only_matmul",
+    "test_prefill_attention", "test_report_odd_large", "test_scaled_matmul", "test_weight_only_matmul",
 }  # fmt: skip
 
 

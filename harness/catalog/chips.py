@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -46,9 +47,10 @@ def find_chip(name: str) -> Chip:
     for chip in load_chips():
         if wanted == chip.name:
             return chip
-    path = Path(name).expanduser()
-    if wanted.endswith(".toml") or path.is_file():
-        return chip_from_toml(path)
+    # Not Path's own methods, which raise for a name that is too long for a file or of no user: results may name chips so.
+    path = os.path.expanduser(name)
+    if wanted.endswith(".toml") or os.path.isfile(path):
+        return chip_from_toml(Path(path))
     names = [*(chip.name for chip in load_chips()), "cpu", "auto"]
     near = get_close_matches(wanted, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}."

@@ -95,7 +95,9 @@ def command(app: typer.Typer) -> None:
         if missing := [one for one in made_of.parts if one not in reached]:
             talk.print(f"not begun for want of time: {', '.join(missing)}; the same command goes on", markup=False, soft_wrap=True)
         talk.print(
-            f"rows in {packed}; klab evidence --out {out_dir} --finish makes packs and the report" if packed else "no rows", markup=False
+            f"rows in {packed}; klab evidence --out {out_dir} --finish makes packs and the report" if packed else "no rows",
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
 from klab.harness.catalog.architecture import (
@@ -206,7 +206,7 @@ def _ends(model: Model, step: Step, sampled: int) -> list[Layers]:
 
 def _merged(step: Step, layers: list[Layers], roofline: Roofline) -> list[Row]:
     """Equal launches become one row: counts add, roles are joined."""
-    found: dict[str, tuple[Draft, dict[str, None], int, int]] = {}
+    found: dict[Hashable, tuple[Draft, dict[str, None], int, int]] = {}
     for count, drafts in layers:
         counted = set()
         for draft in drafts:

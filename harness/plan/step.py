@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -28,10 +28,11 @@ class Draft:
     why: str = ""
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Hashable:
         """Equal for launches that are the same work, whatever their role."""
-        work = [self.flops, self.bytes_moved, self.link_bytes]
-        return canonical_json([self.operator, dict(self.shape), work, self.problem.key if self.problem else None, self.why])
+        if self.problem is not None:
+            return self.problem, *self.shape
+        return canonical_json([self.operator, dict(self.shape), self.flops, self.bytes_moved, self.link_bytes, self.why])
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,12 @@ class Step:
 
 def drafted(role: str, problem: Problem, shape: Mapping[str, Json] | None = None) -> Draft:
     """The row of a problem that klab measures; its shape is the problem's fields unless something shorter is given."""
-    if shape is None:
-        shape = {name: value for name, value in problem.to_json().items() if name != "dtype"}
-    return Draft(role, problem.operator, shape, *flops_and_bytes(problem), problem=problem)
+    return Draft(role, problem.operator, shape or _fields(problem), *flops_and_bytes(problem), problem=problem)
+
+
+@lru_cache(maxsize=1024)
+def _fields(problem: Problem) -> Mapping[str, Json]:
+    return {name: value for name, value in problem.to_json().items() if name != "dtype"}
 
 
 @lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from klab.harness.watch.compare_results import compare_rows, conditions_of
 from klab.harness.watch.compare_rule import MARGIN, Found
 from klab.harness.watch.compare_run import Request
 from klab.harness.watch.comparison import Comparison, Line
+from klab.harness.watch.wording import joined, line, plural
 from klab.kernels.contract import Json, canonical_json
 from klab.kernels.errors import KlabError, UsageError
 
@@ -138,9 +139,10 @@ def _place(row: Result, between_chips: bool) -> tuple[str, str, str]:
 
 def _newest(rows: Iterable[Result], between_chips: bool) -> Known:
     found: Known = {}
-    for row in sorted((row for row in rows if row.kind == "measured" and row.status is Status.OK and row.median_us), key=age):
+    fine = (row for row in rows if row.kind == "measured" and row.status is Status.OK and (row.median_us or 0.0) > 0)
+    for row in sorted(fine, key=age):
         name = (*_place(row, between_chips), row.kernel, row.source_digest, canonical_json(row.config))
-        found[name] = row, row if row.energy_j else found.get(name, (None, None))[1]
+        found[name] = row, row if (row.energy_j or 0.0) > 0 else found.get(name, (None, None))[1]
     return found
 
 
@@ -172,4 +174,5 @@ def _plain(name: str, likes: Sequence[Result], between_chips: bool) -> str:
 
 def _have(rows: Sequence[Result]) -> str:
     fine = [row for row in rows if row.kind == "measured"]
-    return f"{len(fine)} measured results of {len({row.problem_key for row in fine})} problems"
+    chips = joined(sorted({line(row.chip, 60) for row in fine})) or "no chip"
+    return f"{plural(len(fine), 'measured result')} of {plural(len({row.problem_key for row in fine}), 'problem')} on {chips}"

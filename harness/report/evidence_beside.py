@@ -8,7 +8,6 @@ from pathlib import Path
 
 from klab.harness.catalog.chips import find_chip
 from klab.harness.choose.profile import write_text
-from klab.harness.plan import plan
 from klab.harness.plan.rows import Plan
 from klab.harness.report.page import render
 from klab.harness.report.subject import Story, Subject
@@ -49,20 +48,11 @@ def kept(measured: Path, own: Sequence[str]) -> list[Kept]:
 
 
 def write_beside(folders: Sequence[Path], page: Path, plans: Mapping[str, Plan], catalogue: Catalogue, recorded: Sequence[Kept]) -> Story:
-    """The page of own plans with the recorded chips: of those the problems of the same model and scenario, or all where none of them has
-    rows. CannotMeasure when `page` cannot be written.
-    """
-    first = next(iter(plans.values()))
-    others = {}
-    for one in recorded:
-        try:
-            others[one.chip.name] = plan(first.model, one.chip, first.scenario)
-        except KlabError:  # what this chip cannot run
-            continue
-    story = _story(folders, {**plans, **others}, catalogue, recorded)
-    if bare := {subject.chip for subject in story.subjects if subject.chip in others and not subject.rows}:
-        kept_plans = {chip: one for chip, one in {**plans, **others}.items() if chip not in bare}
-        story = _story(folders, kept_plans, catalogue, recorded)
+    """The page of own plans with all that was recorded of the other chips. CannotMeasure when `page` cannot be written."""
+    there = [folder.resolve() for folder in folders]
+    more = [one.folder for one in recorded if not any(one.folder.resolve().is_relative_to(folder) for folder in there)]
+    chips = [*plans, *(one.chip.name for one in recorded)]
+    story = story_from([*folders, *more], chips=chips, plans=plans, catalogue=catalogue)
     names = {one.chip.name for one in recorded}
     said = {s.chip: _recorded(s) for s in story.subjects if s.chip in names and s.rows}
     own = ", ".join(plans)
@@ -71,13 +61,6 @@ def write_beside(folders: Sequence[Path], page: Path, plans: Mapping[str, Plan],
     story = dataclasses.replace(story, subjects=subjects, notes=(*told, *story.notes))
     write_text(page, render(story))
     return story
-
-
-def _story(folders: Sequence[Path], plans: Mapping[str, Plan], catalogue: Catalogue, recorded: Sequence[Kept]) -> Story:
-    chips = list(dict.fromkeys([*plans, *(one.chip.name for one in recorded)]))
-    there = [folder.resolve() for folder in folders]
-    more = [one.folder for one in recorded if not any(one.folder.resolve().is_relative_to(folder) for folder in there)]
-    return story_from([*folders, *more], chips=chips, plans=plans, catalogue=catalogue)
 
 
 def _recorded(subject: Subject) -> str:

@@ -40,6 +40,8 @@ def coverage(
     found = []
     for part, entries in tried.items():
         state, missing = _state(part, entries, repeated)
+        if part in ("spaces", "tuner"):
+            state, missing = _searched(part, spaces)
         seconds = sum(float(one.get("seconds") or 0.0) for one in entries)
         found.append(Covered(part, state, seconds, holds.get(part, ""), missing))
     return found
@@ -57,9 +59,19 @@ def _state(part: str, entries: Sequence[Mapping[str, Any]], repeated: Repeats) -
         return BEGUN, f"{left} not reached in the newest sitting" + (f" ({notes[0]})" if part == "tests" and notes else "")
     if part == "tests":
         return _tests(statuses, known, notes)
-    if not statuses and not known and notes and part not in ("spaces", "tuner"):
+    if not statuses and not known and notes:
         return IMPOSSIBLE, notes[0]
     return COMPLETE, ""
+
+
+def _searched(part: str, spaces: Sequence[ToBest]) -> tuple[str, str]:
+    """Of these the journals tell: a sitting counts what it did not reach, and not how far it came."""
+    open_ones = [one.problem for one in spaces if (not one.complete if part == "spaces" else one.tuner is None)]
+    begun = any(one.recorded for one in spaces) if part == "spaces" else len(open_ones) < len(spaces)
+    if not open_ones:
+        return COMPLETE, ""
+    more = f" and {len(open_ones) - NAMED} more" if len(open_ones) > NAMED else ""
+    return (BEGUN if begun else NEVER), ", ".join(open_ones[:NAMED]) + more
 
 
 def _tests(statuses: Mapping[str, int], known: int, notes: Sequence[str]) -> tuple[str, str]:

@@ -51,9 +51,12 @@ def finish(folder: Path, chip: Chip, catalogue: Catalogue, models: Sequence[str]
     if not folder.is_dir():
         raise UsageError(f"--out {folder} does not exist; klab evidence without --finish makes it")
     report = ReadReport()
-    raw = [row for row in iter_results([folder], report) if row.chip == chip.name and row.kind != "reference"]
+    every = [row for row in iter_results([folder], report) if row.kind != "reference"]
+    raw = [row for row in every if row.chip == chip.name]
     if not raw:
-        raise CannotMeasure(f"{folder} has no row of {chip.name}; klab evidence without --finish records some")
+        others = ", ".join(sorted({row.chip for row in every}))
+        there = f"it has rows of {others}, which --chip names" if others else "klab evidence without --finish records some"
+        raise CannotMeasure(f"{folder} has no row of {chip.name}; {there}")
     troubles: list[str] = []
     rows, corrections = corrected(raw, read_calibrations([folder], troubles))
     asked = [served(text, chip) for text in tuple(models) or MODELS[chip.kind]]

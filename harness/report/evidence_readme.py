@@ -107,8 +107,8 @@ def _findings(about: About) -> str:
         columns = ("operator", "problems", "own faster", "own slower", "tied", "library over own, geometric mean", "of the roofline")
         text.append(_table(columns, cells))
         text.append(
-            "The last column is the median share (least to most) that the fastest kernel reaches, over all problems of the operator, "
-            "those without a comparison too."
+            f"The last column is the median share (least to most) of the roofline that the fastest kernel reaches, over the operator's "
+            f"problems whose roofline time (modelled) is {number(LONG_US)} µs or more."
         )
     else:
         text.append("No problem has both a kernel of klab's own and a library with a valid time.")
@@ -153,7 +153,7 @@ def _far(gaps: Sequence[Gap]) -> list[str]:
 def _shares(gaps: Iterable[Gap]) -> dict[str, str]:
     found: dict[str, list[float]] = defaultdict(list)
     for one in gaps:
-        if one.share is not None:
+        if one.share is not None and (one.bound_us or 0.0) >= LONG_US:
             found[one.operator].append(one.share[0])
     return {
         operator: f"{percent(statistics.median(values))} ({percent(min(values))} to {percent(max(values))})"

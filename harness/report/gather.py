@@ -75,6 +75,13 @@ def story_of(results: Sequence[Result], request: Request) -> Story:
         without = [row for row in here if row.kind == "reference" or row.run_id != newest]
         if any(row.kind != "reference" for row in without):
             before[subject.chip] = request.profile(subject.chip, without)
-            failed = [row for row in without if row.status is not Status.OK and row.kind != "reference"]
-            failed_before[subject.chip] = frozenset((name, row.status.value) for row in failed for name in (row.kernel, row.key))
+            failed_before[subject.chip] = _failed_before(here, newest)
     return dataclasses.replace(told, newest_run=newest_run, before=before, failed_before=failed_before)
+
+
+def _failed_before(rows: Sequence[Result], newest: str) -> frozenset[tuple[str, str]]:
+    """What ended how in earlier runs, of kernels and of the trials that the newest run has (see `Story.failed_before`)."""
+    failed = [row for row in rows if row.status is not Status.OK and row.kind != "reference"]
+    trials = {row.key for row in failed if row.run_id == newest}
+    earlier = [row for row in failed if row.run_id != newest]
+    return frozenset((name, row.status.value) for row in earlier for name in (row.kernel, row.key) if name == row.kernel or name in trials)

@@ -55,6 +55,11 @@ def interval(low_us: float, high_us: float) -> str:
     return f"{low} to {high} {unit}"
 
 
+def fine_time(us: float) -> str:
+    """`120.3 µs`: a time beside its interval, with the digits that the interval has."""
+    return interval(us, us).partition(" to ")[2]
+
+
 def _finer(value: float) -> str:
     """Four significant digits where they are not all before the point."""
     return f"{value:#.4g}".rstrip(".") if abs(value) < 1000 else number(value)

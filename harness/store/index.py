@@ -45,6 +45,7 @@ class Index:
         self._json: list[Path] = []
         self._parquet: list[Path] = []
         self._texts: dict[str, Json] = {}
+        self._missing: set[int] = set()
 
     def __enter__(self) -> Self:
         import duckdb
@@ -58,6 +59,7 @@ class Index:
                 f"temp_directory = '{literal(self._scratch)}'",
                 "preserve_insertion_order = false",
                 "enable_progress_bar = false",
+                "TimeZone = 'UTC'",  # of times that do not name theirs
             ):
                 self.db.execute(f"SET {setting}")
             self._fill()
@@ -102,17 +104,21 @@ class Index:
             names = {tuple(values): n for n, *values in named}
             path = Path(file)
             rows = self._of_parquet(path) if path in self._parquet else _of_lines(path, {str(key).encode() for _, key, *_ in named})
+            why = NO_ROW
             for row in rows:
                 try:
                     result = parse(row)
                 except (ValueError, TypeError, RecursionError) as error:
-                    self.report.skip(path, str(error)[:200])
+                    why = str(error)[:200]
                     continue
                 n = names.pop(_name(result), None)
                 if n is not None:
                     found[n] = result
                 if not names:
                     break
+            for _ in set(names.values()) - self._missing:
+                self.report.skip(path, why)
+            self._missing |= set(names.values())
         return found
 
     def _of_parquet(self, path: Path) -> Iterator[Json]:
@@ -208,11 +214,11 @@ class Index:
                 self.report.skipped[path] = Skipped(count, NO_ROW)
 
 
-_NAME = ("key", "kind", "status", "run_id", "recorded_at", "device_uuid", "reason", "median_us", "energy_j")
+_NAME = ("key", "kind", "status", "run_id", "recorded_at", "device_uuid", "reason", "median_us", "energy_j", "rounds")
 
 
 def _name(r: Result) -> tuple[Any, ...]:
-    return r.key, r.kind, r.status.value, r.run_id, r.recorded_at, r.device_uuid, r.reason, r.median_us, r.energy_j
+    return r.key, r.kind, r.status.value, r.run_id, r.recorded_at, r.device_uuid, r.reason, r.median_us, r.energy_j, len(r.samples_us)
 
 
 def listed(files: Iterable[Path]) -> str:

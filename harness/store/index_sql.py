@@ -103,13 +103,18 @@ def _valid() -> str:
         for low, middle, high in (("s.q1_us", "s.median_us", "s.q3_us"), ("s.ci_low_us", "s.median_us", "s.ci_high_us"))
         for low, high in ((low, middle), (middle, high), (low, high))
     ]
+    # Parquet holds what JSON cannot spell: to DuckDB a NaN is above all numbers, and equal to itself.
+    numbers = [f"s.{name}" for name in LIGHT if COLUMNS[name] == "DOUBLE"]
+    finite = [f"isfinite(coalesce({number}, 0))" for number in [*numbers, "list_max(s.samples_us)"]]
+    joules = ("energy_j", "energy_ci_low_j", "energy_ci_high_j")
     sense = [
         f"s.schema BETWEEN 1 AND {SCHEMA}",
         f"s.status IN ({statuses})",
         "length(s.kernel) - length(replace(s.kernel, '/', '')) = 1",
-        "coalesce(s.flops, 0) >= 0 AND coalesce(s.bytes_moved, 0) >= 0",
+        *(f"coalesce(s.{name}, 0) >= 0" for name in ("flops", "bytes_moved", *joules)),
+        "coalesce(s.energy_ci_low_j <= s.energy_ci_high_j, true)",
     ]
-    return f"coalesce({' AND '.join([*there, *objects, *times, *order, *sense])}, false)"
+    return f"coalesce({' AND '.join([*there, *objects, *times, *order, *finite, *sense])}, false)"
 
 
 def _value(value: Json) -> str:

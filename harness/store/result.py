@@ -152,4 +152,4 @@ class Result:
 
 
 def _tuples(value: Json) -> Json:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    return tuple([_tuples(item) if isinstance(item, list) else item for item in value]) if isinstance(value, list) else value

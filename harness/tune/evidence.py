@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from klab.harness.tune.allowance import Allowance
 from klab.harness.tune.campaign import Share, bound_us, correctness_trials, shares
 from klab.harness.tune.device_tests import DeviceTests, run_device_tests
 from klab.harness.tune.evidence_problems import MODELS, SpaceOf, spaces
+from klab.harness.tune.evidence_spaces import STRATEGY, is_recorded
 from klab.harness.tune.job import Job, Listener
 from klab.harness.tune.pick import energy_trials
 from klab.harness.tune.tuner import Options, Target, Tuner
@@ -33,7 +35,7 @@ SITTINGS_FILE = "sittings.json"
 # Device tests that passed with the kernels' code as it was: a later sitting with the same code runs the others.
 TESTED_FILE = "device_tests.json"
 # Of the time that is left, a part takes at most so much where others follow that are worth as much.
-SHARES = {"tests": 0.2, "correctness": 0.3, "comparison": 0.6, "energy": 0.4, "spaces": 0.65, "tuner": 0.5}
+SHARES = {"tests": 0.2, "correctness": 0.3, "comparison": 0.7, "energy": 0.4, "spaces": 0.65, "tuner": 0.5}
 # Problems whose energy comes before the spaces: three kernels each, 6 s and more a kernel. The others come last.
 ENERGY_FIRST = 6
 # The heaviest problems that every sitting measures again, and the sittings that make a spread.
@@ -137,6 +139,11 @@ class Evidence:
     def heaviest(self) -> list[Problem]:
         """The models' problems, by the roofline time that a step of each spends in them."""
         return [s.problem for s in sorted(self.shares, key=lambda s: -s.bound_us)]
+
+    def competing(self, one: SpaceOf) -> list[Kernel]:
+        """The kernels whose candidates are a recorded space, and the libraries beside them."""
+        found = [kernel for kernel in self.kernels() if isinstance(one.problem, kernel.problem_type)]
+        return [kernel for kernel in found if kernel.library or not one.kernels or kernel.name in one.kernels]
 
     def measured(self, wanted: Sequence[Trial], job: Job | None = None) -> Done:
         """Measure what is not known yet."""
@@ -248,30 +255,37 @@ def _energy_rest(evidence: Evidence) -> Done:
 
 def _spaces(evidence: Evidence) -> Done:
     """Every candidate that passes the screen, one problem after the other, the cores compiling ahead of the device."""
-    left, counts, notes = 0, dict[str, int](), list[str]()
-    for one in spaces(evidence.chip):
-        if evidence.left_s() < evidence.least_s:
-            left += 1
-            continue
-        done = _tried(evidence, one, "exhaustive", evidence.job, Allowance(deadline=evidence.deadline, final_s_most=0.0))
-        left += done.left
-        counts = {name: counts.get(name, 0) + done.statuses.get(name, 0) for name in {*counts, *done.statuses}}
-        notes += done.notes
-    return Done("", statuses=counts, left=left, notes=tuple(notes))
+    left, known, counts, notes = 0, 0, Counter[str](), list[str]()
+    with evidence.job.session():
+        for one in spaces(evidence.chip):
+            if evidence.left_s() < evidence.least_s:
+                left += 1
+            elif is_recorded(evidence.job, one.problem, evidence.competing(one)):
+                known += 1
+            else:
+                done = _tried(evidence, one, STRATEGY, evidence.job, Allowance(deadline=evidence.deadline, final_s_most=0.0))
+                left += done.left
+                counts.update(done.statuses)
+                notes += done.notes
+    return Done("", statuses=dict(counts), known=known, left=left, notes=tuple(notes))
 
 
 def _tuner(evidence: Evidence) -> Done:
     """The default strategy from nothing, on the problems whose space is recorded: what a user's `klab tune` costs, and what it misses."""
+    ready = [one for one in spaces(evidence.chip) if is_recorded(evidence.job, one.problem, evidence.competing(one))]
+    left, notes = len(spaces(evidence.chip)) - len(ready), list[str]()
+    if not ready:
+        return Done("", left=left, notes=("no space is recorded yet, so there is nothing to hold it against",))
     job = evidence.new_job(tuner_folder(evidence.folder))
-    left, notes = 0, list[str]()
     try:
-        for one in spaces(evidence.chip):
-            if evidence.left_s() < evidence.least_s:
-                left += 1
-                continue
-            done = _tried(evidence, one, "", job, Allowance(device_s=TUNER_S[evidence.chip.kind], deadline=evidence.deadline))
-            left += done.left
-            notes += done.notes
+        with job.session():
+            for one in ready:
+                if evidence.left_s() < evidence.least_s:
+                    left += 1
+                    continue
+                done = _tried(evidence, one, "", job, Allowance(device_s=TUNER_S[evidence.chip.kind], deadline=evidence.deadline))
+                left += done.left
+                notes += done.notes
     finally:
         job.journal.close()
     return Done("", left=left, notes=tuple(notes))
@@ -287,14 +301,13 @@ def _tried(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance:
 
 def _searched(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance: Allowance) -> Done:
     problem = one.problem
-    kernels = [
-        k for k in evidence.kernels() if isinstance(problem, k.problem_type) and (k.library or not one.kernels or k.name in one.kernels)
-    ]
-    tuner = Tuner(job, kernels, [Target(problem, 1.0, bound_us(problem, evidence.chip))], Options(strategy, allowance=allowance))
+    tuner = Tuner(
+        job, evidence.competing(one), [Target(problem, 1.0, bound_us(problem, evidence.chip))], Options(strategy, allowance=allowance)
+    )
     tuned = tuner.run()
     course = tuned.courses[0]
     space = len(course.lane.space) if course.lane else 0
-    complete = strategy != "exhaustive" or (space > 0 and course.evaluations >= space)
+    complete = strategy != STRATEGY or (space > 0 and course.evaluations >= space)
     tried = f"{course.evaluations} of {space} candidates, {course.prospect.spent_s:.0f} s of the device"
     words = f"{problem.label()}: {tried}, best {course.best_us():.2f} us"
     return Done("", statuses=dict(tuned.new), known=tuned.known, left=0 if complete else 1, notes=(words,))

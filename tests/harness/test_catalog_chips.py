@@ -246,6 +246,13 @@ def test_a_copy_that_cannot_start_is_not_fatal(monkeypatch, tmp_path):
     assert chip.memory_gb_per_s > 0 and "not measured (MemoryError)" in chip.provenance["memory_gb_per_s"]
 
 
+@pytest.mark.parametrize("name", ["w" * 300, "~nobody-is-called-so", "a\0b"])
+def test_a_name_that_can_be_no_file_is_an_unknown_chip(name):
+    """Results of others bear any name; a report asks for each."""
+    with pytest.raises(UsageError, match="unknown chip"):
+        find_chip(name)
+
+
 def test_no_list_of_chips_is_kept_in_code():
     assert not re.search(r"\b(h100|b200)\b", (PROFILES.parent / "harness/catalog/chips.py").read_text())
     assert chips_module.load_chips() is load_chips()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_results import contest, failed, made, problems
 
+from klab.harness.choose import compare
 from klab.harness.choose.choose import choose, wanted_from
 from klab.harness.choose.profile import Choice, Profile
 from klab.harness.store.result import Result, Status
@@ -366,3 +367,21 @@ def test_a_winner_that_may_not_be_chosen_is_noted_and_not_chosen() -> None:
         profile = choose([*rows, wrong], None, finals={SHAPE.key: winner})
         assert profile.choices[0].evidence.settled_by == "simplicity" and not profile.choices[0].evidence.final_reason
         assert any("the winner of its final" in note and winner[0] in note for note in profile.notes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_plainly_slower_is_not_resampled_and_nothing_else_changes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile is to the letter that of comparing everything with everything."""
+    rng = random.Random(seed)
+    rows = [
+        made(shape, f"triton_{n}", level_us=100 * rng.choice((1, 1.001, 1.004, 1.02, 1.09, 1.3)), noise=0.004, drift=DRIFT, seed=seed)
+        for shape in problems()[:6]
+        for n in range(8)
+    ]
+    compared: list[int] = []
+    ratio = compare.ratio
+    monkeypatch.setattr(compare, "ratio", lambda *given: compared.append(1) or ratio(*given))
+    text = choose(rows, None).to_text()
+    few = len(compared)
+    monkeypatch.setattr(compare, "_close_ratio", compare.ratio)
+    assert choose(rows, None).to_text() == text and few < (len(compared) - few) / 2

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import klab.harness.cost.steps as steps_module
 from klab.harness.catalog import find_chip, find_model
 from klab.harness.cost.estimate import Estimate, Estimator, Origin
 from klab.harness.cost.ranges import ZERO, Range
 from klab.harness.cost.steps import Steps
 from klab.harness.cost.workload import Deployment
-from klab.harness.plan import plan
+from klab.harness.plan import plan, planner
 from klab.harness.plan.memory import cache_bytes
 from klab.harness.plan.planner import step_rows
 from klab.kernels.errors import UsageError
@@ -109,6 +110,19 @@ def test_the_rows_of_a_phase_are_those_of_the_plan():
     assert made.weight_bytes == whole.weight_bytes
     assert made.cache_bytes(100) == cache_bytes(model, "bfloat16", 100, 2)
     assert Steps(Deployment(model, H200, 2, kv_dtype="fp8"), Estimator(H200)).cache_bytes(100) == made.cache_bytes(100) / 2
+
+
+def test_a_step_is_planned_once_and_its_phase_alone(monkeypatch):
+    planned, drafted = [], []
+    plain_rows, plain_draft = steps_module.step_rows, planner._ends
+    monkeypatch.setattr(steps_module, "step_rows", lambda *given: planned.append(given[-1]) or plain_rows(*given))
+    monkeypatch.setattr(planner, "_ends", lambda model, step, sampled: drafted.append(step.phase) or plain_draft(model, step, sampled))
+    made = Steps(Deployment(find_model("qwen3-8b"), H200), Estimator(H200))
+    made.decode(4, 1000)
+    assert (planned, drafted) == (["decode"], ["decode"]), "no prompt is drafted for a decode step"
+    made.mixed(252, 0, 4, 1000)
+    made.mixed(508, 0, 4, 1000)
+    assert planned.count("decode") == 1, "a step that decodes the same sequences beside a prompt has those rows"
 
 
 def test_shares_are_of_time_and_of_energy():

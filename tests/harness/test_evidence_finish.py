@@ -9,20 +9,22 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from made_results import contest, made
 
 from klab.harness.catalog import find_chip
+from klab.harness.choose.engines.names import USUAL_TOKENS
 from klab.harness.choose.evidence_repeats import repeats
 from klab.harness.choose.profile import Profile
 from klab.harness.report import evidence_beside, evidence_finish
 from klab.harness.report.evidence_coverage import BEGUN, COMPLETE, IMPOSSIBLE, NEVER, coverage
-from klab.harness.report.evidence_files import pack_path, served
+from klab.harness.report.evidence_files import pack_path, packs, served, tables
 from klab.harness.report.evidence_finish import finish
 from klab.harness.report.evidence_gaps import LOSES, TIES, WINS, gaps, standings
-from klab.harness.report.evidence_search import WITHIN, Found, time_to_best
+from klab.harness.report.evidence_search import WITHIN, Found, ToBest, finals, time_to_best
 from klab.harness.report.evidence_sittings import seats
 from klab.harness.report.figures.search_journals import Recorded
 from klab.harness.report.limits import limits_of
@@ -34,6 +36,8 @@ from klab.harness.tune.strategy import Evaluation
 from klab.kernels.contract import Problem
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure, UsageError
+from klab.kernels.fused_moe._engine_config import vllm_default
+from klab.kernels.fused_moe.problem import FusedMoe
 from klab.kernels.matmul.problem import Matmul
 
 CHIP = find_chip("h200")
@@ -164,14 +168,18 @@ def test_coverage_by_part() -> None:
         {"parts": [part("correctness", ok=9), part("spaces", 2), {"part": "of another klab"}, "no part"]},
         {},
     ]
-    found = {one.part: one for one in coverage(sittings, three_runs(), [], repeats(three_runs()), [SPACE.key])}
+    reached = [to_best([journal([(0, 1.0)], "gaussian")]), to_best([], journal([(0, 1.0)], "exhaustive"))]
+    found = {one.part: one for one in coverage(sittings, three_runs(), reached, repeats(three_runs()), [SPACE.key])}
     assert list(found) == list(PARTS)
     assert {name: one.state for name, one in found.items()} == {
         "tests": COMPLETE, "correctness": COMPLETE, "calibration": NEVER, "comparison": NEVER, "energy": IMPOSSIBLE, "spaces": BEGUN,
-        "tuner": NEVER, "repeat": NEVER, "energy_rest": NEVER,
+        "tuner": BEGUN, "repeat": NEVER, "energy_rest": NEVER,
     }  # fmt: skip
-    assert found["correctness"].seconds == 4.0 and found["spaces"].missing.startswith("2 not reached")
+    assert found["correctness"].seconds == 4.0 and found["spaces"].missing == found["tuner"].missing == SPACE.label()
     assert "1 of the models' 1 problems timed, 1 beside a library" in found["comparison"].holds
+    assert "1 of 2 complete, 9 candidates" in found["spaces"].holds and "1 of 2 problems searched" in found["tuner"].holds
+    none = {one.part: one.state for one in coverage([], [], [ToBest("x", 0, None)], repeats([]), [])}
+    assert set(none.values()) == {NEVER}
     skipped = coverage([{"parts": [part("tests", skipped=9)]}], [], [], repeats([]), [])[0]
     assert skipped.state == IMPOSSIBLE and "no GPU" in skipped.missing
     few = coverage([{"parts": [part("repeat", ok=9)]}], [], [], repeats(three_runs()[:4]), [])
@@ -269,7 +277,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CannotMeasure, match="no row of h200"):
         finish(tmp_path / "empty", CHIP, CATALOGUE)
     only_cpu = stored(tmp_path / "cpu", [made(SPACE, chip="cpu")])
-    with pytest.raises(CannotMeasure, match="no row of h200"):
+    with pytest.raises(CannotMeasure, match="no row of h200; it has rows of cpu, which --chip names"):
         finish(only_cpu, CHIP, CATALOGUE)
     damaged = stored(tmp_path / "h200", three_runs())
     (damaged / "sittings.json").write_text("{")
@@ -308,8 +316,66 @@ def test_a_page_shows_recorded_chips_beside_its_own(tmp_path: Path, monkeypatch:
     page = tmp_path / "page.html"
     story = evidence_beside.write_beside([own], page, plans, CATALOGUE, found)
     by_chip = {subject.chip: subject for subject in story.subjects}
-    assert set(by_chip) == {"cpu", "h200"} and by_chip["h200"].rows, "no problem is the model's, so all are shown"
+    assert set(by_chip) == {"cpu", "h200"}
+    assert len(by_chip["h200"].rows) > len(by_chip["cpu"].rows) > 0, "all that is recorded, and of the own chip the model's problems"
     assert all(row.chip == "h200" and row.device == "NVIDIA H200" for row in by_chip["h200"].rows)
     said = "recorded on NVIDIA H200 on 2026-11-20"
     assert story.notes[0] == f"h200: {said}; it was not measured by this run, which measured cpu"
     assert page.read_text().count(said) >= 2 and said in by_chip["h200"].title and said not in by_chip["cpu"].title
+
+
+def test_engines_tables_are_written_where_no_gap_lies_between_their_entries(tmp_path: Path) -> None:
+    def engine(tokens: int) -> Result:
+        problem = FusedMoe(tokens, 2048, 768, 128, 8)
+        config = vllm_default(problem).to_json_full()
+        return timed("triton_engine", 10.0 + tokens / 10, problem, config=config, environment={"triton": "3.6.0"})
+
+    qwen = [served("qwen3-30b-a3b", CHIP)]
+    paths, lines = tables(qwen, [engine(tokens) for tokens in USUAL_TOKENS], CHIP, CATALOGUE, tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in paths}
+    assert "engines/vllm/E=128,N=768,device_name=NVIDIA_H200.json" in names and any(name.startswith("engines/sglang/") for name in names)
+    written = json.loads((tmp_path / "engines" / "vllm" / "E=128,N=768,device_name=NVIDIA_H200.json").read_text())
+    assert [int(key) for key in written if key.isdigit()] == sorted(USUAL_TOKENS)
+    assert sum("finds nothing wrong" in line for line in lines) == 2
+    paths, lines = tables(qwen, [engine(64), engine(1024)], CHIP, CATALOGUE, tmp_path / "far")
+    assert paths == [] and all("is not written" in line for line in lines) and not (tmp_path / "far").exists()
+    assert tables([served("llama-3.1-8b", CHIP)], [], CHIP, CATALOGUE, tmp_path)[1] == [
+        "no engines' tables: none of these models has routed experts"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_run_without_a_gpu_reports_recorded_chips_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from klab.harness.cli import run
+    from klab.harness.report import write
+
+    monkeypatch.setattr(evidence_beside, "checkout", lambda: tmp_path)
+    own = stored(tmp_path / "results" / "local", contest("cpu"))
+    stored(tmp_path / "results" / "h200", contest())
+    told: list[str] = []
+    monkeypatch.setattr(evidence_beside, "write_beside", lambda *given: told.append(f"beside {given[-1][0].chip.name}"))
+    monkeypatch.setattr(write, "write_report", lambda *_, **given: told.append(f"alone {given['chips']}"))
+    setup: Any = SimpleNamespace(chip=SimpleNamespace(name=kind, kind=kind), plan=None, catalogue=CATALOGUE)
+    job: Any = SimpleNamespace(folder=own, sources=lambda: [own])
+    run._report([setup], job, tmp_path / "page.html", as_json=False)
+    assert told == (["beside h200"] if kind == "cpu" else ["alone ['cuda']"])
+
+
+def test_finals_that_were_decided_are_the_packs_choice(tmp_path: Path) -> None:
+    problem = projections()[0]
+    rows = [timed("triton_tiled", us, problem, config={"tile": n}) for n, us in enumerate((40.0, 41.0))]
+    folder = stored(tmp_path / "h200", rows)
+    header = {"kind": "search", "strategy": "exhaustive", "problem": problem.key, "candidates": 2}
+    line = {"candidate": 0, "value": 40.0, "status": "ok", "rounds": 0, "spent_s": 1.0}
+    (folder / "tune").mkdir()
+    for name, took_s, tile in (("a", 9.0, 1), ("b", 3.0, 0), ("c", 99.0, None)):
+        (folder / "tune" / f"{name}.search").write_text("".join(json.dumps(one) + "\n" for one in (header, line)))
+        winner = {"kernel": "matmul/triton_tiled", "config": {"tile": tile}} if tile is not None else {"kernel": "", "config": {}}
+        (folder / "tune" / f"{name}.final").write_text(json.dumps({"ending": {**winner, "took_s": took_s, "reason": f"final {name}"}}))
+    (folder / "tune" / "d.search").write_text("no journal")
+    (folder / "tune" / "a.prior.npz").write_bytes(b"")
+    found = finals(folder)
+    assert found == {problem.key: ("matmul/triton_tiled", {"tile": 1}, "final a")}, "the longest that was decided"
+    profiles, _, _ = packs([served("llama-3.1-8b", CHIP)], rows, CHIP, CATALOGUE, found, folder)
+    (choice,) = profiles["llama-3.1-8b"].choices
+    assert choice.config == {"tile": 1} and choice.evidence.settled_by == "final" and choice.evidence.final_reason == "final a"

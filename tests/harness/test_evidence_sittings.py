@@ -107,6 +107,21 @@ def test_a_later_sitting_goes_on(tmp_path: Path, fleet: FakeFleet) -> None:
     assert noted[0]["environment"]["device"] == "made", "also where a part only searched"
 
 
+def test_the_tuner_waits_for_a_recorded_space(tmp_path: Path, fleet: FakeFleet) -> None:
+    folder = tmp_path / "chip"
+    (none,) = sitting(folder, "tuner").run()
+    assert none.left == 1 and "no space is recorded yet" in none.notes[0] and not fleet.asked and not tuner_folder(folder).exists()
+    list(sitting(folder, "spaces").run())
+    (journal,) = (folder / "tune").glob("*.search")
+    whole = journal.read_text()
+    journal.write_text("\n".join(whole.split("\n")[:-2]) + "\n")
+    (short,) = sitting(folder, "tuner").run()
+    assert short.left == 1, "one candidate has no outcome"
+    journal.write_text(whole)
+    (done,) = sitting(folder, "tuner").run()
+    assert done.left == 0 and len(done.notes) == 1 and list((tuner_folder(folder) / "tune").glob("*.search"))
+
+
 def test_repeats_are_of_this_sitting_and_once(tmp_path: Path, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evidence, "REPEATED", 2)
     first = sitting(tmp_path, "comparison", "repeat")

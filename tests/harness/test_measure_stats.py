@@ -36,6 +36,20 @@ def test_median_interval_agrees_with_scipys_bootstrap():
         assert ours == pytest.approx(tuple(theirs.confidence_interval), rel=0.004)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 39, 40, 254, 255, 256, 300])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_medians_by_counting_are_those_of_the_resamples_to_the_last_bit(count, seed):
+    """Continuous values, many equal ones, values of all sizes, and what is no number."""
+    rng = np.random.default_rng(count)
+    for values in (rng.normal(10, 1, count), rng.integers(1, 4, count) / 3, np.exp(rng.normal(0, 20, count))):
+        picks = np.random.default_rng(seed).integers(0, count, size=(500, count))
+        tail = 50 * (1 - 0.95)
+        expected = np.percentile(np.median(values[picks], axis=1), (tail, 100 - tail))
+        assert median_interval(values, seed=seed, resamples=500) == tuple(expected)
+    values[0] = np.nan
+    assert np.isnan(median_interval(values, resamples=500)).all()
+
+
 def test_median_interval_covers_the_true_median():
     covered = sum(low <= 100.0 <= high for low, high in (median_interval(noisy(seed, 25), resamples=400) for seed in range(400)))
     assert 0.90 <= covered / 400 <= 0.99

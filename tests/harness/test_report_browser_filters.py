@@ -11,6 +11,7 @@ import pytest
 from browser import Browser, missing
 from made_figures import CHIPS, heat, made_page, points, rows, variants
 
+from klab.harness.report.figures.style import Figure
 from klab.harness.report.html import Markup
 
 FRAME = rows()
@@ -136,6 +137,23 @@ def test_articles_and_variants_follow_the_chip(browser: Browser) -> None:
     assert browser.run(seen) == [False, True], "what a reader chose is shown, be it empty"
 
 
+def test_an_empty_variant_goes_with_its_chip(browser: Browser, tmp_path: Path) -> None:
+    first, _ = variants(FRAME)
+    empty = Figure("none", first.title, "Nothing is known.", empty="Nothing was measured.", variant="h200")
+    path = tmp_path / "page.html"
+    path.write_text(made_page(FRAME, [first, empty]), encoding="utf-8")
+    seen = "return [...document.querySelectorAll('.variants > figure')].map(f => f.hidden)"
+    options = "return [...document.querySelectorAll('.variant option')].map(o => o.textContent)"
+    browser.open(path)
+    assert browser.run(seen) == [False, True] and browser.run(options) == ["b200", "h200"]
+    settle(browser, "klab.state.set('chip', 'h200')")
+    assert browser.run(seen) == [True, False] and browser.run(options) == ["b200 (the filter leaves nothing)", "h200"]
+    settle(browser, "klab.state.set('chip', 'b200')")
+    assert browser.run(seen) == [False, True] and browser.run(options) == ["b200", "h200 (the filter leaves nothing)"]
+    settle(browser, "klab.filters.clear()")
+    assert browser.run(seen) == [False, True] and browser.run(options) == ["b200", "h200"] and browser.console() == []
+
+
 def test_a_link_gives_the_view_back(browser: Browser, page: Path) -> None:
     settle(
         browser,
@@ -178,6 +196,13 @@ def test_what_a_link_asks_in_vain_is_said(browser: Browser, page: Path) -> None:
     said = browser.run("return document.querySelector('.said').textContent")
     assert "chip=tpu" in said and "colour" in said and "h200" not in said and "sort" not in said
     assert drawn(browser) == times(chip="h200") and browser.console() == []
+    browser.open(page, at="?open=e999&show.by-chip=tpu&" + "&".join(f"chip=c{n}" for n in range(3000)))
+    said = browser.run("return document.querySelector('.said').textContent")
+    assert "c7 and 2,994 more." in said and len(said) < 300, "few of many"
+    browser.open(page, at="?open=e999&show.by-chip=tpu")
+    assert "show.by-chip=tpu, open=e999." in browser.run("return document.querySelector('.said').textContent")
+    browser.open(page, at="?open=e3&show.by-chip=h200")
+    assert browser.run("return document.querySelector('.said') === null") and browser.console() == []
     go(browser, "%E0%A4%A")
     assert drawn(browser) == times() and browser.console() == []
 
@@ -233,6 +258,15 @@ def test_the_keyboard_reaches_the_filters(browser: Browser, page: Path) -> None:
     for kind in ("keyDown", "keyUp"):
         browser.cdp("Input.dispatchKeyEvent", type=kind, key="Escape", code="Escape", windowsVirtualKeyCode=27)
     assert browser.run("return [document.querySelector('.filter[open]') === null, document.activeElement.tagName]") == [True, "SUMMARY"]
+    browser.run(
+        "document.querySelector('.filter[data-dim=kernel]').open = true; document.querySelector('.filter[data-dim=kernel] button').focus()"
+    )
+    for kind in ("keyDown", "keyUp"):
+        browser.cdp("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+    assert browser.run("return document.querySelector('.filter[open]') === null"), "a menu that the keyboard leaves covers nothing"
+    settle(browser, "klab.state.set('chip', 'h200'); document.querySelector('#filters .clear').focus()")
+    settle(browser, "document.activeElement.click()")
+    assert browser.run("return document.activeElement.closest('.filter').dataset.dim") == "chip", "the focus is not lost with the button"
     labels = browser.run("return [...document.querySelectorAll('.plot[role=img]')].map(p => p.ariaLabel)")
     assert labels[:2] == ["Time of every row. The words of the whole.", "Map. All of it."] and len(labels) == 5
 

@@ -143,6 +143,8 @@ def test_few_problems_have_a_mean_without_an_interval() -> None:
     assert finding([every, one], [0.5], "A", "B", "time", "both have") == "B takes 0.500× of A's time on the one problem that both have."
     four = finding(means(["a", "a", "b", "b"], [0.5, 0.5, 2.0, 2.0]), [0.5, 0.5, 2.0, 2.0], "A", "B", "time", "both have")
     assert "too few for an interval" in four and "B takes more on 2 of 4" in four and "Lowest in a (0.500×, 2 problems)" in four
+    even = finding(means(["a", "b"], [0.5, 0.5]), [0.5, 0.5], "A", "B", "time", "both have")
+    assert "Lowest" not in even, "no order where the numbers show none"
     level = [0.9, 1.1, 1.0, 0.95, 1.05, 1.02]
     assert "neither is shown to be ahead" in finding(means(["a"] * 6, level), level, "A", "B", "time", "both have")
     assert finding([], [], "A", "B", "time", "both have").startswith("No problem")
@@ -182,7 +184,7 @@ def test_measured_and_published_never_meet() -> None:
     found = story([*rows, *theirs])
     (figure,) = chips.figures(found, standing(found))
     assert figure.variant == "B200 over H200: time, reference" and figure.caption.startswith("B200 takes 0.600× ")
-    assert "are published for both" in figure.caption and "times without an interval" in figure.caption
+    assert "others published for both" in figure.caption and "times without an interval" in figure.caption
     assert figure.table is not None and figure.table["low"].isna().all(), "published means have no interval"
     json.dumps(figure.traces, allow_nan=False)
 
@@ -211,6 +213,11 @@ def test_times_with_the_cache_in_another_state_never_meet() -> None:
     assert figure.empty and "measured b200: 6, measured h200: 6" in figure.caption and "in the same state" in figure.caption
     slow = story([*cold, *(other(in_state(row, "cold", 1.0, sm_clock_mhz=900), "b200", 0.5) for row in cold)])
     assert chips.figures(slow, standing(slow))[0].empty, "one of them at a clock that was set"
+    later = {"recorded_at": "2026-11-21T00:00:00Z", "sm_clock_mhz": 900.0}
+    set_too = [dataclasses.replace(in_state(row, "cold", 1.9, sm_clock_mhz=900), **later) for row in cold]
+    free = story([*cold, *set_too, *(other(row, "b200", 0.5) for row in cold)])
+    (figure,) = chips.figures(free, standing(free))
+    assert figure.caption.startswith("B200 takes 0.500× "), "the choice is that of the device as it is"
 
 
 def test_of_a_choice_measured_twice_the_newest_counts() -> None:

@@ -229,6 +229,9 @@ def test_sides_by_name(rows: list[Result], tmp_path: Path) -> None:
     assert names("H200", "b200") == [(Kind.CHIP, "h200"), (Kind.CHIP, "b200")]
     assert names("0123", "FEDCBA") == [(Kind.COMMIT, "0123456789ab"), (Kind.COMMIT, "fedcba987654")]
     folder = stored(tmp_path / "other", rows[:5])
+    theirs = dataclasses.replace(rows[-1], run_id="night-a1", chip="h200", environment={"commit": "0123456789abcdef"})
+    for a, b in (("night-a1", "night-b0"), ("h200", "b200"), ("0123", "fedc")):
+        assert theirs not in pick(lambda: [*rows, theirs], a, b)[0].rows, "what others published is on no side"
     one, two = pick(lambda: rows, str(folder), "night-a1")
     assert (one.kind, len(one.rows), two.kind) == (Kind.RESULTS, 5, Kind.RUN) and one.name == str(folder.resolve())
     assert all(row.kind == "measured" for row in (*one.rows, *two.rows)) and "2026-11-10" in one.title
@@ -317,9 +320,12 @@ def test_names_stay_text() -> None:
 def test_one_row_without_an_interval_and_one_without_a_time() -> None:
     bare = made(Matmul(1, 64, 64), samples_us=(10.0,), ci_low_us=None, ci_high_us=None)
     check = made(Matmul(2, 64, 64), samples_us=(), median_us=None, ci_low_us=None, ci_high_us=None, marked=())
+    strange = dataclasses.replace(bare, median_us=math.nan, energy_j=math.nan, recorded_at="2026-12-01T00:00:00Z")
+    (pair,) = judge([bare, strange], [bare]).pairs
+    assert pair.a == bare and pair.energy is None, "what is no number is no value to show"
     found, page = render(side([bare, check], name="a"), side([bare, check], name="b"))
     assert found.answer is Answer.CANNOT_TELL and len(found.lines) == 1 and "cannot tell" in page
-    with pytest.raises(UsageError, match="1 measured results of 1 problems in A"):
+    with pytest.raises(UsageError, match="1 measured result of 1 problem on h200 in A"):
         render(side([bare], name="a"), side([check], name="b"))
 
 

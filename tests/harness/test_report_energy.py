@@ -204,3 +204,21 @@ def test_a_filter_draws_the_front_of_what_it_leaves(tmp_path: Path) -> None:
     assert seen[1][2] == (
         "Of what the filter leaves (3 marks) nothing beats 3. Least time: quick, 100 µs and 2 J. Least energy: thrifty, 110 µs and 1.6 J."
     )
+
+
+def test_the_front_is_drawn_whole_however_many_are_faster() -> None:
+    rows = [metered(1, "a", 10.0 + n, 2.0, config={"n": n}, key=f"{n}") for n in range(100)]
+    rows += [metered(1, "b", 500.0, 1.0, key="thrifty"), metered(1, "b", 600.0, 1.5, config={"n": 1}, key="slow")]
+    (panel,) = energy.figures(told(rows), frame_of(rows))[1:]
+    assert panel.caption.startswith("b uses 50%") and "80 drawn are those on the line and the fastest; 22 are left out" in panel.caption
+    assert panel.table is not None and panel.table["median_us"].tolist() == [*(10.0 + n for n in range(79)), 500.0]
+    assert panel.traces[0]["x"] == [10.0, 500.0] and panel.traces[0]["y"] == [2.0, 1.0]
+
+
+def test_ends_that_are_zero_bound_no_price() -> None:
+    rows = [metered(1, "fast", 100.0, 2.0, ci_low_us=0.0, ci_high_us=0.0, energy_ci_low_j=0.0, energy_ci_high_j=0.0)]
+    rows.append(metered(1, "other", 110.0, 1.0))
+    overview, panel = energy.figures(told(rows), frame_of(rows))
+    accepted(overview)
+    accepted(panel)
+    assert "nan" not in f"{overview.caption} {panel.caption}".lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,22 +11,25 @@ from typing import Any
 
 import pytest
 from browser import Browser, missing
-from made_results import contest, made
+from made_results import CONFIGS, contest, made
 from test_report_strip import NASTY, A, B, row, story
 
 from klab.harness.catalog import find_chip, find_model
+from klab.harness.choose.choose import choose
 from klab.harness.choose.profile import Wanted
 from klab.harness.cli._options import scenario_of
 from klab.harness.plan import Plan, Scenario, plan
 from klab.harness.plan.scenario import scenario_for
 from klab.harness.report import places
 from klab.harness.report.html import el
+from klab.harness.report.limits import limits_of
 from klab.harness.report.payload import compact
 from klab.harness.report.sections import evidence, winners
 from klab.harness.report.sections.evidence import MOST_BYTES, payload, thinned
 from klab.harness.report.sections.facts import again
 from klab.harness.report.shell import document, plotly_js
-from klab.harness.report.subject import Occurrence, Story
+from klab.harness.report.subject import Occurrence, Story, tell
+from klab.harness.store.result import Result
 from klab.kernels.decode_attention.problem import DecodeAttention
 from klab.kernels.matmul.problem import Matmul
 
@@ -119,7 +123,7 @@ def test_the_command_that_measures_again() -> None:
     ],
 )
 def test_the_command_plans_the_very_problem(model: str, scenario: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every row of a plan: its command, read as the command line does, has the problem in its phase (split, narrow and long ones too)."""
+    """Of every row of a plan: its command, read as the command line does, has the problem in its phase."""
     monkeypatch.setenv("KLAB_CACHE", str(tmp_path))
     monkeypatch.setattr(places, "load_models", lambda: (find_model(model),))
     chip = find_chip("h200")
@@ -131,8 +135,8 @@ def test_the_command_plans_the_very_problem(model: str, scenario: dict[str, Any]
     for one in winners.winners(told):
         _, command = again(told, one)
         words = command.split()
-        options = {name: value for name, value in zip(words, words[1:], strict=False) if name.startswith("--")}
-        with_ = [value for name, value in zip(words, words[1:], strict=False) if name == "--with"]
+        options = {name: value for name, value in itertools.pairwise(words) if name.startswith("--")}
+        with_ = [value for name, value in itertools.pairwise(words) if name == "--with"]
         if command not in plans:
             fields = scenario_of(
                 int(options["--isl"]),
@@ -205,4 +209,43 @@ def test_a_row_opens_its_evidence_and_its_configuration_is_copied(browser: Brows
     browser.run(f"document.querySelector('[data-evidence={other}] button.evidence').click()")
     assert browser.run("return document.querySelectorAll('.panel').length") == 1 and NASTY in browser.run(f"return {panel}.textContent")
     assert browser.run("return document.querySelectorAll('.panel img, .panel script').length") == 0
+    browser.open(page, at=f"?open={identity}", everything=False)
+    assert browser.run(f"return klab.ready.then(() => {panel}.querySelectorAll('.main-svg').length)") >= 3, (
+        "a link to an open row draws too"
+    )
     assert browser.console() == []
+
+
+def test_all_columns_fit_a_screen_of_1280_and_what_is_not_known_sorts_last(browser: Browser, tmp_path: Path) -> None:
+    def metered(one: Result) -> Result:
+        return dataclasses.replace(
+            one, chip="b200", energy_j=0.0123, energy_ci_low_j=0.0121, energy_ci_high_j=0.0125, power_w=612.0, energy_reason="counter"
+        )
+
+    rows = [one for one in contest() if one.status == "ok"] + [metered(one) for one in contest(seed=1) if one.status == "ok"]
+    told = tell(
+        rows,
+        lambda chip, found: choose(found, None, chip=chip, defaults=lambda one: CONFIGS[one.backend][-1]),
+        limits_of,
+    )
+    page = tmp_path / "page.html"
+    content = el("main", winners.section(told))
+    page.write_text(document("t", content, drawing="", styles=("page.css", "winners.css")), encoding="utf-8")
+    browser.open(page, width=1280)
+    table = "document.getElementById('winners')"
+    heads = browser.run(f"return [...{table}.tHead.rows[0].cells].map(one => one.textContent)")
+    assert heads == [
+        "Problem", "Chip", "Kernel and configuration", "Time", "Against library", "Of roofline", "Speed", "Against default",
+        "Nearest rival", "Energy per call", "Error",
+    ]  # fmt: skip
+    assert browser.run(f"const wide = {table}.closest('.wide'); return wide.scrollWidth - wide.clientWidth") <= 0
+    assert browser.run("return document.documentElement.scrollWidth") == 1280
+    for _ in range(2):
+        browser.run(f"{table}.tHead.querySelectorAll('button')[{heads.index('Energy per call')}].click()")
+        shown = browser.run(f"return [...{table}.tBodies[0].rows].map(one => one.cells[{heads.index('Energy per call')}].textContent)")
+        having = ["mJ" in text or " J" in text or "µJ" in text for text in shown]
+        assert having == sorted(having, reverse=True) and 0 < sum(having) < len(having), shown
+    browser.run(f"{table}.tHead.querySelectorAll('button')[{heads.index('Time')}].click()")
+    medians = [one.choice.evidence.median_us for one in winners.winners(told)]
+    shown = browser.run(f"return [...{table}.tBodies[0].rows].map(one => Number(one.cells[{heads.index('Time')}].dataset.sort))")
+    assert shown == sorted(medians) and min(medians) < 1000 < max(medians), "microseconds and milliseconds in one order"

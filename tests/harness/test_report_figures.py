@@ -18,7 +18,7 @@ from klab.harness.choose.decide import decide
 from klab.harness.report import shell
 from klab.harness.report.figures.energy_price import ENERGY
 from klab.harness.report.figures.front import TIME, front
-from klab.harness.report.figures.style import DASHES, PALETTE, Figure, colours, digits, distinct, log_axis, looks, plain, short
+from klab.harness.report.figures.style import DASHES, PALETTE, Figure, colours, digits, distinct, grouped, log_axis, looks, plain, short
 from klab.harness.report.frames import standing
 from klab.harness.report.limits import Limits, bound, limits_of, share_of_bound
 from klab.harness.report.subject import Story, tell
@@ -198,6 +198,21 @@ def test_the_page_computes_the_same_front() -> None:
         large = [row for row, size in zip(case["shown"], points["marker"]["size"], strict=True) if size == 11]
         assert large == [case["shown"][n] for n in found.unbeaten]
         assert f"nothing beats {len(found.unbeaten)}." in told_by_page["caption"] and on["kernel"].iloc[0] in told_by_page["caption"]
+
+
+def test_a_long_name_does_not_fill_the_caption() -> None:
+    marks = _marks(1).assign(kernel="<b>" * 100, config="c" * 300)
+    ways = [[way.median, way.low, way.high, way.name, way.unit] for way in (TIME, ENERGY)]
+    (some,) = script_front([{"figure": {"data": [{"meta": {"front": ways}}], "table": table_json(marks)}, "shown": [0, 1, 2, 3]}])
+    assert "<b>" * 32 + "<..." in some["caption"] and len(some["caption"]) < 450
+
+
+def test_rows_are_grouped_in_order() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"kernel": ["b", "A", "a", "b"], "origin": ["measured"] * 3 + ["reference"]})
+    found = {key: [row.Index for row in rows] for key, rows in grouped(frame.itertuples(), "kernel", "origin").items()}
+    assert found == {("A", "measured"): [1], ("a", "measured"): [2], ("b", "measured"): [0], ("b", "reference"): [3]}
+    assert list(found) == [key for key, _ in frame.groupby(["kernel", "origin"])]
 
 
 def test_the_page_says_when_nothing_measured_is_left() -> None:

@@ -35,6 +35,7 @@ from klab.harness.store.result import Result, Status
 from klab.harness.watch.history import History
 from klab.kernels.contract import Problem, canonical_json
 from klab.kernels.decode_attention.problem import DecodeAttention
+from klab.kernels.discover import discover
 from klab.kernels.errors import UsageError
 from klab.kernels.matmul.problem import Matmul
 
@@ -130,6 +131,7 @@ def test_a_large_store_is_told_as_a_small_one(seed: int, tmp_path: Path) -> None
         assert [row.key for row in one.reference] == [row.key for row in other.reference]
     assert small.statuses == large.statuses and small.newest_run == large.newest_run
     assert texts(small.before) == texts(large.before)
+    assert small.failed_before == large.failed_before
     assert len(small.reading) + 1 == len(large.reading), "what was passed over, and that the store is large"
 
 
@@ -146,6 +148,26 @@ def test_a_plan_and_chips_narrow_a_large_store_too(tmp_path: Path) -> None:
     assert {row.key for row in large.rows} == {row.key for row in small.rows}
     empty = gather([tmp_path], Request(chips=("b200",), limits=unknown), large_bytes=0)
     assert [one.chip for one in empty.subjects] == ["b200"] and not empty.subjects[0].rows and not empty.newest_run
+
+
+def test_a_choice_of_a_large_store_is_compared_with_its_default_however_slow(tmp_path: Path) -> None:
+    """What a choice gains over its kernel's default is told also where the default is far behind what competes."""
+    pytest.importorskip("duckdb")
+    catalogue, problem = discover(), Matmul(64, 256, 256)
+    kernel = catalogue.kernels["matmul/triton_tiled"]
+    default = kernel.default(problem, find_chip("h200")).to_json_full()
+    times = {50.0: 2 * default["block_m"], 400.0: default["block_m"], 320.0: 4 * default["block_m"]}
+    with Journal(tmp_path, "run") as journal:
+        journal.append(made(problem, "torch", level_us=300.0))
+        for n, (us, block) in enumerate(times.items()):
+            config = default | {"block_m": block}
+            row = made(problem, "triton_tiled", config=dict(reversed(config.items())), level_us=us, run_id=f"run-{n}")
+            journal.append(dataclasses.replace(row, source_digest=kernel.source_digest))
+    (small,), (large,) = (gather([tmp_path], Request(catalogue=catalogue), large_bytes=size).subjects for size in (1 << 30, 0))
+    assert small.profile.to_text() == large.profile.to_text()
+    told = large.profile.choices[0].evidence.default
+    assert told is not None and told.config == default and told.ratio == pytest.approx(8, rel=0.05)
+    assert default in [row.config for row in large.rows], "the default's row is on the page, with its samples"
 
 
 def test_what_does_not_fit_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

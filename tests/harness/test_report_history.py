@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 import statistics
 
 import pytest
@@ -82,6 +83,9 @@ def test_a_change_too_late_for_its_size_is_told_without_an_interval(planted: int
     assert not held or row["change_low_percent"] < 6.0 < row["change_high_percent"]
     assert planted != 3 or row["change_percent"] == pytest.approx(4.5, abs=0.4), "what an interval around it would deny"
     assert "No change was found" in quiet.caption
+    (found,) = re.findall(r"The level is ([\d.]+) µs \(95% interval ([\d.]+) to ([\d.]+) µs\)", quiet.caption)
+    level, low, high = map(float, found)
+    assert low <= level <= high, "rounding takes the level out of its interval nowhere"
 
 
 def test_the_interval_of_a_level_holds() -> None:
@@ -126,7 +130,7 @@ def test_marks_of_a_map_stand_for_the_series_of_their_row() -> None:
     absent = first.traces[2]
     assert absent["meta"]["rows"] == [len(first.table) - 1] and math.isnan(first.table["judged"].iloc[-1])
     assert ["95% interval +" in one.caption for one in several[:3]] == [False, False, False], "a change of three nights has none"
-    assert "The last night says broken: incorrect: error 0.3 above" in first.caption and first.caption.startswith("The level was 40")
+    assert "The last night says broken: incorrect: error 0.3 above" in first.caption and first.caption.startswith("The level was 39.97 µs")
 
 
 def test_a_new_epoch_is_told_apart_from_a_change() -> None:

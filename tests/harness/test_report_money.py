@@ -261,7 +261,8 @@ def test_the_page_draws_the_same_and_follows_the_slider(tmp_path: Path) -> None:
         assert "at $9.00)" in browser.run(again)["caption"], "no price beyond the slider's end"
         assert browser.run("return document.querySelector('output').value") == "9.00"
         browser.run(
-            "const s = document.querySelector('[data-state=\"price.a\"]'); s.value = '3.6'; s.dispatchEvent(new Event('input', {bubbles: true}))"
+            "const s = document.querySelector('[data-state=\"price.a\"]'); s.value = '3.6';"
+            "s.dispatchEvent(new Event('input', {bubbles: true}))"
         )
         assert browser.run("return klab.state.get('price.a')") is None, "at its own value it is not in the address"
         assert browser.console() == []

@@ -92,7 +92,7 @@ def test_the_figure_of_published_rows_says_so(tmp_path: Path) -> None:
     rows = published(["h200", "b200"], {}, own, root=tables(tmp_path)).rows
     story = tell([*own, *rows], lambda chip, found: decide(found, None, chip), limits_of)
     (figure,) = chips.figures(story, standing(story))
-    assert figure.caption.startswith("B200 takes 0.550× of H200's time: the geometric mean over 4 problems that are published for both")
+    assert figure.caption.startswith("B200 takes 0.550× of H200's time: the geometric mean over 4 problems that others published for both")
     assert "Rests on published rows alone" in figure.caption and figure.variant.endswith("reference")
     alone = tell(rows, lambda chip, found: decide(found, None, chip), limits_of)
     (same,) = chips.figures(alone, standing(alone))

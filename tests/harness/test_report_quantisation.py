@@ -86,3 +86,12 @@ def test_every_chip_and_problem_has_its_turn() -> None:
     figures = quantisation.figures(told(rows), frame_of(rows))
     assert len(figures) == quantisation.PANELS and figures[0].variant.startswith("cpu") and "24 of 31 problems" in figures[0].caption
     assert len({figure.variant for figure in figures}) == len({figure.identity for figure in figures}) == quantisation.PANELS
+
+
+def test_ends_and_times_that_are_zero_bound_no_saving() -> None:
+    rows = [timed(WIDE, 100.0), dataclasses.replace(ROWS[1], ci_low_us=0.0), narrow(INT4, 40.0, 1e300)]
+    (figure,) = quantisation.figures(told(rows), frame_of(rows))
+    assert f"as fast ({99 / 60.6:.3f} to ∞) at 3.0% error" in figure.caption and len(figure.caption) < 1000
+    frame = frame_of(rows)
+    frame.loc[frame["median_us"] == 60.0, "median_us"] = 0.0
+    assert len(quantisation.data(frame)) == 2, "no launch takes no time"

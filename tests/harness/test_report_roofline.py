@@ -123,3 +123,19 @@ def test_without_limits_or_rows() -> None:
     assert all("<b>&" not in one for trace in figure.traces for cells in trace.get("customdata", []) for one in cells)
     accepted(figure)
     filterable(figure)
+
+
+def test_an_interval_that_reaches_zero_bounds_nothing() -> None:
+    rows = [made(Matmul(1, 4096, 4096), median_us=20.0, ci_low_us=0.0, ci_high_us=1e300)]
+    (figure,) = roofline.figures(told(rows), frame_of(rows))
+    bound_us = rows[0].bytes_moved / 4800e9 * 1e6
+    assert f"at {100 * bound_us / 20:.1f}% (0.0% to ∞%) of it" in figure.caption
+    assert "on 0 of 1 problem (0 to 1 within the 95% intervals)" in figure.caption
+
+
+def test_both_shares_are_of_their_own_clock() -> None:
+    (large,) = roofline.data(frame_of([made(Matmul(8192, 8192, 8192), level_us=1500.0, sm_clock_mhz=1500.0)])).itertuples()
+    bound_us = 2 * 8192**3 / 989e12 * 1e6
+    assert H200.chip is not None
+    assert large.of_roofline_percent == pytest.approx(100 * bound_us / large.median_us, rel=1e-3)
+    assert large.at_measured_clock_percent == pytest.approx(large.of_roofline_percent * H200.chip.spec_clock_mhz / 1500.0)

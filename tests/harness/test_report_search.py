@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,9 @@ from made_results import failed, made
 from klab.harness.choose.decide import decide
 from klab.harness.choose.profile import Profile
 from klab.harness.plan.trial import Policy
-from klab.harness.report.figures import search, search_failures, search_importance, search_progress
+from klab.harness.report.figures import search, search_progress
 from klab.harness.report.figures.search_journals import journals
 from klab.harness.report.figures.search_spaces import Space, parameters, spaces
-from klab.harness.report.figures.search_trees import one_way, shares
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
 from klab.harness.report.limits import Limits
@@ -145,120 +143,15 @@ def test_the_richest_spaces_are_drawn() -> None:
     assert len({space.name for space in found}) == 12, "each has a name of its own in the menu"
 
 
-# Which parameters matter.
-
-
-def variance_shares(codes: np.ndarray, y: np.ndarray) -> list[float]:
-    """The exact answer on a complete grid, by definition: every interaction's variance divided equally among its parameters."""
-    width = codes.shape[1]
-    effect: dict[tuple[int, ...], np.ndarray] = {(): np.full(len(y), y.mean())}
-    shares = [0.0] * width
-    for size in range(1, width + 1):
-        for names in itertools.combinations(range(width), size):
-            keys = [tuple(row) for row in codes[:, names]]
-            means = {key: np.mean([value for value, other in zip(y, keys, strict=True) if other == key]) for key in set(keys)}
-            whole = np.array([means[key] for key in keys])
-            effect[names] = whole - sum(part for other, part in effect.items() if set(other) < set(names))
-            for name in names:
-                shares[name] += float((effect[names] ** 2).mean()) / size / float(y.var())
-    return shares
-
-
-def complete(*levels: int) -> np.ndarray:
-    return np.array(list(itertools.product(*map(range, levels))))
-
-
-KNOWN: dict[str, tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]] = {
-    "additive": (complete(4, 4, 3, 5), lambda c: c[:, 0] + np.array([0, 1, -1, 0.5])[c[:, 1]] + 0.2 * c[:, 2]),
-    "interacting": (complete(4, 5, 3, 2), lambda c: (c[:, 0] - 1.5) * (c[:, 1] - 2.0) + 0.3 * c[:, 2]),
-    "exclusive or": (complete(2, 2, 4, 5, 3), lambda c: 1.0 * (c[:, 0] ^ c[:, 1])),
-    "one level of many": (complete(8, 6, 4), lambda c: 3.0 * (c[:, 0] == 5) + 0.5 * c[:, 2]),
-}
-
-
-@pytest.mark.parametrize("name", KNOWN)
-def test_shares_of_known_spaces(name: str) -> None:
-    codes, function = KNOWN[name]
-    y = function(codes).astype(float)
-    exact = variance_shares(codes, y)
-    assert sum(exact) == pytest.approx(1.0)
-    for ordered in (True, False):
-        found = shares(codes, y, [ordered] * codes.shape[1])
-        assert found is not None
-        # What an interaction's parts are credited with depends on which is split first: their sum does not.
-        room = 0.25 if name == "exclusive or" else 0.1
-        assert (found.share < np.array(exact) + room).all(), (name, ordered)
-        assert (found.share > np.array(exact) - room - found.unexplained[0]).all(), "what is missing is told as not explained"
-        assert (found.low <= found.share).all() and (found.share <= found.high).all()
-        unused = [n for n, share in enumerate(exact) if share < 1e-9]
-        assert (found.share[unused] < 0.03).all() and (found.low[unused] <= 0.01).all()
-        assert found.unexplained[0] == pytest.approx(1 - found.share.sum()) and found.unexplained[0] < (0.3 if ordered else 0.7)
-        assert [found.alone[n] < 0.02 for n in (0, 1)] == [name in ("interacting", "exclusive or")] * 2 or name == "one level of many"
-
-
-def test_alone_is_a_one_way_analysis() -> None:
-    """Against the textbook's F: epsilon squared is (F - 1) times the degrees of freedom between, over the total in units of the error."""
-    rng = np.random.default_rng(3)
-    codes = rng.integers(0, 5, 80)
-    y = 0.7 * codes + rng.normal(size=80)
-    groups = [y[codes == level] for level in range(5)]
-    error = sum(((g - g.mean()) ** 2).sum() for g in groups) / 75
-    f = sum(len(g) * (g.mean() - y.mean()) ** 2 for g in groups) / 4 / error
-    expected = (f - 1) * 4 * error / ((y - y.mean()) ** 2).sum()
-    assert one_way(codes, y) == pytest.approx(expected, rel=1e-9)
-    assert one_way(np.arange(80), y) == 0.0, "a value of its own for everybody explains nothing"
-    assert one_way(np.zeros(80, dtype=int), y) == 0.0
-
-
-def test_noise_is_nobodys() -> None:
-    """Parameters of many values explain nothing of noise, where a share without a correction would be large."""
-    rng = np.random.default_rng(0)
-    codes = np.stack([rng.integers(0, k, 150) for k in (2, 8, 30, 100)], axis=1)
-    y = rng.normal(size=150)
-    found = shares(codes, y, [True] * 4)
-    assert found is not None and (found.share < 0.08).all() and (found.low <= 0).all() and found.unexplained[2] > 0.9
-    raw = np.bincount(codes[:, 3], (y - y.mean())) ** 2 / np.maximum(np.bincount(codes[:, 3]), 1)
-    assert raw.sum() / ((y - y.mean()) ** 2).sum() > 0.5 and found.alone[3] < 0.2
-
-
-def test_an_incomplete_grid_whose_parameters_go_together() -> None:
-    """b has no effect and is tried high where a is high: alone it seems to explain much, beside a it does not."""
-    rng = np.random.default_rng(5)
-    a = rng.integers(0, 6, 300)
-    b = np.clip(a + rng.integers(-1, 2, 300), 0, 5)
-    c = rng.integers(0, 4, 300)
-    y = 1.0 * a + 0.5 * c
-    found = shares(np.stack([a, b, c], axis=1), y, [True] * 3)
-    assert found is not None
-    assert found.alone[1] > 0.6 and found.share[1] < 0.5 * found.alone[1] and found.share[0] > 2 * found.share[1]
-    assert found.share[2] == pytest.approx((0.25 * c.var()) / y.var(), abs=0.05)
-
-
-def test_shares_are_the_same_again_and_refuse_too_little() -> None:
-    codes, function = KNOWN["additive"]
-    y = function(codes)
-    first, second = shares(codes, y, [True] * 4), shares(codes, y, [True] * 4)
-    assert first is not None and second is not None and (first.share == second.share).all() and (first.low == second.low).all()
-    part = shares(codes, y, [True] * 4, most=100)
-    assert part is not None and part.configurations == 100
-    assert shares(codes[:7], y[:7], [True] * 4) is None and shares(codes, np.ones(len(y)), [True] * 4) is None
-
-
-def test_importance_of_a_space() -> None:
-    points = grid(block=(16, 32, 64, 128), warps=(2, 4, 8), stages=(1, 2, 3), vector=("a", "b"), group=(8,))
-    rows = rows_of(points, lambda p: Status.OUT_OF_MEMORY if p["stages"] == 3 else p["block"] * (1 if p["warps"] < 8 else 1.5))
-    space = one_space(rows)
-    table = search_importance.data(space)
-    assert table["parameter"].tolist()[:2] == ["block", "warps"] and table["parameter"].iloc[-1] == "not explained"
-    assert "group" not in set(table["parameter"]), "it never varied"
-    logs = np.log([p["block"] * (1 if p["warps"] < 8 else 1.5) for p in points if p["stages"] < 3])
-    part = np.var(np.log([16, 32, 64, 128])) / logs.var()
-    assert table["share_percent"].iloc[0] == pytest.approx(100 * part, abs=6)
-    assert (table["low_percent"] <= table["share_percent"]).all() and table["configurations"].iloc[0] == 48
-    figure = search_importance.draw(space, table, "i")
-    assert figure is not None and figure.table is table and figure.caption.startswith("block explains 9")
-    assert "vector" in figure.caption and "hardly matter" in figure.caption
-    assert [trace["meta"]["rows"] for trace in figure.traces] == [list(range(len(table))), list(range(len(table) - 1))]
+def test_times_and_ends_of_zero_are_no_times() -> None:
+    points = grid(a=(1, 2, 3), b=(1, 2))
+    rows = rows_of(points, lambda p: 10.0 * p["a"])
+    rows[0] = dataclasses.replace(rows[0], ci_low_us=0.0)
+    rows[-1] = dataclasses.replace(rows[-1], median_us=0.0)
+    assert len(one_space(rows).tried) == 5
+    library = rows_of([{}], lambda p: 20.0, "torch")
+    figures = drawn([*rows, *library])
+    assert any("as fast as the best library" in one.caption and "to ∞×)" in one.caption for one in figures)
 
 
 # The landscape.
@@ -326,63 +219,6 @@ def test_the_default_is_held_against_the_best() -> None:
     assert f"the default {74 / 14:.3f}× ({74 * 0.99 / (14 * 1.01):.3f}× to {74 * 1.01 / (14 * 0.99):.3f}×) as long" in landscape.caption
     assert any("default configuration" in trace["name"] for trace in progress.traces)
     assert f"{74 / 14:.3f}× ({74 * 0.99 / (14 * 1.01):.3f}×" in progress.caption
-
-
-# What failed.
-
-
-def test_the_condition_that_separates_is_found() -> None:
-    points = grid(block=(16, 32, 64, 128, 256), warps=(2, 4, 8), stages=(1, 2, 3, 4))
-    space = one_space(rows_of(points, lambda p: Status.OUT_OF_MEMORY if p["block"] >= 128 and p["stages"] > 1 else 5.0 + p["warps"]))
-    found = search_failures.condition(space)
-    assert found is not None and found.words == "block at least 128" and found.inside == (18, 24) and found.outside == (0, 36)
-    assert found.caught == 1.0 and found.chance < 1e-6
-    table = search_failures.data(space)
-    counted = {(row.parameter, row.value): (row.failed, row.tried) for row in table.itertuples()}
-    assert table["parameter"].iloc[0] == "block" and counted[("block", "128")] == (9, 12) and counted[("stages", "2")] == (6, 15)
-    assert ("block", "64") not in counted and set(table["status"]) == {"out_of_memory"}
-    figure = search_failures.draw(space, table, "f")
-    assert figure is not None and "18 of 60 configurations failed (30%" in figure.caption
-    assert "block at least 128: 18 of 24 fail with it" in figure.caption and "because out_of_memory" in figure.caption
-
-
-def test_a_single_value_is_a_condition_too() -> None:
-    points = grid(kind=("a", "b", "c"), n=tuple(range(12)))
-    space = one_space(rows_of(points, lambda p: Status.INCORRECT if p["kind"] == "b" else 1.0))
-    found = search_failures.condition(space)
-    assert found is not None and found.words == "kind = b" and found.inside == (12, 12) and found.outside == (0, 24)
-
-
-def test_failures_by_chance_have_no_condition() -> None:
-    rng = random.Random(2)
-    points = grid(a=range(6), b=range(6), c=range(3))
-    space = one_space(rows_of(points, lambda p: Status.TIMEOUT if rng.random() < 0.1 else 2.0))
-    assert search_failures.condition(space) is None
-    figure = search_failures.draw(space, search_failures.data(space), "f")
-    assert figure is not None and "more than chance would" in figure.caption
-
-
-def test_the_chance_of_a_condition_is_fishers() -> None:
-    for held, size, bad, total in ((18, 24, 18, 60), (3, 10, 9, 40), (0, 5, 4, 30), (1, 1, 2, 9)):
-        ways = [math.comb(bad, k) * math.comb(total - bad, size - k) for k in range(held, min(size, bad) + 1)]
-        assert search_failures.at_least(held, size, bad, total) == pytest.approx(sum(ways) / math.comb(total, size), rel=1e-9)
-
-
-def test_intervals_of_shares() -> None:
-    """Against Newcombe's worked example of Wilson's interval: 81 of 263, and 0 of 20."""
-    assert search_failures.proportion(81, 263) == pytest.approx((0.2553, 0.3662), abs=2e-4)
-    assert search_failures.proportion(0, 20) == pytest.approx((0.0, 0.1611), abs=2e-4)
-
-
-def test_all_failed_or_none() -> None:
-    points = grid(a=(1, 2, 3), b=(1, 2))
-    landscape, broken, *rest = drawn(rows_of(points, lambda p: Status.COMPILE_ERROR))
-    assert not rest, "no time: no parameter matters, and there is no best so far"
-    assert "6 configurations were tried and 6 failed. None gave a checked time." in landscape.caption
-    assert "6 of 6 configurations failed" in broken.caption and "separated" not in broken.caption
-    fine = drawn(rows_of(points, lambda p: 3.0))
-    assert [figure.title for figure in fine] == [search.TITLE, search_progress.TITLE]
-    assert "none failed" in fine[0].caption
 
 
 # How fast the best was found.

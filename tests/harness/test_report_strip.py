@@ -13,7 +13,9 @@ from made_results import contest, failed, made, problems
 from klab.harness.choose.decide import decide
 from klab.harness.choose.profile import Profile, StepTime, Use
 from klab.harness.report.gain import gain_of, geometric_mean, headroom_of, step_gain, step_time
+from klab.harness.report.gather import story_of
 from klab.harness.report.limits import Limits, bound, limits_of
+from klab.harness.report.request import Request
 from klab.harness.report.sections import changes, strip
 from klab.harness.report.sections.changes import changes_of, summary
 from klab.harness.report.sections.sentences import Sentence, sentences
@@ -76,6 +78,11 @@ def test_an_interval_that_holds_one_is_a_tie_and_an_own_kernel_alone_is_no_win()
     gain = gain_of(story([*rows, alone]).subjects[0])
     assert (gain.won, gain.tied, gain.lost, gain.alone, gain.problems) == (0, 1, 0, 1, 1)
     assert "tie 1 and lose 0; 1 more has no library to compare with." in texts(story([*rows, alone]))[0]
+    metered = dataclasses.replace(rows[0], energy_j=0.001, energy_ci_low_j=0.00099, energy_ci_high_j=0.00101)
+    costly = dataclasses.replace(rows[1], energy_j=0.002, energy_ci_low_j=0.00199, energy_ci_high_j=0.00201)
+    subject = story([metered, costly]).subjects[0]
+    gain = gain_of(subject)
+    assert not subject.profile.choices[0].library and (gain.won, gain.tied, gain.lost) == (0, 1, 0), "chosen for its energy"
 
 
 def test_the_geometric_mean_of_a_contest() -> None:
@@ -121,6 +128,7 @@ def test_steps_add_launches_and_compare_only_what_is_measured() -> None:
     lacking = dataclasses.replace(subject, profile=dataclasses.replace(profile, steps=(dataclasses.replace(step, open=2),)))
     text = texts(dataclasses.replace(whole, subjects=(lacking,)))[1]
     assert "is not known: 2 problems of it have no choice yet." in text and "110 µs of kernel" not in text
+    assert step_gain(subject, dataclasses.replace(step, open=2)) is None
 
 
 def test_the_share_of_the_roofline_weighs_by_time() -> None:
@@ -195,11 +203,70 @@ def test_what_the_newest_run_changed() -> None:
     assert "Since the newest run (run-2)" in shown and "off by 3" in shown and "1.200×" in shown
 
 
+def again(then: list[Result], now: list[Result]) -> Story:
+    """Two runs as they are gathered from one store."""
+    return story_of([*then, *now], Request(limits=lambda chip, device: Limits(None, "not known")))
+
+
+def test_what_failed_before_does_not_fail_newly_and_what_was_fine_does() -> None:
+    """The same trial, wrong in both runs, is no news; a kernel known to fail elsewhere that fails where it had a time is."""
+    later = {"run_id": "run-2", "recorded_at": "2026-11-21T10:00:00Z"}
+    wrong = failed(A, "cuda_x", Status.INCORRECT, "off")
+    then, now = [row(A, "triton_a", 10.0), wrong], [row(A, "triton_a", 10.0, **later), dataclasses.replace(wrong, **later)]  # type: ignore[arg-type]
+    told = again(then, now)
+    assert changes_of(told, told.subjects[0]) == []
+    then = [row(A, "triton_a", 10.0), row(A, "triton_b", 12.0), failed(B, "triton_b", Status.TIMEOUT, "slow")]
+    told = again(then, [failed(A, "triton_b", Status.TIMEOUT, "slow here too", **later)])
+    found = changes_of(told, told.subjects[0])
+    assert found is not None and [(one.kind, one.problem_key, one.status) for one in found] == [("fails", A.key, "timeout")]
+    third = failed(A, "triton_b", Status.TIMEOUT, "still", run_id="run-3", recorded_at="2026-11-22T10:00:00Z")
+    told = again([*then, failed(A, "triton_b", Status.TIMEOUT, "slow here too", **later)], [third])
+    assert changes_of(told, told.subjects[0]) == [], "it was told of the run before"
+
+
+def test_choices_of_another_device_are_not_lost_ones() -> None:
+    then = [row(A, "triton_a", 10.0), row(B, "triton_a", 10.0)]
+    now = [row(A, "triton_a", 30.0, device="another", run_id="run-2", recorded_at="2026-11-21T10:00:00Z")]
+    told = again(then, now)
+    assert changes_of(told, told.subjects[0]) == []
+    assert "the choices are of another device (another; before: NVIDIA H200), so times are not compared" in texts(told)[2]
+    assert "of another device" in changes.section(told) and "lost" not in texts(told)[2]
+
+
+def test_an_interval_that_reaches_zero_is_none() -> None:
+    """Nothing is divided by it, and no sentence has an infinite figure."""
+    rows = [row(A, "triton_a", 10.0, ci_low_us=0.0), row(A, "torch", 20.0, ci_low_us=-1.0, run_id="run-0")]
+    told = story(rows, before={"h200": before(rows)}, newest_run={"h200": "run-1"})
+    assert not told.subjects[0].profile.choices and "inf" not in " ".join(texts(told)).replace("infer", "")
+    assert "no problem had or has a choice" in texts(told)[2]
+
+
+def test_an_own_kernel_whose_rows_are_light_still_loses() -> None:
+    subject = story([row(A, "torch", 10.0)]).subjects[0]
+    slow = dataclasses.replace(row(A, "triton_a", 99.0), samples_us=(), marked=())
+    assert (gain_of(subject).lost, gain_of(subject).unopposed) == (0, 1)
+    found = gain_of(dataclasses.replace(subject, light=(slow,)))
+    assert (found.lost, found.unopposed) == (1, 0)
+
+
+def test_a_chosen_kernel_that_is_slower_than_a_library_has_lost() -> None:
+    """As the winner of a final may be."""
+    subject = story([row(A, "torch", 20.0), row(A, "triton_a", 10.0)]).subjects[0]
+    choice = subject.profile.choices[0]
+    assert choice.evidence.library is not None
+    slower = dataclasses.replace(choice.evidence.library, ratio=0.97, ratio_interval=(0.96, 0.98))
+    choice = dataclasses.replace(choice, evidence=dataclasses.replace(choice.evidence, library=slower))
+    gain = gain_of(dataclasses.replace(subject, profile=dataclasses.replace(subject.profile, choices=(choice,))))
+    assert (gain.won, gain.tied, gain.lost) == (0, 0, 1) and gain.ratio == pytest.approx((0.97, 0.96, 0.98))
+
+
 def test_nothing_moved_nothing_said_and_nothing_to_compare() -> None:
     rows = [row(A, "torch", 20.0), row(A, "triton_a", 10.0)]
     same = story(rows, before={"h200": before(rows)}, newest_run={"h200": "run-2"})
     assert changes_of(same, same.subjects[0]) == []
     assert "none has another winner or a time that moved" in changes.section(same)
+    near = again(rows, [row(A, "triton_a", 10.1, run_id="run-2", recorded_at="2026-11-21T10:00:00Z")])
+    assert changes_of(near, near.subjects[0]) == [], "1% slower, and each known to 1%"
     alone = story(rows)
     assert changes_of(alone, alone.subjects[0]) is None and "a second run into the same store" in changes.section(alone)
 

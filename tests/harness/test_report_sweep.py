@@ -132,3 +132,27 @@ def test_nothing_to_see_is_no_figure_and_names_are_text() -> None:
     (figure,) = sweep.figures(told(nasty), frame_of(nasty))
     assert all("<b>" not in trace["name"] and len(trace["name"]) < 700 for trace in figure.traces) and len(figure.caption) < 900
     accepted(figure)
+
+
+def test_a_kernel_that_was_not_measured_beside_another_overtakes_nothing() -> None:
+    rows = [stop(1, "a", 10.0), stop(2, "a", 20.0), stop(4, "b", 30.0)]
+    text = sweep.finding(sweep.data(frame_of(rows), ROWS), ROWS)
+    assert "b follows a between 2 and 4, where one of them was not measured on both sides" in text and "overtakes" not in text
+
+
+def test_ends_that_are_zero_or_not_finite_bound_nothing() -> None:
+    rows = [stop(1, "a", 10.0), stop(2, "a", 20.0), stop(2, "b", 0.0)]
+    rows[0] = dataclasses.replace(rows[0], ci_low_us=0.0, ci_high_us=math.inf)
+    frame = frame_of(rows[:2])
+    assert "20.0 µs at 2: 2.000× (1.980× to ∞×) for 2× the rows m" in sweep.finding(sweep.data(frame, ROWS), ROWS)
+    timeless = frame_of([*rows[:2], stop(2, "b", 1.0)])
+    timeless.loc[timeless["kernel"] == "b", "median_us"] = 0.0
+    assert set(sweep.data(timeless, ROWS)["kernel"]) == {"a"}, "no launch takes no time"
+
+
+def test_a_change_is_sure_only_where_both_sides_are() -> None:
+    rows = [stop(1, "a", 10.0), stop(1, "b", 20.0), stop(2, "a", 20.1), stop(2, "b", 20.0), stop(4, "a", 50.0), stop(4, "b", 20.0)]
+    (change,) = sweep.changes(sweep.data(frame_of(rows), ROWS))
+    assert (change.low, change.high, change.sure) == (1, 2, False), "at 2 the intervals overlap"
+    (change,) = sweep.changes(sweep.data(frame_of([*rows[:2], *rows[4:]]), ROWS))
+    assert change.sure

@@ -93,6 +93,8 @@ def test_the_caption_tells_the_two_largest_and_the_measured_share(plan: Plan) ->
     step = figure.table[(figure.table["phase"] == "decode") & (figure.table["batch"] == 32)]
     first, second = step.sort_values("share", ascending=False).head(2).to_dict("records")
     assert figure.caption.startswith(f"{MODEL}, decode, batch 32: on h200 {100 * first['share']:.0f}% in {first['operator']}, ")
+    s = plan.scenario
+    assert figure.caption.endswith(f"As planned: one GPU, bf16, {s.isl:,} prompt and {s.osl:,} generated tokens.")
     assert f"{second['operator']} of " in figure.caption and f"measured share {100 * first['measured_share']:.0f}%" in figure.caption
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ FOREIGN = (
 WRONG = (
     {"schema": 2}, {"schema": None}, {"status": "fine"}, {"kernel": "matmul"}, {"kernel": "a/b/c"}, {"median_us": -1.0}, {"flops": -1.0},
     {"config": [1]}, {"problem": None}, {"q1_us": 1e9}, {"ci_high_us": 1e-9}, {"samples_us": [1.0, 0.0]}, {"key": None},
+    {"energy_j": -1.0}, {"energy_ci_low_j": 2.0, "energy_ci_high_j": 1.0},
 )  # fmt: skip
 
 
@@ -96,6 +98,50 @@ def test_a_row_of_a_wrong_type_is_dropped_when_it_is_read_whole(tmp_path: Path) 
     (tmp_path / "a.jsonl").write_text(text(made(Matmul(1, 64, 64)), checks="three"))
     with Index([tmp_path]) as index:
         assert everything(index) == {} and index.report.skipped[tmp_path / "a.jsonl"].first == "checks is not a whole number"
+
+
+def test_rows_of_one_second_are_told_apart_and_what_is_wrong_is_counted_once(tmp_path: Path) -> None:
+    rows = [made(Matmul(1, 64, 64), samples=[5.0] * count) for count in (6, 7)]
+    (tmp_path / "a.jsonl").write_text("".join(map(text, rows)) + text(rows[0], ci_low_us=9.0) + text(rows[0], checks="three", run_id="x"))
+    with Index([tmp_path]) as index:
+        for _ in range(2):
+            assert [len(row.samples_us) for row in everything(index).values()] in ([6, 7], [7, 6])
+            assert index.report.skipped[tmp_path / "a.jsonl"].count == 2
+
+
+def test_numbers_that_parquet_alone_can_hold_make_no_row(tmp_path: Path) -> None:
+    """To DuckDB a NaN is above all numbers and equal to itself: a checked time of it would stand for one."""
+    import duckdb
+
+    (tmp_path / "a.jsonl").write_text("".join(text(made(Matmul(m, 64, 64))) for m in range(1, 6)))
+    compact(tmp_path)
+    (tmp_path / "a.jsonl").unlink()
+    (path,) = tmp_path.glob("*.parquet")
+    odd = {1: "median_us = 'nan'", 2: "error = 'nan', tolerance = 'nan'", 3: "samples_us = [1.0, 'nan'::DOUBLE]", 4: "flops = 'inf'"}
+    with duckdb.connect() as db:
+        db.execute(f"CREATE TABLE t AS SELECT * FROM '{path}'")
+        for m, change in odd.items():
+            db.execute(f"UPDATE t SET {change} WHERE problem_label LIKE '% {m}x64x64%'")
+        db.execute(f"COPY t TO '{path}'")
+    slow = ReadReport()
+    (left,) = iter_results(tmp_path, slow)
+    with Index([tmp_path]) as index:
+        assert [row.key for row in index.light("SELECT n FROM rows").values()] == [left.key]
+        assert index.report.skipped[path].count == slow.skipped[path].count == 4
+
+
+def test_a_time_that_names_no_zone_is_utc_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [made(Matmul(m, 64, 64), recorded_at=at) for m, at in ((1, "2026-11-20T10:00:00"), (2, "2026-11-20T06:00:00Z"))]
+    (tmp_path / "a.jsonl").write_text("".join(map(text, rows)))
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        with Index([tmp_path]) as index:
+            found = everything(index)
+            assert [found[n] for n in sorted(found)] == sorted(rows, key=age)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_the_numbers_are_those_of_the_statistics() -> None:

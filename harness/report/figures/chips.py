@@ -129,7 +129,7 @@ def of_pair(table: pd.DataFrame, pair: Pair, identity: str, variant: str) -> Fig
         said.append(f"Left out {is_are} that both have, but with the cache or the clocks in another state.")
     if math.comb(pair.machines, 2) > MOST_PAIRS:
         said.append(f"Of {pair.machines} chips at most {MOST_PAIRS} pairs are shown: H200 with B200, then those that share most problems.")
-    both = "klab measured on both" if pair.origin == "measured" else "are published for both"
+    both = "klab measured on both" if pair.origin == "measured" else "others published for both"
     return draw(table[:MOST_PROBLEMS], Sides(a, b, pair.metric, " ".join(said), both), identity, TITLE, variant)
 
 

@@ -194,7 +194,7 @@ def _heat(table: pd.DataFrame, sides: Sides, cells: list[list[int]], families: l
         "colorscale": [[0, FASTER], [0.5, FAINT], [1, SLOWER]],
         "colorbar": {
             "orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 0.7, "x": 0, "xanchor": "left", "outlinewidth": 0,
-            "tickvals": [math.log2(tick) for tick in ticks], "ticktext": [f"{beyond.get(tick, '')}{tick:g}×" for tick in ticks], "tickangle": 0,
+            "tickvals": [math.log2(tick) for tick in ticks], "ticktext": [f"{beyond.get(t, '')}{t:g}×" for t in ticks], "tickangle": 0,
             "title": {"text": f"{plain(sides.what)} of {plain(_short(sides.b))} over {plain(_short(sides.a))}", "side": "top"},
         },
     }  # fmt: skip

@@ -86,8 +86,8 @@ def finding(found: Sequence[Mean], ratios: Iterable[float], a: str, b: str, what
     said += ", too few for an interval." if every.low is None else "."
     if every.low is not None and every.high is not None and every.low <= 1 <= every.high:
         said += " The interval holds 1: taken together, neither is shown to be ahead."
-    if len(each) > 1:
-        least, most = each[0], each[-1]
+    least, most = each[0], each[-1]
+    if times(least.ratio) != times(most.ratio):
         said += f" Lowest in {least.name} ({least.text}, {problems(least.count)}), "
         said += f"highest in {most.name} ({most.text}, {problems(most.count)})."
     worse = sum(ratio > 1 for ratio in ratios)

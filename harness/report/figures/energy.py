@@ -75,9 +75,9 @@ def _drawn(panel: pd.DataFrame) -> pd.DataFrame:
     """All rows where they are no more than MARKS, else those on the front's line and of the others the fastest, in the panel's order."""
     if len(panel) <= MARKS:
         return panel.reset_index(drop=True)
-    line_of = front.front(panel, TIME, ENERGY).line
-    others = [n for n in range(len(panel)) if n not in set(line_of)]
-    return panel.iloc[sorted([*line_of, *others[: max(MARKS - len(line_of), 0)]])].reset_index(drop=True)
+    on_line = set(front.line(panel, TIME, ENERGY))
+    others = [n for n in range(len(panel)) if n not in on_line]
+    return panel.iloc[sorted([*on_line, *others[: max(MARKS - len(on_line), 0)]])].reset_index(drop=True)
 
 
 def missing(frame: pd.DataFrame) -> str:

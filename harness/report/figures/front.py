@@ -87,19 +87,30 @@ def front(frame: pd.DataFrame, x: Way, y: Way) -> Front:
     """
     across, across_low, across_high = _numbers(frame, x)
     up, up_low, up_high = _numbers(frame, y)
-    own = (frame["origin"] == "measured").to_numpy(dtype=bool)
-    able = [int(n) for n in np.flatnonzero(np.isfinite(across) & np.isfinite(up) & own)]
+    able = _able(frame, x, y)
     unbeaten = []
     for n in able:
         no_worse = (across[able] <= across[n]) & (up[able] <= up[n])
         clearly = (across_high[able] < across_low[n]) | (up_high[able] < up_low[n])
         if not (no_worse & clearly).any():
             unbeaten.append(n)
-    line: list[int] = []
-    for n in sorted(able, key=lambda n: (across[n], up[n], n)):
-        if not line or up[n] < up[line[-1]]:
-            line.append(n)
-    return Front(tuple(line), tuple(unbeaten))
+    return Front(line(frame, x, y), tuple(unbeaten))
+
+
+def line(frame: pd.DataFrame, x: Way, y: Way) -> tuple[int, ...]:
+    """The line of the front alone."""
+    across, up = (frame[way.median].to_numpy(dtype=np.float64) for way in (x, y))
+    on: list[int] = []
+    for n in sorted(_able(frame, x, y), key=lambda n: (across[n], up[n], n)):
+        if not on or up[n] < up[on[-1]]:
+            on.append(n)
+    return tuple(on)
+
+
+def _able(frame: pd.DataFrame, x: Way, y: Way) -> list[int]:
+    """Positions of measured rows that have both numbers."""
+    finite = np.isfinite(frame[[x.median, y.median]].to_numpy(dtype=np.float64)).all(axis=1)
+    return [int(n) for n in np.flatnonzero(finite & (frame["origin"] == "measured").to_numpy(dtype=bool))]
 
 
 def line_trace(frame: pd.DataFrame, found: Front, x: Way, y: Way) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def overview(several: Sequence[Curve], known: Known) -> pd.DataFrame:
     Columns: chip, model, phase, operator, dtype, kernel (of the last night with a value), series; verdict and reason of the last night;
     level with level_low and level_high (95% interval of the median of its nights; NaN below six of them) in `unit` (us or J),
     level_nights, level_since; of the last change within an epoch: changed_at, change_percent, change_low_percent, change_high_percent
-    (95%; NaN where one of its levels has fewer than six nights), between_commits, changed_with; epoch_since: when the epoch of the last night began, "" where there is one epoch only.
+    (95%; NaN where one of its levels has fewer than six nights), between_commits, changed_with; epoch_since: when the epoch of the last
+    night began, "" where there is one epoch only.
     """
     import pandas as pd
 

@@ -14,7 +14,7 @@ from klab.harness.report.figures.history_table import (
     level_now,
     values_of,
 )
-from klab.harness.report.units import energy, interval, time
+from klab.harness.report.units import energy, energy_interval, fine_time, interval
 from klab.harness.watch.changes import SHORTEST
 from klab.harness.watch.series import Call, Metric, Night
 from klab.harness.watch.wording import change, headline, line, name_of, plural
@@ -57,12 +57,12 @@ def _level(curve: Curve) -> str:
     values = values_of(curve, first, last)
     low, high = level_interval(curve, level)
     if len(values) >= LEAST_FOR_INTERVAL:
-        inside = f"95% interval {f'{energy(low)} to {energy(high)}' if energetic else interval(low, high)}"
+        inside = f"95% interval {energy_interval(low, high) if energetic else interval(low, high)}"
     else:
         inside = f"fewer than {LEAST_FOR_INTERVAL} nights, so no interval"
     now = "is" if curve.places[-1].tonight and math.isfinite(curve.places[-1].judged) else "was"
     since, until = (line(curve.places[n].at, 40)[:10] for n in (first, last))
-    told = energy(value) if energetic else time(value)
+    told = energy(value) if energetic else fine_time(value)
     return f"The level {now} {told} ({inside}): the median of {plural(len(values), 'night')} from {since} to {until}."
 
 
@@ -75,8 +75,8 @@ def _changes(curve: Curve) -> list[str]:
         said.append(f"It last changed by {_step(step)}, between the nights of {commits}{why}.")
         if step.low is None:
             said.append(
-                f"One of its levels has fewer than {LEAST_FOR_INTERVAL} nights and may be shorter still (they are looked for in {SHORTEST} or "
-                "more): the change is larger then."
+                f"One of its levels has fewer than {LEAST_FOR_INTERVAL} nights and may be shorter still (they are looked for in "
+                f"{SHORTEST} or more): the change is larger then."
             )
     elif len(curve.measured) >= 2 * SHORTEST:
         said.append(f"No change was found that lasts {SHORTEST} nights or more.")

@@ -22,7 +22,7 @@ DASHES = ("solid", "dash", "dot")
 PALE = 0.35
 SLOS = f"TPOT ≤ {SLO_TPOT_S * 1e3:g} ms and TTFT ≤ {SLO_TTFT_S:g} s"
 # A range may reach beyond what its middle keeps.
-JUDGED = "Whether these hold is judged by the middle of the ranges."
+JUDGED = "by the middle of the ranges"
 USD = tuple(f"usd_per_mtok{end}" for end in ENDS)
 JOULES = tuple(f"joules_per_token{end}" for end in ENDS)
 SPEED = tuple(f"tokens_per_s_per_user{end}" for end in ENDS)
@@ -198,7 +198,7 @@ def _reading(model: str, isl: int, osl: int) -> str:
         f"{model}, {isl:,} prompt and {osl:,} generated tokens; lower and further to the right is better. A point is the best number of "
         "GPUs and of requests in flight at its speed, the large one what klab cost chooses. "
         f"The dashed line is TPOT {SLO_TPOT_S * 1e3:g} ms; "
-        f"pale points miss it or TTFT {SLO_TTFT_S:g} s. {JUDGED} Full circle: 90% is measured; hollow: measured or published; "
+        f"pale points miss it or TTFT {SLO_TTFT_S:g} s, {JUDGED}. Full circle: 90% is measured; hollow: measured or published; "
         "cross: modelled. A band has all times at the low end on one edge and at the high end on the other."
     )
 

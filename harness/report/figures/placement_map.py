@@ -67,8 +67,8 @@ def draw(frame: pd.DataFrame, prices: Sequence[str], left_out: Sequence[str]) ->
     )
     shape["legend"] = shape["legend"] | {"y": -0.3}
     reading = (
-        f"{frame['model'].iloc[0]} in {frame['format'].iloc[0]}: what costs least per token and keeps {SLOS}, in a large fleet (replicas "
-        f"are counted to a fraction), each on the fewest GPUs that hold the model or {SIZES} times as many (at most {BOARD}). {JUDGED} "
+        f"{frame['model'].iloc[0]} in {frame['format'].iloc[0]}: what costs least per token and keeps {SLOS} {JUDGED}, in a large fleet "
+        f"(replicas are counted to a fraction), each on the fewest GPUs that hold the model or {SIZES} times as many (at most {BOARD}). "
         "A → B: A prefills and B decodes; together: one pool does both. The number says how much more the next roles cost. Pale: with each "
         "chip's times at either end of their ranges other roles may cost less. At these prices, which no slider moves: "
         f"{'; '.join(prices)}."

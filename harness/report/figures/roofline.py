@@ -130,10 +130,10 @@ def finding(found: pd.DataFrame, title: str) -> str:
     if lost.iloc[0] <= 0:
         return text
     worst = fastest.loc[lost.index[0]]
-    least, most = (over(worst["bound_us"], end) for end in reversed(TIME.ends(worst)))
+    lowest, highest = (over(worst["bound_us"], end) for end in reversed(TIME.ends(worst)))
     return (
         f"{text} Most time per launch above it: {line(worst['problem'], 80)}, {time(lost.iloc[0])} of {time(worst['median_us'])} with "
-        f"{line(worst['kernel'], 60)} at {worst['of_roofline_percent']:.1f}% ({_exact(least)} to {_exact(most)}) of it."
+        f"{line(worst['kernel'], 60)} at {worst['of_roofline_percent']:.1f}% ({_exact(lowest)} to {_exact(highest)}) of it."
     )
 
 

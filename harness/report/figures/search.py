@@ -28,7 +28,7 @@ AXES = 11
 PLACES = 16
 LONGEST_REASON = 120
 # Configurations from which the importance of parameters is estimated, over all spaces of a page.
-WEIGHED = 2400
+WEIGHED = 1600
 # From fast to slow, and what failed: hues that stand out on white and on near-black and differ for the colour-blind.
 FAST, MIDDLE, SLOW, FAILED = "#2f6fd0", "#9a86b8", "#e07b39", "#8b919b"
 # On the axis of times, the part above the slowest that belongs to failures.
@@ -241,8 +241,10 @@ def _progress(story: Story, frame: pd.DataFrame, found: Sequence[Space]) -> list
     recorded = journals(story.sources)
     problems = dict.fromkeys((one.first("chip"), one.first("problem_key")) for one in found)
     made: list[Figure | None] = []
+    places = frame.groupby(["chip", "problem_key"], sort=False).indices
+    needed = frame[list(search_progress.NEEDED)]
     for n, (chip, problem) in enumerate(problems):
-        rows = frame[(frame["chip"] == chip) & (frame["problem_key"] == problem)]
+        rows = needed.iloc[places[chip, problem]]
         own = [one for one in recorded if (one.header.get("chip"), one.header.get("problem")) == (chip, problem)]
         known = [one for one in found if (one.first("chip"), one.first("problem_key")) == (chip, problem)]
         table = search_progress.data(rows, own)

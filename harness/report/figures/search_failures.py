@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from klab.harness.report.figures.search_spaces import Parameter, Space, dims
-from klab.harness.report.figures.style import PALETTE, Figure, axis, layout, marks, plain
+from klab.harness.report.figures.style import PALETTE, Figure, axis, distinct, layout, marks, plain
 from klab.harness.report.units import percent
 from klab.harness.store.result import Status
 
@@ -131,8 +131,10 @@ def draw(space: Space, table: pd.DataFrame, identity: str) -> Figure | None:
         return None
     bars = list(dict.fromkeys(zip(table["parameter"], table["value"], strict=True)))
     shown = table[[pair in set(bars[:BARS]) for pair in zip(table["parameter"], table["value"], strict=True)]].reset_index(drop=True)
-    names = [f"{_short(parameter)} = {_short(value)}" for parameter, value in bars[:BARS]]
-    labels = [plain(f"{_short(p)} = {_short(v)}") for p, v in zip(shown["parameter"], shown["value"], strict=True)]
+    # Names that are the same when shortened would share one bar.
+    names = distinct([plain(f"{_short(parameter)} = {_short(value)}") for parameter, value in bars[:BARS]])
+    name_of = dict(zip(bars, names, strict=False))
+    labels = [name_of[pair] for pair in zip(shown["parameter"], shown["value"], strict=True)]
     traces = []
     for status in sorted(set(shown["status"]), key=lambda s: -shown.loc[shown["status"] == s, "failed"].sum()):
         at = np.flatnonzero(shown["status"] == status).tolist()
@@ -153,7 +155,7 @@ def draw(space: Space, table: pd.DataFrame, identity: str) -> Figure | None:
         showlegend=True,
         height=140 + 24 * len(names),
         xaxis=axis("% of the configurations with this value", rangemode="tozero"),
-        yaxis=axis("", categoryorder="array", categoryarray=[plain(name) for name in reversed(names)]),
+        yaxis=axis("", categoryorder="array", categoryarray=names[::-1]),
     )
     return Figure(identity, TITLE, caption(space, len(bars)), traces, shape, table=shown, variant=space.name)
 

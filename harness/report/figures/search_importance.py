@@ -8,7 +8,7 @@ import numpy as np
 
 from klab.harness.report.figures.search_spaces import Space, repeated
 from klab.harness.report.figures.search_trees import MOST, RESAMPLES, TREES, shares
-from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, layout, marks, plain
+from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, distinct, layout, marks, plain
 from klab.harness.report.units import percent
 from klab.harness.store.result import Status
 
@@ -53,7 +53,8 @@ def draw(space: Space, table: pd.DataFrame, identity: str) -> Figure | None:
     """Bars with intervals; an open mark for what the parameter explains by itself. None where there is too little to tell from."""
     if table.empty:
         return None
-    names = [plain(shortened(name)) for name in table["parameter"]]
+    # Names that are the same when shortened would share one bar.
+    names = distinct([plain(shortened(name)) for name in table["parameter"]])
     share, alone = table["share_percent"].clip(lower=0.0), table["alone_percent"]
     colour = [INK if name == REST else PALETTE[0] for name in table["parameter"]]
     bars = {

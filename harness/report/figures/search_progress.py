@@ -30,7 +30,11 @@ _COLUMNS = [
     "line", "source", "step", "seconds", "best_us", "configurations", "failed", "compile_s",
     "chip", "model", "phase", "operator", "dtype", "kernel", "status",
 ]  # fmt: skip
-
+# Columns of `frames.standing` that are looked at.
+NEEDED = (
+    "chip", "model", "phase", "operator", "dtype", "kernel", "status", "kernel_id", "library", "origin", "chosen", "problem", "config_key",
+    "run_id", "recorded_at", "median_us", "low_us", "high_us", "rounds", "gpu_s", "compile_s",
+)  # fmt: skip
 
 Times = tuple[float, float, float]
 """Microseconds: median, and its 95% interval."""

@@ -89,7 +89,7 @@ class Space:
         """The row with the lowest median; None when all failed."""
         return self.tried.iloc[int(np.nanargmin(self.times_us))] if self.fine.any() else None
 
-    @property
+    @cached_property
     def default(self) -> pd.Series[Any] | None:
         """The row of the default configuration, where it was tried and has a time."""
         found = self.tried[(self.tried["config_key"] == self.default_key) & self.fine]

@@ -18,7 +18,7 @@ from klab.harness.report.estimates import estimator_of, fastest_published
 from klab.harness.report.figures.style import INK, PALETTE, Figure, axis, digits, layout, marks, short
 from klab.harness.report.subject import Story, Subject
 from klab.harness.report.units import interval, percent, time
-from klab.kernels.dtypes import SIZE_BYTES
+from klab.kernels.dtypes import SHORT, SIZE_BYTES
 from klab.kernels.errors import KlabError
 
 if TYPE_CHECKING:
@@ -220,8 +220,11 @@ def figures(story: Story, frame: pd.DataFrame) -> list[Figure]:
     subjects = {subject.chip: subject for subject in story.subjects}
     if story.plans:
         chips = [chip for chip in sorted(story.plans) if chip in subjects]
-        left = f"Of {len(chips)} chips the first {MOST_CHIPS} are drawn." if len(chips) > MOST_CHIPS else ""
-        return _both(data(_with_estimators(story.plans[chip], subjects[chip]) for chip in chips[:MOST_CHIPS]), "time", left)
+        left = f" Of {len(chips)} chips the first {MOST_CHIPS} are drawn." if len(chips) > MOST_CHIPS else ""
+        chips = chips[:MOST_CHIPS]
+        planned = "; ".join(dict.fromkeys(_scenario(story.plans[chip]) for chip in chips))
+        note = f"As planned: {planned}.{left}"
+        return _both(data(_with_estimators(story.plans[chip], subjects[chip]) for chip in chips), "time", note)
     models = Counter(
         model
         for models in frame.loc[frame["chosen"], ["problem_key", "model"]].drop_duplicates("problem_key")["model"]
@@ -234,6 +237,13 @@ def figures(story: Story, frame: pd.DataFrame) -> list[Figure]:
         for n, (model, _) in enumerate(models.most_common(MOST_MODELS))
         for figure in _both(_enough(_planned(model, subjects.values())), f"time-{n}", note)
     ]
+
+
+def _scenario(plan: Plan) -> str:
+    s = plan.scenario
+    gpus = "one GPU" if plan.chip.kind != "cpu" else "the CPU"
+    format = s.quantization or SHORT.get(plan.dtype, plan.dtype)
+    return f"{gpus if s.tp == 1 else f'{s.tp} GPUs'}, {format}, {s.isl:,} prompt and {s.osl:,} generated tokens"
 
 
 def _both(frame: pd.DataFrame, identity: str, note: str) -> list[Figure]:

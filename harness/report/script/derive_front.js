@@ -1,6 +1,6 @@
 // The front of what a filter leaves: the same rule as figures/front.py, from the same table.
 (() => {
-  const UNBEATEN = 11, BEATEN = 6;
+  const UNBEATEN = 11, BEATEN = 6, LONGEST = 100;
 
   const scales = { us: [[1e6, "s"], [1e3, "ms"], [1, "µs"], [1e-3, "ns"]], J: [[1, "J"], [1e-3, "mJ"], [1e-6, "µJ"]] };
 
@@ -42,7 +42,8 @@
     const { line, unbeaten, able } = found;
     if (!line.length) return "The filter leaves nothing that was measured here.";
     const cell = (one, name) => table.rows[one.position][table.columns.indexOf(name)];
-    const name = (one) => [cell(one, "kernel"), cell(one, "config")].filter((text) => text && text !== "-").join(" ");
+    const cut = (text) => (text.length > LONGEST ? `${text.slice(0, LONGEST - 3)}...` : text);
+    const name = (one) => cut([cell(one, "kernel"), cell(one, "config")].filter((text) => text && text !== "-").join(" "));
     const first = line[0], last = line[line.length - 1];
     const start = `Of what the filter leaves (${able.length} ${able.length === 1 ? "mark" : "marks"}) nothing beats ${unbeaten.length}. `;
     const both = (one) => `${told(one.x[0], x[4])} and ${told(one.y[0], y[4])}`;

@@ -97,8 +97,8 @@ klab.derive.geomean = (figure, shown) => {
     let said = `${b} takes ${text(every)} of ${a}'s ${what}: the geometric mean over ${every.count} problems that ${both}`;
     said += every.low === null ? ", too few for an interval." : ".";
     if (every.low !== null && every.low <= 1 && 1 <= every.high) said += " The interval holds 1: taken together, neither is shown to be ahead.";
-    if (each.length > 1) {
-      const least = each[0], most = each[each.length - 1];
+    const least = each[0], most = each[each.length - 1];
+    if (digits(least.ratio) !== digits(most.ratio)) {
       said += ` Lowest in ${least.name} (${text(least)}, ${problems(least.count)}), highest in ${most.name} (${text(most)}, ${problems(most.count)}).`;
     }
     return `${said} ${b} takes more on ${rows.filter((row) => ratio(row) > 1).length} of ${every.count}.`;

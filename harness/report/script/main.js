@@ -94,6 +94,7 @@
     addEventListener("afterprint", () => {
       opened.forEach((part) => { part.open = false; });
       repaint(false);
+      klab.plots.fit();
     });
   }
 

@@ -228,6 +228,8 @@
     // Another theme, width or medium: all of them.
     dirty: repaint,
     painted: (callback) => painted.push(callback),
+    // What has had the width of paper has that of the page again, which Plotly does not find by itself.
+    fit: () => document.querySelectorAll(".js-plotly-plot").forEach((target) => { if (target.offsetParent) Plotly.Plots.resize(target); }),
     // When the figures near the screen are drawn; seen: those that are on it.
     settled: (only = "near") => new Promise((done) => {
       if (!window.Plotly || (!due().length && !running)) return done();

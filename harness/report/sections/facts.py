@@ -67,7 +67,7 @@ def _timed(row: Result) -> str:
     parts = [
         f"{len(row.samples_us)} rounds of {row.launches_per_round} launches{marked}",
         LAUNCH_WORDS.get(row.launch_mode, row.launch_mode),
-        L2_WORDS.get(row.l2_state, row.l2_state).partition(":")[0].lower() + " last-level cache" if row.l2_state else "",
+        "last-level cache " + L2_WORDS.get(row.l2_state, row.l2_state).partition(":")[0].lower() if row.l2_state else "",
     ]
     return ", ".join(filter(None, parts))
 

@@ -25,6 +25,7 @@ WORDS = (
      "in a tie that a library won), and loses where the choice is a library's."),
     ("weighted by time", "The sum of the least times over the sum of the measured ones: slow problems weigh more."),
     ("before", "The choices as they would be without the results of the newest run."),
+    ("fails newly", "In the newest run a kernel failed with a status it never had before, or in a trial that had a valid time before."),
     ("error", "Norm of the difference from the reference over the reference's norm; the worst over all checks."),
     ("energy", "Joules per launch of the whole board, idle power included. Null is not zero: where it is missing the reason is given."),
 )  # fmt: skip

@@ -18,6 +18,8 @@ L2_WORDS = {
     "cold": "Cold: launches rotate through copies of the inputs that together exceed the last-level cache, so inputs come from memory.",
     "flush": "Flushed: the last-level cache is overwritten before each launch, so inputs come from memory.",
     "warm": "Warm: every launch works on the same inputs, which may stay in the last-level cache.",
+    "unproven": "Unproven: launches rotate through as many copies of the inputs as fit, too few to rule out that some stay in the "
+    "last-level cache.",
 }
 LAUNCH_WORDS = {
     "graph": "as a CUDA graph of many launches (which hides the cost of launching)",
