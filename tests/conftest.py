@@ -7,7 +7,12 @@ import signal
 import sys
 from collections.abc import Callable, Generator
 
+import hypothesis
 import pytest
+
+# A busy machine is no defect, so no example has a deadline. The gate sees the same examples each time; who tests at home, new ones.
+hypothesis.settings.register_profile("klab", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("klab")
 
 # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that: the tests that interrupt
 # a klab of their own would wait for ever.

@@ -15,7 +15,7 @@ from klab.harness.store.result import Result, Status
 from klab.harness.watch.compare_results import compare_rows, conditions_of
 from klab.harness.watch.compare_rule import MARGIN, Found
 from klab.harness.watch.compare_run import Request
-from klab.harness.watch.comparison import Comparison, Line
+from klab.harness.watch.comparison import ORDER, Comparison, Line
 from klab.harness.watch.wording import joined, line, plural
 from klab.kernels.contract import Json, canonical_json
 from klab.kernels.errors import KlabError, UsageError
@@ -93,10 +93,12 @@ def judge(a: Sequence[Result], b: Sequence[Result], *, between_chips: bool = Fal
     except UsageError:
         raise UsageError(f"nothing to compare: {_have(a)} in A, {_have(b)} in B, and no kernel on a problem in common") from None
     newest = _newest(a, between_chips), _newest(b, between_chips)
-    pairs = tuple(_pair(one, likes, newest, between_chips, best) for one in found.lines)
+    named = [(dataclasses.replace(one, name=_plain(one.name, likes, between_chips)), one) for one in found.lines]
+    # What is alike but for its name came in the order of its label.
+    named.sort(key=lambda both: (ORDER.index(both[0].found.answer), -(both[0].found.ratio or 0.0), both[0].name))
+    pairs = tuple(_pair(one, likes, newest, between_chips, best) for _, one in named)
     alone = [(_plain(name, likes, between_chips), why) for name, why in found.alone]
-    lines = [dataclasses.replace(one, name=_plain(one.name, likes, between_chips)) for one in found.lines]
-    told = dataclasses.replace(found, lines=lines, alone=alone)
+    told = dataclasses.replace(found, lines=[one for one, _ in named], alone=alone)
     return Judged(told, pairs, tuple((name, why.removeprefix("only ")[:1]) for name, why in alone))
 
 

@@ -108,7 +108,8 @@ def _code() -> str:
     """The digest of everything that a plan of the catalog depends on: its models and chips, and the code of plan, catalog and problems."""
     rooms = [Path(room.__path__[0]) for room in (klab.harness.plan, klab.harness.catalog)]
     files = [path for room in rooms for path in room.glob("*.py")]
-    files += [*Path(klab.kernels.__path__[0]).glob("*/problem.py"), *(PROFILES / "models").glob("*.json"), *(PROFILES / "chips").glob("*")]
+    kernels = Path(klab.kernels.__path__[0])
+    files += [*kernels.glob("*.py"), *kernels.glob("*/problem.py"), *(PROFILES / "models").glob("*.json"), *(PROFILES / "chips").glob("*")]
     summed = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
         summed.update(f"{path.parent.name}/{path.name}\0".encode() + path.read_bytes() + b"\0")

@@ -104,6 +104,15 @@ def test_the_answers_are_those_of_klab_compare(tmp_path: Path) -> None:
             assert pair.a.kernel == pair.b.kernel and pair.a.problem_key == pair.b.problem_key == pair.like.problem_key
 
 
+def test_what_is_alike_stands_in_the_order_of_klab_compare(tmp_path: Path) -> None:
+    a = [made(Matmul(m, 64, 64)) for m in (64, 8, 512, 1, 128, 4096, 2, 16, 32, 256, 1024, 4)]
+    b = [failed(Matmul(row.problem["m"], 64, 64), "torch", Status.CRASHED, "gone", key=row.key, run_id="b") for row in a]
+    wanted = compare_results(str(stored(tmp_path / "a", a)), str(stored(tmp_path / "b", b)), Request())
+    found = judge(a, b)
+    assert [one.name for one in found.comparison.lines] == [one.name for one in wanted.lines]
+    assert [f"h200 {pair.problem} torch" for pair in found.pairs] == [one.name for one in wanted.lines]
+
+
 def test_the_best_of_each_is_over_all_kernels() -> None:
     a, b = two_weeks()
     found = judge(a, b, best=True)

@@ -20,6 +20,7 @@ from klab.harness.report.figures.history_table import Known, level_interval, lev
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.frames import standing
 from klab.harness.report.page import render
+from klab.harness.report.sections.night_changes import changes
 from klab.harness.report.subject import Occurrence
 from klab.harness.watch.series import Call, Metric, Night, Point
 
@@ -79,6 +80,9 @@ def test_a_change_too_late_for_its_size_is_told_without_an_interval(planted: int
     for caption in (overall.caption, one.caption):
         assert ("too few nights for an interval" in caption, "95% interval +" in caption) == (not held, held)
     assert ("the change is larger then" in one.caption) is not held
+    (told,) = history_series.told({"h200": nights})["h200"][1][:1]
+    assert ("too few nights for an interval" in changes({"": told})) is not held, "on the page of the night too"
+    assert one.layout["annotations"][-1]["text"].endswith("(few nights)") is not held
     assert math.isnan(row["change_low_percent"]) is not held and math.isnan(row["change_high_percent"]) is not held
     assert not held or row["change_low_percent"] < 6.0 < row["change_high_percent"]
     assert planted != 3 or row["change_percent"] == pytest.approx(4.5, abs=0.4), "what an interval around it would deny"

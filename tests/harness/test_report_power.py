@@ -185,3 +185,17 @@ def test_broken_lengths_are_survived() -> None:
         row = dataclasses.replace(made(PROBLEM, "triton_a"), clocks_mhz=(1700.0,) * count, marked=(), temperatures_c=(math.pi,) * 7)
         for figure in drawn([row]):
             assert figure.table is not None and figure.table["seconds"].notna().all()
+
+
+def test_the_share_that_was_slowed_down_is_of_all_rounds() -> None:
+    row = made(
+        Matmul(1, 64, 64), samples=[10.0] * 8, marked=(1, 1, 0, 0, 0, 0, 0, 0), throttle_reasons=(8, 8, 0, 0, None, None, None, None)
+    )
+    assert "25% of the rounds were slowed down by the hardware" in caption(row) and "in 2 of 4 rounds" in caption(row)
+    assert "stood at 1755 MHz in all 8 rounds" in caption(row)
+
+
+def test_no_number_runs_over_the_page() -> None:
+    wild = {"power_w": 1e300, "idle_power_w": 1e300, "clocks_mhz": (1e300, 1.0) * 10, "temperatures_c": (1e300,) * 20, "energy_j": 1.0}
+    row = made(Matmul(1, 64, 64), **wild, energy_ci_low_j=1e-300, energy_ci_high_j=1e300)
+    assert max(map(len, caption(row).split())) < 40

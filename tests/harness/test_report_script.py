@@ -17,7 +17,7 @@ from made_figures import heat, made_page, points, rows, variants
 
 from klab.harness.report.figures.style import Figure
 from klab.harness.report.payload import compact, figure_value, packed, payload, table_value
-from klab.harness.report.shell import POLICY, document, framed, framed_all, script
+from klab.harness.report.shell import POLICY, asset, document, framed, framed_all, script
 
 NASTY = '</script><script>alert("x")</script><!--\u2028'
 SCRIPTS = Path(__file__).parents[2] / "harness" / "report" / "script"
@@ -138,6 +138,12 @@ def test_the_policy_opens_no_door_to_the_network() -> None:
     for name in ("connect-src", "http", "*"):
         assert name not in POLICY
     assert POLICY.startswith("default-src 'none'")
+
+
+def test_a_dark_screen_prints_no_pale_colours() -> None:
+    """page.css gives paper colours of its own; what the other two define must be of screens."""
+    for name in ("night.css", "accept.css"):
+        assert re.findall(r"@media ([^{]*prefers-color-scheme[^{]*) \{", asset(name)) == ["screen and (prefers-color-scheme: dark)"]
 
 
 def test_the_script_is_whole_and_each_file_is_short() -> None:

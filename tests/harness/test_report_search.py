@@ -1,5 +1,4 @@
-"""The figures of a search: which configurations count, which parameters matter (against spaces whose answer is known), what failed, and
-how fast the best was found."""
+"""The figures of a search: which configurations count, how they are drawn, and how fast the best was found."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ import pytest
 from made_nights import eventful, night
 from made_results import contest, failed, made, problems
 
+from klab.harness.catalog import find_chip, find_model
 from klab.harness.choose.decide import decide
 from klab.harness.choose.profile import Profile, StepTime, Use
+from klab.harness.plan import Scenario, plan
 from klab.harness.report.gain import gain_of, geometric_mean, headroom_of, step_gain, step_time
 from klab.harness.report.gather import story_of
 from klab.harness.report.limits import Limits, bound, limits_of
 from klab.harness.report.request import Request
-from klab.harness.report.sections import changes, strip
+from klab.harness.report.sections import changes, steps, strip
 from klab.harness.report.sections.changes import changes_of, summary
 from klab.harness.report.sections.sentences import Sentence, sentences
 from klab.harness.report.subject import Story, tell
@@ -129,6 +131,9 @@ def test_steps_add_launches_and_compare_only_what_is_measured() -> None:
     text = texts(dataclasses.replace(whole, subjects=(lacking,)))[1]
     assert "is not known: 2 problems of it have no choice yet." in text and "110 µs of kernel" not in text
     assert step_gain(subject, dataclasses.replace(step, open=2)) is None
+    assert ">2</td>" in str(steps.section(lacking)) and "&gt;= 110" in str(steps.section(lacking))
+    half = dataclasses.replace(subject, profile=dataclasses.replace(profile, steps=(dataclasses.replace(step, modelled_share=0.5),)))
+    assert "(108.9 to 111.1 µs, 50% of the step by its roofline)" in texts(dataclasses.replace(whole, subjects=(half,)))[1]
 
 
 def test_the_share_of_the_roofline_weighs_by_time() -> None:
@@ -171,6 +176,22 @@ def test_the_strip_tells_its_facts_and_escapes() -> None:
     shown = strip.section(story([*rows, row(A, "torch", 9.0, kind="reference")], model=NASTY, notes=(NASTY,)))
     assert "<script" not in shown and "beside them 1 published" in shown and "torch 2.13.0" in shown
     assert "1: 1 ok" in shown and "Verdicts" not in shown
+
+
+def test_how_many_are_own_how_many_are_clear_and_how_much_of_a_step_they_are() -> None:
+    planned = plan(find_model("qwen3-0.6b"), find_chip("h200"), Scenario(isl=512, osl=1, batches=(8,)))
+    decode = [one for one in planned.step("decode", 8) if one.problem is not None and one.operator == "matmul"]
+    first, second = (one.problem for one in decode[:2])
+    assert isinstance(first, Matmul) and isinstance(second, Matmul)
+    rows = [row(first, "triton_a", 10.0), row(first, "triton_b", 10.0), row(second, "triton_a", 10.0), row(second, "triton_b", 20.0)]
+    told = story([*rows, row(Matmul(1, 64, 64), "torch", 5.0)], plans={"h200": planned})
+    shown = strip.section(told)
+    assert "h200: 3 of 3 problems; own kernels for 2, libraries for 1" in shown
+    assert "1 of 2 choices with a rival is clear of it by 95% intervals, the other is a tie." in texts(told)[2]
+    time_of = {one.problem.key: one.count * one.bound_us for one in decode if one.problem is not None}
+    whole = sum(one.count * one.bound_us for one in planned.step("decode", 8))
+    share = 100 * (time_of[first.key] + time_of[second.key]) / whole
+    assert 0 < share < 90 and f"h200, decode batch 8: {share:.0f}% has a choice (modelled)" in shown
 
 
 def before(rows: Sequence[Result]) -> Profile:

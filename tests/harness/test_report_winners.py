@@ -49,7 +49,7 @@ def test_every_figure_of_a_winner() -> None:
     tflops = B.flops() / 40e-6 / 1e12
     assert one["Speed"][0].startswith(f"{tflops:.0f} TFLOP/s") and float(one["Speed"][1]) == pytest.approx(tflops)
     share = B.flops() / (chip.peak_tflops["bfloat16"] * 1e12) / 40e-6
-    assert one["Of roofline"][0].startswith(f"{100 * share:.0f}%") and "by compute" in one["Of roofline"][0]
+    assert one["Of roofline"][0].startswith(f"{100 * share:.0f}%") and f"{40 * share:.1f} µs by compute" in one["Of roofline"][0]
     assert f"{100 * share * chip.spec_clock_mhz / 1755:.0f}% at 1755 MHz" in one["Of roofline"][0]
     assert one["Energy per call"] == ("20.0 mJ [19.0 to 21.0 mJ] 612 W", "0.02")
     assert one["Against library"][0].startswith("1.250× [1.250, 1.250] torch")
@@ -118,6 +118,9 @@ def test_a_tie_is_told_with_what_settled_it() -> None:
         made(A, "triton_b", samples=[10.1, 10.0, 10.1, 10.2, 10.1, 10.0]),
     ]
     line = cells(winners.section(story(rows)))[0]
+    frugal = dataclasses.replace(metered(rows[0]), library=False)
+    library = dataclasses.replace(metered(rows[1]), library=True, energy_j=0.2, energy_ci_low_j=0.19, energy_ci_high_j=0.21)
+    assert re.search(r'class="even">1\.0\d\d×', winners.section(story([frugal, library]))), "neither won nor lost"
     assert line["Nearest rival"][0].startswith("tie of 2 with triton_") and "settled by simplicity" in line["Nearest rival"][0]
 
 
@@ -184,6 +187,7 @@ def test_failures_are_one_table_that_filters_reach() -> None:
     ]  # fmt: skip
     dims = [json.loads(text.replace("&quot;", '"')) for text in re.findall(r'data-dims="(.*?)"', shown)]
     assert dims[0]["model"] == ["qwen3-0.6b"] and dims[1]["status"] == ["timeout"] and dims[1]["dtype"] == ["bfloat16"]
+    assert "<b>2 timeout</b>" in shown and "<b>1 incorrect</b>" in shown
     assert "None: no trial was run." in failures.section(story([made(A, "torch", kind="reference")]))
     assert "None: every trial" in failures.section(story([row(A, "torch", 9.0)]))
 

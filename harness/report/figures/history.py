@@ -157,7 +157,9 @@ def _marks(curve: Curve) -> dict[str, Any]:
 
 
 def _step_words(step: Step) -> str:
-    return f"new epoch, {change(step.ratio)}" if step.new_epoch else change(step.ratio)
+    if step.new_epoch:
+        return f"new epoch, {change(step.ratio)}"
+    return change(step.ratio) if step.low is not None else f"{change(step.ratio)} (few nights)"
 
 
 def _y_axis(curve: Curve) -> dict[str, Any]:

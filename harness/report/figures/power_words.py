@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from klab.harness.measure.stats import POWER_CAP
-from klab.harness.report.units import number, percent
+from klab.harness.report.units import MOST_DIGITS, number, percent
 from klab.harness.store.result import Result
 from klab.harness.watch.node_figures import HEAT, SETTING, SLOWDOWN, SUPPLY
 
@@ -50,10 +50,18 @@ def caption(row: Result, left_out: int = 0) -> str:
     return " ".join(parts)
 
 
+def _whole(value: float) -> str:
+    return f"{value:.0f}" if abs(value) < MOST_DIGITS else number(value)
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) < MOST_DIGITS else number(value)
+
+
 def _power(row: Result) -> str:
     limit = power_limit(row)
-    beside = f", {percent(row.power_w / limit)} of its limit of {limit:.0f} W" if row.power_w and limit else ""
-    idle = f", of which {row.idle_power_w:.0f} W are drawn idle" if row.idle_power_w else ""
+    beside = f", {percent(row.power_w / limit)} of its limit of {_whole(limit)} W" if row.power_w and limit else ""
+    idle = f", of which {_whole(row.idle_power_w)} W are drawn idle" if row.idle_power_w else ""
     if row.power_w:
         return f"{number(row.power_w)} W on average under load{beside}{idle}{_joules(row)}."
     return "" if row.power_trace else f"Power was not sampled{f' ({row.energy_reason})' if row.energy_reason else ''}."
@@ -63,7 +71,7 @@ def _joules(row: Result) -> str:
     if not (row.energy_j and row.energy_ci_low_j and row.energy_ci_high_j):
         return ""
     low, high = (100 * (end / row.energy_j - 1) for end in (row.energy_ci_low_j, row.energy_ci_high_j))
-    return f" (energy per launch known to {low:+.1f}% and {high:+.1f}%)"
+    return f" (energy per launch known to {_signed(low)}% and {_signed(high)}%)"
 
 
 def _clock(row: Result) -> str:
@@ -75,19 +83,20 @@ def _clock(row: Result) -> str:
     every = [value for value in row.clocks_mhz if value]
     low, high = min(every), max(every)
     if low == high:
-        return f"The SM clock stood at {low:.0f} MHz in all {len(known)} rounds."
+        return f"The SM clock stood at {_whole(low)} MHz in all {len(every)} rounds."
     word = "fell" if last < first else "rose"
-    moved = f"{word} by {percent(abs(last / first - 1))}, from {first:.0f} to {last:.0f} MHz"
+    moved = f"{word} by {percent(abs(last / first - 1))}, from {_whole(first)} to {_whole(last)} MHz"
     if last == first:
-        moved = f"began and ended at {first:.0f} MHz"
-    return f"The SM clock {moved} (medians of the first and the last fifth of the rounds that count; {low:.0f} to {high:.0f} MHz in all)."
+        moved = f"began and ended at {_whole(first)} MHz"
+    span = f"{_whole(low)} to {_whole(high)} MHz in all"
+    return f"The SM clock {moved} (medians of the first and the last fifth of the rounds that count; {span})."
 
 
 def _heat(row: Result) -> str:
     known = [value for value in row.temperatures_c if value is not None]
     if not known:
         return ""
-    return f"{min(known):.0f} °C throughout." if min(known) == max(known) else f"{min(known):.0f} to {max(known):.0f} °C."
+    return f"{_whole(min(known))} °C throughout." if min(known) == max(known) else f"{_whole(min(known))} to {_whole(max(known))} °C."
 
 
 def _throttle(row: Result) -> str:

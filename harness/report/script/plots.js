@@ -141,14 +141,17 @@
   }
   channel.port1.onmessage = () => {
     const until = performance.now() + 40;
-    due().filter(seen).forEach(draw);
+    const first = due().filter((plot) => seen(plot));
+    first.forEach(draw);
     release((one) => one.seen);
     let left = due();
-    while (left.length && performance.now() < until) draw(left.shift());
+    while (!first.length && left.length && performance.now() < until) draw(left.shift());
     left = due();
     running = left.length > 0;
-    if (running) channel.port2.postMessage(0);
-    else release(() => true);
+    if (!running) release(() => true);
+    // What is seen is painted before the rest is drawn.
+    else if (first.length && !document.hidden) requestAnimationFrame(() => channel.port2.postMessage(0));
+    else channel.port2.postMessage(0);
   };
   function release(which) {
     const done = waiting.filter(which);

@@ -34,11 +34,10 @@ class Pool:
 
     def __init__(self) -> None:
         self.values: list[Json] = []
-        self._places: dict[str, int] = {}
+        self._places: dict[tuple[object, ...], int] = {}
 
-    def place(self, value: Json) -> int:
-        """Of this value, which is added where it is not there yet."""
-        name = canonical_json(value)
+    def place(self, name: tuple[object, ...], value: Json) -> int:
+        """Of this value, which goes by this name and is added where it is not there yet."""
         if name not in self._places:
             self._places[name] = len(self.values)
             self.values.append(value)
@@ -63,8 +62,8 @@ def payload(story: Story) -> dict[str, object]:
         record = {"problem": one.choice.wanted.label, "chip": one.subject.chip, "kernel": one.choice.kernel}
         records[one.identity] = record | {
             "config": dict(one.choice.config),
-            "facts": [told.place(list(fact)) for fact in facts(story, one)],
-            "environment": environments.place(_environment(one.row)) if one.row else None,
+            "facts": [told.place(fact, list(fact)) for fact in facts(story, one)],
+            "environment": _placed(environments, one.row) if one.row else None,
         }
         raw[one.identity] = _contenders(one, rows[one.subject.chip])
         power[one.identity] = _power(metered[one.subject.chip].get(_name(one.row)) if one.row else None)
@@ -113,8 +112,9 @@ def thinned(count: int, most: int) -> list[int]:
     return list(range(0, count, step))
 
 
-def _environment(row: Result) -> dict[str, str]:
-    return {name: "not known" if value is None else line(value, 200) for name, value in sorted(row.environment.items())}
+def _placed(environments: Pool, row: Result) -> int:
+    named = {name: "not known" if value is None else line(value, 200) for name, value in sorted(row.environment.items())}
+    return environments.place(tuple(named.items()), named)
 
 
 Name = tuple[str, str, str]

@@ -27,7 +27,7 @@ def changes(curves: Mapping[str, Curve]) -> Markup:
     )
     rows = []
     for step, curve in found[:MOST_CHANGES]:
-        inside = f"{change(step.low)} to {change(step.high)}" if step.low is not None else ""
+        inside = f"{change(step.low)} to {change(step.high)}" if step.low is not None else "too few nights for an interval"
         commits = " to ".join(dict.fromkeys(step.commits))
         rows.append(
             [line(step.at, 40)[:10], name_of(curve.series), [change(step.ratio), el("small", inside)], commits, "; ".join(step.why)]
