@@ -33,11 +33,17 @@ def sources_of(path: Path) -> list[Path]:
 def _imported(text: str) -> set[str]:
     """What may be modules of this package in a source's imports, without its name: `from klab.kernels.a import b` gives a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    # An import is a statement: expressions, nine tenths of a tree, are not looked into.
+    todo: list[ast.AST] = [ast.parse(text)]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            inside = getattr(node, block, ())
+            todo += inside if isinstance(inside, list) else ()
     return {name.removeprefix("klab.kernels.") for name in found if name.startswith("klab.kernels.")}
 
 

@@ -73,12 +73,14 @@ def choose(
             unsolved.append(Open(one, selected.why_open(one.problem_key)))
     stale = sum(choice.stale for choice in choices)
     if stale:
-        notes.append(f"{stale} choices rest on code that has changed since it was measured (stale): measure again")
+        notes.append(f"{_choices(stale, 'rests', 'rest')} on code that has changed since it was measured (stale): measure again")
     unknown = sum(choice.kernel not in sources for choice in choices) if sources else 0
     if unknown:
-        notes.append(f"{unknown} choices are of kernels that are not here or cannot be imported: whether their code changed is not known")
+        whose = _choices(unknown, "is", "are")
+        notes.append(f"{whose} of kernels that are not here or cannot be imported: whether their code changed is not known")
     if moved := sum(choice.evidence.measured_us is not None for choice in choices):
-        notes.append(f"{moved} choices rest on times that are corrected for the device they were taken on (its anchors over its peers')")
+        whose = _choices(moved, "rests", "rest")
+        notes.append(f"{whose} on times that are corrected for the device they were taken on (its anchors over its peers')")
     if len(epochs := {choice.evidence.epoch for choice in choices}) > 1:
         notes.append(f"the choices rest on {len(epochs)} epochs (driver or toolchain changed in between)")
     return Profile(
@@ -90,6 +92,10 @@ def choose(
         open=tuple(unsolved),
         notes=tuple(notes),
     )
+
+
+def _choices(count: int, one: str, many: str) -> str:
+    return f"{count} choice {one}" if count == 1 else f"{count} choices {many}"
 
 
 def wanted_from(results: Iterable[Result]) -> list[Wanted]:

@@ -238,7 +238,7 @@ def test_a_page_is_named_by_its_url(bucket: str, monkeypatch: pytest.MonkeyPatch
     from klab.harness.cli import run
 
     monkeypatch.setattr("klab.harness.report.write.write_report", lambda *_, **__: None)
-    setup, job = SimpleNamespace(chip=SimpleNamespace(name="cpu"), plan=None, catalogue=None), SimpleNamespace(sources=list)
+    setup, job = SimpleNamespace(chip=SimpleNamespace(name="h200", kind="cuda"), plan=None, catalogue=None), SimpleNamespace(sources=list)
     run._report([setup], job, remote.local_of(bucket) / "page.html", as_json=True)  # type: ignore[list-item, arg-type]
     assert json.loads(capsys.readouterr().out)["page"] == f"{bucket}/page.html"
 

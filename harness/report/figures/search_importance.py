@@ -112,8 +112,9 @@ def caption(space: Space, table: pd.DataFrame) -> str:
         name = shortened(hidden["parameter"].iloc[0])
         by_itself = percent(hidden["alone_percent"].iloc[0] / 100)
         words.append(f"{name} acts mainly together with others: its value alone explains {by_itself}.")
-    lowest, highest = (max(rest[name], 0.0) / 100 for name in ("low_percent", "high_percent"))
-    words.append(f"{percent(max(rest['share_percent'], 0.0) / 100)} ({percent(lowest)} to {percent(highest)}) is not explained.")
+    # Trees that foretell worse than the mean leave "more than all" unexplained, which as a share is all.
+    left, lowest, highest = (min(max(rest[name], 0.0) / 100, 1.0) for name in ("share_percent", "low_percent", "high_percent"))
+    words.append(f"{percent(left)} ({percent(lowest)} to {percent(highest)}) is not explained.")
     fine = int(space.fine.sum())
     sample = f"{used} of {fine}" if used < fine else str(used)
     words.append(
