@@ -50,7 +50,7 @@ Read = Callable[[], Iterable[Result]]
 class Known:
     """What words may mean in a store: the newest row's age by run, the chips, the commits, and the chips of published rows."""
 
-    runs: dict[str, tuple[datetime, str, str]] = field(default_factory=dict)
+    runs: dict[str, tuple[datetime, str]] = field(default_factory=dict)
     chips: set[str] = field(default_factory=set)
     commits: dict[str, None] = field(default_factory=dict)
     published: set[str] = field(default_factory=set)
@@ -63,7 +63,7 @@ class Known:
             if row.kind == "reference":
                 found.published.add(row.chip)
                 continue
-            at = age(row)
+            at = age(row)[:2]
             found.runs[row.run_id] = max(at, found.runs.get(row.run_id, at))
             found.chips.add(row.chip)
             if commit_of(row):
