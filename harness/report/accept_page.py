@@ -27,7 +27,7 @@ def accept_page(found: Acceptance) -> str:
     """The page as text. Everything shown is escaped: names of devices and drivers are other people's."""
     title = f"Acceptance: {len(found.devices)} x {found.title}, {found.outcome.value}"
     content = [_strip(found), el("main", _findings(found), _devices(found), _charts(found), _everything(found)), _footer(found)]
-    return document(title, content, styles=("page.css", "accept.css"))
+    return document(title, content, styles=("page.css", "accept.css"), scripted=False)
 
 
 def _strip(found: Acceptance) -> Markup:
@@ -54,11 +54,7 @@ def _findings(found: Acceptance) -> Markup:
          [one.reason, _small(one.remedy)])
         for one in findings(found.checks)
     ]  # fmt: skip
-    shown = (
-        table(("grade", "device", "check", "found", "expected", "reason and remedy"), rows, identity="findings")
-        if rows
-        else el("p", "Nothing to report.")
-    )
+    shown = table(("grade", "device", "check", "found", "expected", "reason and remedy"), rows) if rows else el("p", "Nothing to report.")
     return el("section", el("h2", "Findings"), shown)
 
 
@@ -165,7 +161,7 @@ def _everything(found: Acceptance) -> Markup:
         for check in found.checks
     ]  # fmt: skip
     columns = ("grade", "device", "topic", "check", "found", "expected", "reason")
-    return el("details", el("summary", f"All {len(rows)} checks"), table(columns, rows, identity="checks"), class_="all")
+    return el("details", el("summary", f"All {len(rows)} checks"), table(columns, rows), class_="all")
 
 
 def _footer(found: Acceptance) -> Markup:

@@ -34,11 +34,12 @@ def document(
     sections: Mapping[str, object] | None = None,
     drawing: str = "",
     styles: Sequence[str] = ("page.css",),
+    scripted: bool = True,
 ) -> str:
     """A page as text.
 
     figures: those that `content` frames. sections: further JSON for the page's script (`klab.payload[name]`). drawing: plotly.js, where
-    the page has figures to draw.
+    the page has figures to draw. scripted: a page that is sent to others, to be read and printed, may do without.
     """
     compiled = any(trace.get("type") in COMPILED for figure in figures for trace in figure.traces)
     head = el(
@@ -52,7 +53,7 @@ def document(
     )
     scripts = [packed("klab-payload", payload(figures, sections or {}))] if figures or sections else []
     scripts += [_packed(drawing)] if drawing else []
-    scripts.append(el("script", Markup(script())))
+    scripts += [el("script", Markup(script()))] if scripted else []
     return f"<!doctype html>\n{el('html', head, el('body', content, scripts), lang='en')}\n"
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from klab.harness.measure.client import scrubbed
 from klab.harness.store.paths import checkout
 from klab.kernels.errors import CannotMeasure
 
@@ -58,7 +59,9 @@ def run_device_tests(limit_s: float | None, passed: Sequence[str] = ()) -> Devic
             named = Path(folder) / "passed"
             named.write_text("".join(f"--deselect={name}\n" for name in passed), encoding="utf-8")
             command.append(f"@{named}")
-        process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=root, stdout=out, stderr=subprocess.STDOUT, env=scrubbed(os.environ), start_new_session=True
+        )
         stopped = ""
         try:
             process.wait(limit_s)

@@ -5,6 +5,7 @@ import json
 import pytest
 from made_results import contest
 from test_measure_calibration import GPU, made
+from test_report_script import unpacked
 
 from klab.harness.measure.calibration import Figure, read_calibrations, write_calibration
 from klab.harness.store.journal import Journal
@@ -83,6 +84,6 @@ def test_the_report_shows_the_share_of_the_measured_peak(klab, tmp_path):
     assert klab("report", "--chip", "h200", "--results", tmp_path, "--out", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text()
     assert "another-chip" not in page
-    assert "of what this device was measured to reach" in page
+    assert "of what klab calibrate measured" in page
     assert "Peak bfloat16, measured" in page
-    assert "measured on GPU-0, bf16" in page
+    assert "measured on GPU-0, bf16" in unpacked(page, "klab-payload")
