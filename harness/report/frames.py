@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 DIMS = ("chip", "model", "phase", "operator", "dtype", "kernel", "status")
 """Columns of these names, in any table of the page, are filtered by. A cell is a text, or a tuple of texts of which one has to match."""
 
-ORIGINS = ("measured", "reference")
-"""Own measurements, and published ones: never mixed in one mark, one mean or one ratio."""
-
 
 def standing(story: Story) -> pd.DataFrame:
     """One row per standing Result of the story, own and published, in the story's order.
 
     Columns: those of DIMS (`kernel` is the bare name; model and phase are tuples, empty where no model of the catalog has the problem);
-    kernel_id, backend, library, origin, chosen (it is its chip's choice for the problem), light (its samples were not read);
+    kernel_id, backend, library, origin (measured or reference: never mixed in a mark, a mean or a ratio), chosen (it is its chip's
+    choice for the problem), light (its samples were not read);
     problem (label), problem_key, fields (the problem's, a dict), config (label), settings (the config, a dict), config_key, key, run_id,
     recorded_at, commit, device, device_uuid, reason; median_us, low_us, high_us (95%), rounds, gpu_s (what measuring it took),
     compile_s, tflops, gb_per_s, intensity_flop_per_byte, bound_us, bound_by, share (of the roofline by specification, 1 is the

@@ -7,12 +7,11 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from made_results import CHIPS, contest, failed, made
 
 from klab.harness.choose.decide import decide
@@ -303,14 +302,6 @@ def test_ratios_far_from_1_are_no_zero() -> None:
 
 
 # The page's script
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if missing():
-        pytest.skip(missing())
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 def test_the_script_computes_the_same_under_a_filter(browser: Browser, tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from made_results import CONFIGS, contest, made
 from test_report_strip import NASTY, A, B, row, story
 
@@ -160,14 +159,6 @@ def test_without_a_script_it_reads() -> None:
     assert "launch by launch between CUDA events" in shown and evidence.plain(Story(())) is None
     many = story([made(Matmul(m, 64, 64), "triton_a") for m in range(1, 60)])
     assert "19 faster winners have theirs in the panels" in (evidence.plain(many) or "")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if missing():
-        pytest.skip(missing())
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 def test_a_row_opens_its_evidence_and_its_configuration_is_copied(browser: Browser, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from made_nights import EPOCH, NEW_EPOCH, eventful, history, night, series, verdict
 from test_report_figures import accepted
 from test_report_page import Reader
@@ -177,14 +177,6 @@ def test_without_plotly_the_tables_are_there(monkeypatch: pytest.MonkeyPatch) ->
     tonight, earlier = eventful()
     text = night_page(tonight, earlier, historian)
     assert "Figures need plotly" in Reader(text).text and "triton_split_kv" in Reader(text).text and len(text) < 300_000
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if missing():
-        pytest.skip(missing())
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 400)])

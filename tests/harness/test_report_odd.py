@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, missing
+from browser import Browser
 from made_odd import ATTACKS, LONG, ODD, odd_nights, store
 from test_report_page import Reader
 
@@ -247,14 +247,6 @@ def test_the_last_of_many_runs_is_what_changed(pages: dict[str, Page]) -> None:
     page = pages["many_runs"]
     assert page.story.newest_run == {"h200": "run-09"} and page.story.nights["h200"]
     assert "a device was lost" in page.text or len(page.story.nights["h200"]) == 24
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if missing():
-        pytest.skip(missing())
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 # What a reader may do: further variants of the figures, their first points under the pointer, tables behind them, menus, and evidence.
