@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,24 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def night(place, monkeypatch, klab):
-    """Run a night on a made-up fleet; returns (exit code, stdout, stderr)."""
-    count = iter(range(100))
+    """Run a night on a made-up fleet, a minute after the last one; returns (exit code, stdout, stderr)."""
+    count, began = iter(range(100)), datetime.now(UTC)
+
+    class Nights(datetime):
+        """Made nights end within one second, and the order of nights of one second is the order of their random names."""
+
+        @classmethod
+        def now(cls, tz=None):
+            return began + timedelta(minutes=run.seed)
+
+    monkeypatch.setattr("klab.harness.watch.night.datetime", Nights)
+    monkeypatch.setattr("klab.harness.tune.job.new_run_id", lambda: f"{Nights.now():%Y%m%dT%H%M%SZ}-made{run.seed:02}")
     # Drawing takes seconds, and is drawn for real above.
     monkeypatch.setattr("klab.harness.report.night_page.night_page", lambda night, earlier, **_: "<html>")
 
     def run(outcome=lambda trial, process: 100.0, *words):
-        fleet = NightFleet(outcome, seed=next(count))
-        run.asked = []
+        run.asked, run.seed = [], next(count)
+        fleet = NightFleet(outcome, seed=run.seed)
 
         def open_fleet(kind, chips, run_id, **given):
             run.asked.append((kind, [chip.name for chip in chips], given))
