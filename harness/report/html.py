@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from klab.kernels.contract import Json
-
 _VOID = {"meta", "br", "hr", "col"}
 
 
@@ -96,10 +94,3 @@ def _cell(column: str, kind: str | None, cell: object) -> Markup:
 def pairs(items: Iterable[tuple[str, object]]) -> Markup:
     """A list of names and values."""
     return el("dl", [el("div", el("dt", name), el("dd", value)) for name, value in items])
-
-
-def data_script(identity: str, value: Json) -> Markup:
-    """JSON that a script of the page reads; nothing in it can end the element or begin another."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028")
-    return Markup(f'<script type="application/json" id="{html.escape(identity, quote=True)}">{text}</script>')

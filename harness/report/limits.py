@@ -69,14 +69,11 @@ def bound(result: Result, limits: Limits) -> Bound | None:
     return Bound(us, by, dtype if chip.peak_flops(dtype) else "float32")
 
 
-def share_of_bound(result: Result, limits: Limits) -> float | None:
-    """The bound over the measured median: 1 is the roofline itself."""
-    found = bound(result, limits)
-    return found.us / result.median_us if found and result.median_us else None
-
-
 def share_of_measured(result: Result, limits: Limits) -> float | None:
-    """The same by the peaks that were measured on the result's own device; None where that device, or the peak that bounds, was not."""
+    """The bound by the peaks that were measured on the result's own device, over the measured median; 1 is the roofline itself.
+
+    None where that device, or the peak that bounds, was not measured.
+    """
     own = limits.measured.get(device_of(result))
     found = bound(result, replace(limits, chip=own)) if own is not None else None
     if own is None or found is None or not result.median_us or not is_measured(own, found.peak_dtype if found.by == "compute" else ""):

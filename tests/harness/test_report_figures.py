@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_results import contest, failed, made
+from made_results import contest, made
 
 from klab.harness.choose.decide import decide
 from klab.harness.report import shell
@@ -20,9 +20,9 @@ from klab.harness.report.figures.energy_price import ENERGY
 from klab.harness.report.figures.front import TIME, front
 from klab.harness.report.figures.style import DASHES, PALETTE, Figure, colours, digits, distinct, grouped, log_axis, looks, plain, short
 from klab.harness.report.frames import standing
-from klab.harness.report.limits import Limits, bound, limits_of, share_of_bound
+from klab.harness.report.limits import Limits, bound, limits_of
 from klab.harness.report.subject import Story, tell
-from klab.harness.store.result import Result, Status
+from klab.harness.store.result import Result
 from klab.harness.tune.objective import Interval
 from klab.harness.tune.pareto import Point, front_of
 from klab.kernels.contract import Chip
@@ -79,7 +79,6 @@ def test_the_bound_is_memory_or_compute() -> None:
     assert (found := bound(small, H200)) is not None and found.by == "memory"
     assert found.us == pytest.approx(small.bytes_moved / 4800e9 * 1e6)
     assert (found := bound(large, H200)) is not None and found.by == "compute"
-    assert share_of_bound(failed(Matmul(1, 2, 3), "triton_a", Status.TIMEOUT, ""), H200) is None
 
 
 def test_a_dtype_without_a_peak_is_bounded_by_float32() -> None:
