@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
 
 from klab.harness.choose.candidates import Candidate, value
 from klab.harness.measure.stats import FLOOR_ROUNDS, paired_ratio
@@ -13,7 +12,7 @@ from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY, Objective
 from klab.kernels.contract import canonical_json
 
-# Candidates whose intervals lie apart by this much are not bootstrapped round by round: no common drift turns 10% around, and a
+# Candidates whose intervals lie apart by this much are not compared round by round: no common drift turns 10% around, and a
 # tuned space has hundreds of them.
 PLAINLY_APART = 1.1
 # More than the last digits of a float.
@@ -65,7 +64,7 @@ def _contest(row: Result) -> dict[str, object]:
 def _same_rounds(a: Candidate, b: Candidate) -> Ratio | None:
     """From the rounds that the two have in common."""
     pairs = _common_rounds(a, b)
-    return Ratio(*_bootstrap(tuple(x for x, _ in pairs), tuple(y for _, y in pairs)), "same rounds") if pairs else None
+    return Ratio(*paired_ratio([x for x, _ in pairs], [y for _, y in pairs]), "same rounds") if pairs else None
 
 
 def _common_rounds(a: Candidate, b: Candidate) -> list[tuple[float, float]]:
@@ -95,11 +94,6 @@ def _series(row: Result) -> Hashable:
 
 def _marks(row: Result) -> tuple[int, ...]:
     return row.marked if len(row.marked) == len(row.samples_us) else (0,) * len(row.samples_us)
-
-
-@lru_cache(maxsize=4096)
-def _bootstrap(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, float, float]:
-    return paired_ratio(a, b)
 
 
 def _same_baseline(a: Candidate, b: Candidate) -> Ratio | None:

@@ -339,7 +339,7 @@ class Contest:
             self._stopped_at = min(self._stopped_at, time.monotonic())
             grace_over = time.monotonic() - self._stopped_at > STOP_GRACE_S
             return len(entry.kept) >= entry.trial.policy.min_rounds or grace_over
-        return bool(entry.rule.enough(entry.samples_us, entry.marked, entry.spent_s, seed=entry.trial.policy.seed))
+        return bool(entry.rule.enough(entry.samples_us, entry.marked, entry.spent_s))
 
     def _close(self, entry: Entry, baseline: Baseline) -> Iterator[Result]:
         """Check once more, then tell, unless its energy is still to be measured."""

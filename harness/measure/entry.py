@@ -123,7 +123,7 @@ class Entry:
         final = {**shape, **self.finished}
         timing: dict[str, Any] = {}
         if len(kept) >= FLOOR_ROUNDS:
-            found = spread(kept, seed=self.trial.policy.seed)
+            found = spread(kept)
             timing = {
                 "median_us": found.median,
                 "q1_us": found.q1,
@@ -179,7 +179,7 @@ def beside(entry: Entry, baseline: Entry | None, contest_id: str, contestants: i
     ]
     if baseline is not entry and len(pairs) >= FLOOR_ROUNDS:
         own, other = zip(*pairs, strict=True)
-        ratio, low, high = paired_ratio(own, other, seed=entry.trial.policy.seed)
+        ratio, low, high = paired_ratio(own, other)
         found |= {"baseline_config": baseline.trial.config.to_json_full(), "ratio": ratio, "ratio_low": low, "ratio_high": high}
     return found
 

@@ -208,10 +208,10 @@ def measure_layer(
     sums = [sum(samples[role][lap] for role in samples) for lap in range(laps)]
     bare = [sum(samples[role][lap] for role in samples if role not in glue) for lap in range(laps)]
     return LayerTime(
-        parts=tuple(_timed(part, chosen, spread(samples[part.role], seed=seed)) for part in parts),
-        whole=spread(wholes, seed=seed),
-        ratio=paired_ratio(wholes, sums, seed=seed),
-        bare_ratio=paired_ratio(wholes, bare, seed=seed),
+        parts=tuple(_timed(part, chosen, spread(samples[part.role])) for part in parts),
+        whole=spread(wholes),
+        ratio=paired_ratio(wholes, sums),
+        bare_ratio=paired_ratio(wholes, bare),
         error=checked.error,
         tolerance=checked.tolerance,
         laps=laps,

@@ -16,8 +16,8 @@ from klab.kernels.contract import Json
 BLOCK_S = 10.0
 # Fewer blocks than this give no interval.
 LEAST_BLOCKS = 5
-# Resampling fewer values than this cannot leave their own range, which holds the median in 76% (of three) to 93% (of five) and not in 95%.
-LEAST_BOOTSTRAP = 6
+# Order statistics of fewer values than this end with their range, which holds the median in 76% (of three) to 93% (of five) and not in 95%.
+LEAST_RANKED = 6
 # Blocks in a row whose mean is a dip: half a minute.
 DIP_BLOCKS = 3
 # The part of a sustained run in which the device warms up and is not counted, and at most so much of it.
@@ -79,7 +79,7 @@ def figure(values: Sequence[float], *, least: int = 3) -> Figure | None:
     middle = statistics.median(values)
     if len(values) < least:
         return Figure(middle)
-    if len(values) >= LEAST_BOOTSTRAP:
+    if len(values) >= LEAST_RANKED:
         return Figure(middle, *median_interval(values))
     from scipy.special import stdtrit
 

@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from klab.harness.watch.node_figures import LEAST_BOOTSTRAP, counted, dip, figure, slope
+from klab.harness.watch.node_figures import LEAST_RANKED, counted, dip, figure, slope
 
 
 def trace(rates):
     return [{"at": float(second), "tflops": rate} for second, rate in enumerate(rates)]
 
 
-@pytest.mark.parametrize("count", [3, 4, 5, LEAST_BOOTSTRAP, 10])
+@pytest.mark.parametrize("count", [3, 4, 5, LEAST_RANKED, 10])
 def test_the_interval_of_few_values_holds_the_median_in_19_of_20(count):
     """Resampling three values would hold it in 76%."""
     chance = random.Random(count)

@@ -10,7 +10,7 @@ WORDS = (
     ("modelled", "Computed, not timed: the roofline's bound, and the peaks of a CPU."),
     ("screened", "Compiled for the chip without running; says nothing about speed."),
     ("median", "The middle of the rounds' times; each round is the mean of a batch of launches."),
-    ("interval", "95% bootstrap interval of the median within its run. It does not cover how one device differs from the next."),
+    ("interval", "95% interval of the median within its run, by order statistics. It does not cover how one device differs from the next."),
     ("tie", "Candidates whose difference is smaller than its uncertainty. Any of them would do."),
     ("of roofline", "The least time that the problem's flops and bytes need at the chip's specified limits, over the median. Above 100%: a "
      "cache served part of the bytes, or the limit is a low guess."),
