@@ -120,9 +120,9 @@ def include_dirs() -> list[str]:
 
 
 def first_error(log: str) -> str:
-    """The first line of a compiler's log that reports an error, or the first line at all."""
+    """The first line of a compiler's log that reports an error, or the first line at all. ptxas calls some "fatal"."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else "no log")
+    return next((line for line in lines if re.search("error|fatal", line, re.IGNORECASE)), lines[0] if lines else "no log")
 
 
 def compile_cubin(source: str, name: str, arch: str, defines: Mapping[str, str | int]) -> bytes:

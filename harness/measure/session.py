@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from klab.harness.measure import anchor as anchors
 from klab.harness.measure import faults
-from klab.harness.measure.check import Check, attempt, compare, distance, fingerprint, guarded_outputs, poison
+from klab.harness.measure.check import Check, attempt, compare, distance, exact_sums, fingerprint, guarded_outputs, poison
 from klab.harness.measure.cuda_timer import CannotCapture, SpoiledByCapture
 from klab.harness.measure.energy import Guard, Window, idle_power, judge, sustain
 from klab.harness.measure.power import PowerMeter
@@ -109,10 +109,7 @@ class Session:
             return self._failure(error, building=False)
 
     def _fill(self) -> Answer:
-        import torch
-
-        # A kernel's file may have allowed TF32 for the whole process: the reference must not use it.
-        torch.set_float32_matmul_precision("highest")
+        exact_sums()
         conditions = self.timer.begin(self.policy)
         stored, touched = set_bytes(self.problem)
         how = plan(

@@ -101,9 +101,10 @@ class Activation(Problem):
         return float(read + row_quantize.output_bytes(self.rows, self.width, self.quantize, self.dtype))
 
     def tolerance(self) -> float:
-        # One rounding of the output, 0.3 u on average and 1 u for few elements. In float32 the functions' own error: 2 ulp of the
-        # hardware's exponential, and sigmoid in the tail keeps only its relative one.
-        return max(UNIT_ROUNDOFF[self.dtype], 5e-6)
+        # One rounding of the output, 0.3 u on average and 1 u for few elements; a library rounds before it multiplies too, which only few
+        # elements show. In float32 the functions' own error: 2 ulp of the hardware's exponential, and sigmoid in the tail keeps only its
+        # relative one.
+        return max(UNIT_ROUNDOFF[self.dtype] * (2.0 if self.rows * self.width < 16 else 1.0), 5e-6)
 
     def tolerance_of(self, output: str) -> float:
         if output == "scale":

@@ -202,6 +202,9 @@ def fits(problem: Matmul, config: WgmmaConfig, chip: Chip) -> str | None:
     # Beside its sums a thread has about 30 registers of addresses, counters and barriers.
     if c.sums + 30 > REGISTERS[c.consumers][1]:
         return f"{c.sums} sums per thread of {REGISTERS[c.consumers][1]} registers"
+    # ptxas 13.0 (C7602) wants one product's sums and 26 more of what every thread has before the warpgroups share anew.
+    if c.block_n // 2 + 26 > 65536 // c.threads:
+        return f"a product of {c.block_n // 2} sums per thread, which starts with {65536 // c.threads} registers"
     return None
 
 

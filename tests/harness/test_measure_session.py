@@ -52,6 +52,17 @@ def test_open_says_how_the_data_lies(session):
     assert opened["reference_device"] == "cpu"
 
 
+def test_a_problem_opens_with_exact_sums_whoever_ran_before(session):
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    session.open("matmul", PROBLEM.to_json(), POLICY.to_json())
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+
+
 def test_a_good_kernel_is_checked_timed_and_checked_again(session):
     found = prepare(session, "good")
     assert found["status"] == "ok"

@@ -250,6 +250,12 @@ def test_compile_error_is_one_line():
     assert str(caught.value) == 'f does not compile for sm_90a: f.cu(4): error: identifier "missing" is undefined'
 
 
+def test_what_ptxas_calls_fatal_is_told():
+    told = "(C7602) Insufficient registers (128) to compile instruction at line 322 in function f."
+    log = f"info: 1 kernel\nptxas fatal   : {told}\nptxas fatal   : Ptx assembly aborted due to errors\n"
+    assert cuda_module.first_error(log) == f"ptxas fatal   : {told}"
+
+
 def test_compile_only_records_what_would_be_launched():
     kernel = CudaKernel(PRELUDE + "KLAB_KERNEL(f, N)(float* x) { x[thread_idx()] = N; }", "f", BLACKWELL, {"N": 64}, 1234)
     with compile_only() as artifacts:

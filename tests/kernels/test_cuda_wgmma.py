@@ -89,6 +89,8 @@ def test_what_does_not_fit_says_why():
         assert word in cuda_wgmma.unfit(problem, HOPPER)
     assert "registers" in cuda_wgmma.fits(SMALL, WgmmaConfig(2, 128, 256, 2, 1), HOPPER)
     assert "shared memory" in cuda_wgmma.fits(SMALL, WgmmaConfig(2, 64, 256, 6, 1), HOPPER)
+    assert "starts with 128 registers" in cuda_wgmma.fits(SMALL, WgmmaConfig(3, 64, 256, 2, 1), HOPPER)
+    assert cuda_wgmma.fits(SMALL, WgmmaConfig(2, 64, 256, 2, 1), HOPPER) is None
 
 
 def test_the_space_has_no_candidate_twice():

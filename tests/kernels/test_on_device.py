@@ -9,6 +9,7 @@ import pytest
 from contest import cases
 
 from klab.harness.measure.check import check, compare, poison
+from klab.harness.measure.faults import is_fatal
 from klab.kernels.discover import discover
 
 torch = pytest.importorskip("torch")
@@ -18,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: numerics on a device are not verified by this run"),
 ]
 
+# Characters of an error: what a compiler says of a source line comes late.
+LONGEST = 1500
 CUDA_KERNELS = [k for k in discover().kernels.values() if "cuda" in k.kinds]
 
 
@@ -34,11 +37,16 @@ def test_agrees_with_reference(kernel, dtype, chip):
     ran, wrong = 0, []
     for i, (problem, config) in enumerate(cases(kernel, chip, dtypes=(dtype,), configs=2)):
         for row_padding in (0, 8):
-            launch = kernel.build(problem, config, chip)
-            found = check(problem, launch, seed=i, device="cuda", row_padding=row_padding, reference_device="cpu")
-            ran += 1
-            if not found.passed:
-                wrong.append(f"{problem.label()} [{config.label()}] row_padding={row_padding}: {found.reason}")
+            ran, fatal = ran + 1, False
+            try:
+                launch = kernel.build(problem, config, chip)
+                reason = check(problem, launch, seed=i, device="cuda", row_padding=row_padding, reference_device="cpu").reason
+            except Exception as error:  # noqa: BLE001 - the other cases tell whether it is all of them, where the device still answers
+                reason, fatal = f"{type(error).__name__}: {str(error)[:LONGEST]}", is_fatal(error)
+            if reason:
+                wrong.append(f"{problem.label()} [{config.label()}] row_padding={row_padding}: {reason}")
+            if fatal:
+                pytest.fail("\n".join(wrong))
     assert not wrong, "\n".join(wrong)
     if not ran:
         pytest.skip(f"fits no {dtype} example on {chip.name}")

@@ -200,4 +200,4 @@ def test_a_file_that_is_none(tmp_path):
 
 def test_importing_klab_kernels_is_light():
     code = "import sys, klab.kernels; print(sorted({'torch', 'triton', 'cupy', 'pandas'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True).stdout.strip() == "[]"
