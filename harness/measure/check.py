@@ -39,6 +39,19 @@ class Check:
         return not self.reason
 
 
+def exact_sums() -> None:
+    """No TF32 and no partial sums in the output's dtype: switches of the whole process, which a kernel's file may have thrown.
+
+    The reference must not use them, and a library's time and error must not depend on who was measured before it.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def compare(problem: Problem, outputs: Tensors, reference: Tensors) -> Check:
     """||out - ref|| / ||ref|| per output against the problem's tolerance; NaN, infinity and single wild elements never pass.
 
@@ -58,6 +71,7 @@ def compare(problem: Problem, outputs: Tensors, reference: Tensors) -> Check:
             continue
         want = expected if expected.dtype in (torch.float32, torch.float64) else expected.double()
         got = output.to(want.device).to(want.dtype)
+        hidden = None
         if _has_hidden(want):
             hidden = want.isneginf()
             # Hidden positions of scores are -inf by definition: they must be just that, and no norm counts them.
@@ -70,16 +84,20 @@ def compare(problem: Problem, outputs: Tensors, reference: Tensors) -> Check:
         # A norm is finite only if every element is, which saves counting them where all is well.
         bad = 0 if math.isfinite(deviation) else int((~got.isfinite() & want.isfinite()).sum())
         if bad:
-            return Check(float("inf"), limit, f"{bad} of {got.numel()} elements of {name} are not finite (unwritten or overflowed)")
+            told = f"{bad} of {got.numel()} elements of {name} are not finite (unwritten or overflowed)"
+            return Check(float("inf"), limit, told + _place(~got.isfinite() & want.isfinite(), got, want))
         norm = float(torch.linalg.vector_norm(want, dtype=torch.float64))
         error = deviation / norm if norm else deviation
         if error / limit >= worst / tolerance:  # the output that is nearest to its own limit stands for the launch
             worst, tolerance = error, limit
+        difference.abs_()
         if not error <= limit:
-            return Check(error, limit, f"{name} is off by {error:.2e}, tolerance {limit:.2e}")
-        wild = _wild_elements(difference.abs_(), want, ELEMENT_FACTOR * limit, slack=limit * 1e-3)
-        if wild:
-            return Check(error, limit, f"{wild} elements of {name} are off by more than {ELEMENT_FACTOR:.0f} tolerances")
+            beyond = _wild_elements(difference, want, limit, slack=limit * 1e-3, hidden=hidden)
+            return Check(error, limit, f"{name} is off by {error:.2e}, tolerance {limit:.2e}" + _place(beyond, got, want))
+        wild = _wild_elements(difference, want, ELEMENT_FACTOR * limit, slack=limit * 1e-3, hidden=hidden)
+        if wild is not None:
+            told = f"{int(wild.sum())} elements of {name} are off by more than {ELEMENT_FACTOR:.0f} tolerances"
+            return Check(error, limit, told + _place(wild, got, want))
     return Check(worst, tolerance, "")
 
 
@@ -104,17 +122,46 @@ def _has_hidden(want: torch.Tensor) -> bool:
     return not math.isfinite(float(want.sum())) and bool(want.isneginf().any())
 
 
-def _wild_elements(difference: torch.Tensor, want: torch.Tensor, factor: float, *, slack: float) -> int:
-    """How many elements differ by more than `factor` times (their size plus their row's rms). `slack` forgives rows that are all zero."""
+def _wild_elements(
+    difference: torch.Tensor, want: torch.Tensor, factor: float, *, slack: float, hidden: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Which elements differ by more than `factor` times (their size plus the rms of what their row shows, where zeros stand for what
+    is `hidden`); None where none does. `slack` forgives rows that are all zero."""
+    import torch
+
     if not difference.numel():
-        return 0
-    rms = want.square().mean(dim=-1, keepdim=True).sqrt()
-    if want.shape[-1] < FEW_COLUMNS:  # a row of one cancelling sum has no size of its own
-        rms = rms.clamp_min(float(want.square().mean().sqrt()))
+        return None
+    shown = torch.ones_like(want[..., :1]) * want.shape[-1] if hidden is None else (~hidden).sum(dim=-1, keepdim=True)
+    rms = (want.square().sum(dim=-1, keepdim=True) / shown.clamp_min(1)).sqrt()
+    few = shown < FEW_COLUMNS
+    if bool(few.any()):  # a row of one cancelling sum has no size of its own
+        overall = (want.square().sum() / shown.sum().clamp_min(1)).sqrt()
+        rms = torch.where(few, rms.clamp_min(float(overall)), rms)
     # Nothing to look at one by one where the largest difference is small for the smallest row.
     if float(difference.max()) <= factor * float(rms.min()):
-        return 0
-    return int((difference > factor * (want.abs() + rms) + slack).sum())
+        return None
+    wild = difference > factor * (want.abs() + rms) + slack
+    return wild if bool(wild.any()) else None
+
+
+def _place(wrong: torch.Tensor | None, got: torch.Tensor, want: torch.Tensor) -> str:
+    """Where an output is wrong: the box that holds all such elements, and the worst of them. Often the only trace of a defect that shows on
+    another machine: one tile, the last rows, every second column.
+    """
+    if wrong is None or not wrong.ndim:
+        return ""
+    box, every = [], range(wrong.ndim)
+    for axis in every:
+        others = [other for other in every if other != axis]
+        here = (wrong.any(dim=others) if others else wrong).nonzero().flatten()
+        box.append(f"{int(here[0])}:{int(here[-1]) + 1}")
+    off = (got - want).abs().nan_to_num(nan=float("inf")).masked_fill(~wrong, -1.0)
+    worst, at = int(off.argmax()), list[int]()
+    for size in reversed(wrong.shape):
+        at.insert(0, worst % size)
+        worst //= size
+    told = f"{int(wrong.sum())} in [{', '.join(box)}] of {list(wrong.shape)}"
+    return f"; {told}, the worst at {at}: {got[tuple(at)]:.4g}, not {want[tuple(at)]:.4g}"
 
 
 def poison(outputs: Tensors, *, finite: bool = False) -> None:

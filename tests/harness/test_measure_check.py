@@ -52,6 +52,18 @@ def test_a_single_nan_never_passes(index):
     assert found.reason.startswith("1 of 6144 elements of out are not finite")
 
 
+def test_a_wrong_place_is_told_with_the_worst_element():
+    """Whoever mends a kernel of another machine has nothing else."""
+
+    def tile(out):
+        out[16:32, 8:24] += 50.0
+        out[20, 9] = -4096.0
+
+    found = judged(tile).reason
+    assert "256 in [16:32, 8:24] of [64, 96], the worst at [20, 9]: -4096, not " in found
+    assert "; 1 in [0:1, 5:6] of [64, 96], the worst at [0, 5]: nan, not " in judged(lambda out: out[0, 5].fill_(float("nan"))).reason
+
+
 def test_infinity_never_passes():
     assert "not finite" in judged(lambda out: out[3, 3].fill_(float("inf"))).reason
 

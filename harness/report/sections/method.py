@@ -53,8 +53,8 @@ def words(subject: Subject) -> list[str]:
     if rounds:
         lines.append(
             f"{_range(rounds)} rounds per result (median {median(rounds):g}). Candidates of one problem take turns, so that drift of "
-            "clocks and temperature is common to all. Medians, with 95% intervals of order statistics; two candidates that shared their rounds are "
-            "compared by the ratio round by round."
+            "clocks and temperature is common to all. Medians, with 95% intervals of order statistics; two candidates that shared their "
+            "rounds are compared by the ratio round by round."
         )
     lines += _state(rows)
     lines += _power(subject)
