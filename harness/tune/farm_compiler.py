@@ -29,6 +29,8 @@ WORKER = [sys.executable, "-P", "-m", "klab.harness.tune.screen_worker"]
 START_LIMIT_S = 180.0
 # How often a compiling process's memory is looked at: one that takes 1 GB/s goes 0.1 GB too far.
 LOOK_S = 0.1
+# A process that has closed its pipe is about to end; on a busy machine it takes a moment to.
+END_S = 5.0
 # A process that has grown by this share of what it may is replaced between two candidates: what it holds is not the next one's fault.
 WORN = 0.5
 _TELLING = re.compile(r"error|abort|assert|fatal|terminate|bad_alloc|out of memory", re.IGNORECASE)
@@ -84,7 +86,7 @@ class Compiler:
                 self._end()
             return answer | {"shared": shared}
         telling = self._telling()
-        code = self._end(wait_s=0.2 if why == "ended" else 0.0)
+        code = self._end(wait_s=END_S if why == "ended" else 0.0)
         if why == "timeout":
             return {"status": Status.TIMEOUT.value, "reason": f"compiling took more than {timeout_s:g} s"}
         if why == "memory" or _MEMORY.search(telling):
@@ -140,7 +142,7 @@ class Compiler:
         line, why = self._line(process, START_LIMIT_S)
         if line is None or "ready" not in (_parsed(line, "ready") or {}):
             telling = self._telling()
-            code = self._end(wait_s=0.2 if why == "ended" else 0.0)
+            code = self._end(wait_s=END_S if why == "ended" else 0.0)
             how = {"timeout": f"was not ready within {START_LIMIT_S:.0f} s", "memory": "took more memory than it may"}
             return f"the compiling process {how.get(why, f'ended at its start with {_how(code)}')}{': ' if telling else ''}{telling}"
         self._at_first_bytes = _memory_bytes(process.pid)

@@ -19,6 +19,9 @@ FLAGS = (
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
 )  # fmt: skip
 
+# Seconds: no busy machine takes as long for what takes a moment.
+PATIENCE_S = 120.0
+
 
 def missing() -> str:
     """Why no browser can be had here, or ""."""
@@ -86,6 +89,13 @@ class Browser:
         """The value that a script returns."""
         return self._session_ask("POST", "/execute/sync", {"script": script, "args": []})
 
+    def until(self, script: str) -> Any:
+        """The value that a script returns, as soon as it is true in JavaScript; what it returned last where that never happens."""
+        until = time.monotonic() + PATIENCE_S
+        while not (found := self.run(script)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return found
+
     def cdp(self, command: str, **parameters: Any) -> Any:
         """A command of the DevTools protocol."""
         return self._session_ask("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
@@ -115,15 +125,17 @@ class Browser:
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         data = json.dumps(body or {}).encode() if method == "POST" else None
         request = urllib.request.Request(self._root + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.load(answer)["value"]
 
     def _wait(self) -> None:
-        for _ in range(100):
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until and self._driver.poll() is None:
             try:
                 if self._ask("GET", "/status")["ready"]:
                     return
             except OSError:
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
         self._driver.kill()
         raise TimeoutError("chromedriver does not answer")

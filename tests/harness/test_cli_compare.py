@@ -219,7 +219,7 @@ def test_a_comparison_that_is_ended_leaves_nothing(planted, tmp_path):
     try:
         assert klab.stderr is not None and "as it is" in klab.stderr.readline()
         klab.send_signal(signal.SIGTERM)
-        klab.wait(timeout=60)
+        klab.wait(timeout=240)
     finally:
         klab.kill()
         klab.stderr.close()

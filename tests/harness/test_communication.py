@@ -243,6 +243,6 @@ def test_the_verb_refuses_in_one_line(words, says):
 
 def test_the_verb_models_without_gpus():
     words = [sys.executable, "-m", "klab.harness.cli", "communication", "-c", "h200", "--gpus", "8", "--backend", "none", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == len(sweep(8)) and {row["origin"] for row in rows} == {"modelled"}

@@ -28,15 +28,16 @@ def row(trial, status=Status.OK, reason=""):
 
 
 class FakeSeat:
-    """Tells `per_group` rows of each group, then is lost if `dies(group)`; comes back `lives` times."""
+    """Tells rows of each group, only `tells` where it is lost, which it is if `dies(group)`; comes back `lives` times. It measures
+    nothing before `after` is set."""
 
-    def __init__(self, chip=CHIP, dies=lambda group: False, tells=0, lives=0, blame=True, slow_s=0.0):
-        self.chip, self.dies, self.tells, self.lives, self.blame, self.slow_s = chip, dies, tells, lives, blame, slow_s
+    def __init__(self, chip=CHIP, dies=lambda group: False, tells=0, lives=0, blame=True, after=None):
+        self.chip, self.dies, self.tells, self.lives, self.blame, self.after = chip, dies, tells, lives, blame, after
         self.groups, self.aborted = [], False
 
     def contest(self, group, wish):
         self.groups.append([trial.key for trial in group])
-        time.sleep(self.slow_s)
+        assert self.after is None or self.after.wait(60)
         if self.dies(group):
             for trial in group[: self.tells]:
                 yield row(trial)
@@ -66,8 +67,9 @@ def keys(rows):
 
 def test_what_a_lost_device_had_in_hand_is_measured_elsewhere_once():
     wanted = trials(["good", "half_speed", "wrong"], [4, 8, 16, 32])
-    first = FakeSeat(dies=lambda group: True, tells=1)
-    second = FakeSeat(slow_s=0.05)
+    dying = threading.Event()
+    first = FakeSeat(dies=lambda group: not dying.set(), tells=1)
+    second = FakeSeat(after=dying)
     summary, told, notes = carry(wanted, [first, second])
     assert keys(told) == keys(wanted) and summary.by_status == {Status.OK: 12} and summary.stopped == ""
     assert len(first.groups) == 1, "it was not given another"
@@ -144,24 +146,31 @@ def test_trials_go_where_their_chip_is():
 
 def test_an_idle_device_waits_for_what_may_come_back():
     wanted = trials(["good"], [4])
-    first, second = FakeSeat(dies=lambda group: True, slow_s=0.3), FakeSeat()
+    begun, may_die = threading.Event(), threading.Event()
+    first, second = FakeSeat(dies=lambda group: begun.set() or may_die.wait(60)), FakeSeat()
     board = Board(wanted)
     assert board.waiting() == 1
     made = Run(wanted, Wish(threading.Event()))
     made.start([first])
-    time.sleep(0.1)
+    assert begun.wait(60)
     thread = threading.Thread(target=made._measure, args=(second,))
     thread.start()
-    thread.join(timeout=10)
+    time.sleep(0.1)  # time enough to find nothing to do
+    assert second.groups == []
+    may_die.set()
+    thread.join(timeout=60)
     assert second.groups == [[wanted[0].key]]
 
 
 def test_what_a_seat_raises_ends_the_run():
+    broke = threading.Event()
+
     def broken(group):
+        broke.set()
         raise ZeroDivisionError("a fault of klab's own")
 
     wanted = trials(["good"], [4, 8])
     seat = FakeSeat(dies=broken)
     with pytest.raises(ZeroDivisionError):
-        carry(wanted, [seat, FakeSeat(slow_s=0.1)])
+        carry(wanted, [seat, FakeSeat(after=broke)])
     assert seat.aborted

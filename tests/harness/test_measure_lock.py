@@ -12,7 +12,7 @@ import sys, time
 from klab.harness.measure.lock import exclusive
 with exclusive("GPU-1"):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

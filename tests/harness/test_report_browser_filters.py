@@ -237,11 +237,11 @@ def test_a_derive_function_gets_what_is_left_and_gives_the_words(browser: Browse
 def test_only_what_is_near_is_drawn_and_drawn_again(browser: Browser, page: Path) -> None:
     browser.open(page, height=600, everything=False)
     assert browser.run("return document.querySelectorAll('.plot[data-drawn]').length") == 0
-    browser.run("klab.state.go('points-figure'); return new Promise(done => setTimeout(done, 400)).then(() => klab.plots.settled())")
-    assert browser.run("return document.getElementById('points').dataset.drawn") == "1"
+    browser.run("klab.state.go('points-figure')")
+    assert browser.until("return klab.plots.settled().then(() => document.getElementById('points').dataset.drawn)") == "1"
     assert browser.run("return document.getElementById('derived').dataset.drawn || ''") == ""
     assert browser.run("klab.state.set('chip', 'h200'); return klab.plots.settled().then(() => klab.plots.get('derived').dirty)") is True
-    assert browser.run("return klab.lastFilterMs > 0 && !klab.plots.get('points').dirty") is True
+    assert browser.until("return klab.lastFilterMs > 0") and browser.run("return klab.plots.get('points').dirty") is False
 
 
 def test_the_keyboard_reaches_the_filters(browser: Browser, page: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from browser import Browser, missing
+from browser import PATIENCE_S, Browser, missing
 from made_figures import heat, made_page, points, rows, winners
 
 from klab.harness.report.html import Cell, el, table
@@ -157,7 +157,8 @@ def test_csv_does_nothing_in_a_spreadsheet(browser: Browser) -> None:
 
 def arrived(folder: Path, name: str) -> bytes:
     """A file that the browser has saved, whole: it bears another name until it is."""
-    for _ in range(100):
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
         if (folder / name).exists() and not list(folder.glob("*.crdownload")):
             return (folder / name).read_bytes()
         time.sleep(0.1)
@@ -226,7 +227,7 @@ def test_on_paper_everything_is_open_and_in_ink(browser: Browser, page: Path) ->
     browser.run("dispatchEvent(new Event('afterprint'))")
     assert not browser.run("return [...document.querySelectorAll('main details')].some(d => d.open)")
     assert browser.run(ink) != "rgb(0, 0, 0)"
-    assert any(browser.run(width) > 1000 or time.sleep(0.1) for _ in range(50)), "the width of the page again"
+    assert browser.until(width + " > 1000"), "the width of the page again"
     pdf = base64.b64decode(browser.cdp("Page.printToPDF")["data"])
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000 and browser.console() == []
 
@@ -236,10 +237,8 @@ def test_what_is_drawn_beside_figures_follows_the_theme(browser: Browser, page: 
     browser.open(page)
     browser.run("klab.told = []; klab.plots.painted(() => klab.told.push(klab.plots.themed('var(--ink)')))")
     browser.cdp("Emulation.setEmulatedMedia", media="", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    ink = browser.run(
-        "return new Promise(done => setTimeout(done, 100)).then(() => getComputedStyle(document.documentElement).getPropertyValue('--ink'))"
-    )
-    assert browser.run("return klab.told.at(-1)") == ink.strip() == "#e6e9ef"
+    assert browser.until("return klab.told.at(-1)") == "#e6e9ef"
+    assert browser.run("return getComputedStyle(document.documentElement).getPropertyValue('--ink')").strip() == "#e6e9ef"
     browser.run("dispatchEvent(new Event('beforeprint'))")
     assert browser.run("return klab.told.at(-1)") == "#000"
     browser.run("dispatchEvent(new Event('afterprint'))")
@@ -253,8 +252,7 @@ def test_the_policy_lets_webgl_be_drawn(loaded: Browser, tmp_path: Path) -> None
     path = tmp_path / "page.html"
     path.write_text(made_page(FRAME, [figure]), encoding="utf-8")
     loaded.open(path, height=4000, everything=False)
-    drawn = "return document.getElementById('lines').dataset.drawn"
-    assert any(loaded.run(drawn) == "1" or time.sleep(0.1) for _ in range(50))
+    assert loaded.until("return document.getElementById('lines').dataset.drawn === '1'")
     assert "WebGL is not supported" not in loaded.run("return document.getElementById('lines').textContent")
     assert loaded.run("return document.querySelectorAll('#lines canvas').length") and loaded.console() == []
 

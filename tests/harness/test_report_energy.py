@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, missing
+from browser import PATIENCE_S, Browser, missing
 from made_results import contest, failed, made
 from test_report_figures import accepted, filterable, frame_of, script_front, table_json, told
 
@@ -168,11 +168,11 @@ def test_the_rule_of_what_has_a_figure_and_names_are_text() -> None:
 
 
 def drawn(browser: Browser, begins: str) -> Any:
-    """[x, y, caption] of the front's line, once the caption begins so; the last that was seen after 10 s."""
+    """[x, y, caption] of the front's line, once the caption begins so; the last that was seen where it never does."""
     script = """const plot = document.getElementById('energy-0');
     if (!plot.data) return [null, null, ''];
     return [plot.data[0].x, plot.data[0].y, plot.closest('figure').querySelector('figcaption').textContent];"""
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE_S
     while not (seen := browser.run(script))[2].startswith(begins) and time.monotonic() < until:
         time.sleep(0.05)
     return seen

@@ -170,7 +170,7 @@ def script_front(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
       return {{ data: figure.data, caption }};
     }});
     console.log(JSON.stringify(told));"""
-    done = subprocess.run([NODE, "-e", program], input=json.dumps(cases), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([NODE, "-e", program], input=json.dumps(cases), capture_output=True, text=True, timeout=240, check=True)
     answer: list[dict[str, Any]] = json.loads(done.stdout)
     return answer
 

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -222,10 +221,9 @@ def test_run_ids_are_safe_as_file_names(tmp_path: Path) -> None:
 
 def test_a_line_is_small_and_on_disk_at_once(tmp_path: Path) -> None:
     with Journal(tmp_path, "run") as journal:
-        start = time.perf_counter()
         for n in range(50):
             journal.append(row(n))
-        assert time.perf_counter() - start < 10
-        assert journal.path is not None
-        lines = journal.path.read_text().splitlines()
-    assert len(lines) == 50 and all(json.loads(line)["schema"] == 1 for line in lines)
+            assert journal.path is not None
+            lines = journal.path.read_text().splitlines()
+            assert len(lines) == n + 1
+    assert all(json.loads(line)["schema"] == 1 for line in lines)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -227,5 +226,4 @@ def test_killed_at_once_and_put_back_by_the_next(board, tmp_path, monkeypatch):
     monkeypatch.setattr("klab.harness.measure.nvml.load", lambda: board)
     told = CliRunner().invoke(build_app(), ["doctor", "--restore-clocks"], catch_exceptions=False)
     assert "put back: GPU-paper" in told.stderr and board.settings == USUAL and left_changed() == []
-    began = time.monotonic()
-    assert put_back(allowed=True, library=board) == [] and time.monotonic() - began < 5
+    assert put_back(allowed=True, library=object()) == [], "no board is asked where nothing is left"

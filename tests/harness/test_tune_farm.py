@@ -45,6 +45,10 @@ for line in sys.stdin:
         os.abort()
     if do == "complain":
         sys.exit("LLVM ERROR: no such register")
+    if do == "linger":
+        os.close(1)
+        time.sleep(1.0)
+        os._exit(3)
     if do == "hang":
         child = subprocess.Popen(["sleep", "600"])
         note(f"start {child.pid}")
@@ -107,7 +111,7 @@ def compiled(log):
 
 
 def gone(pids):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]]
         if not alive:
@@ -134,17 +138,25 @@ def test_what_is_waited_for_comes_first_then_the_urgent(log):
 
 
 def test_every_death_is_its_candidates_row_and_the_rest_goes_on(log):
-    limits = Limits(timeout_s=1.0, memory_bytes=300 << 20)
+    memory_bytes = 300 << 20
     wanted = [
         ("well", Status.OK, ""),
         ("abort", Status.CRASHED, "the compiler died with signal 6"),
         ("hang", Status.TIMEOUT, "compiling took more than 1 s"),
         ("complain", Status.CRASHED, "the compiler died with exit code 1: LLVM ERROR: no such register"),
+        ("linger", Status.CRASHED, "the compiler died with exit code 3"),
         ("eat", Status.OUT_OF_MEMORY, "compiling took more than 0.3 GiB of memory"),
         ("babble", Status.CRASHED, "the compiler wrote something else than an answer"),
         ("slow", Status.OK, ""),
     ]
-    with Farm(HOPPER, jobs=1, limits=limits) as farm:
+
+    class Patient(farm_module.Compiler):
+        """On a busy machine those that do end may take longer than is waited for the one that does not."""
+
+        def ask(self, trial, timeout_s):
+            return super().ask(trial, 1.0 if trial.config.do == "hang" else timeout_s)
+
+    with Farm(HOPPER, compilers=[lambda: Patient(HOPPER, [], memory_bytes)]) as farm:
         found = [farm.wait(trial(do)) for do, _, _ in wanted]
     assert [(s.status, s.reason) for s in found] == [(status, reason) for _, status, reason in wanted]
     assert gone(starts(log))
@@ -169,7 +181,7 @@ def test_closing_ends_everything_at_once(log):
     assert farm.wait(trial("well"), deadline=began + 0.1).rule == "not screened"
     farm.close()
     farm.close()
-    assert time.monotonic() - began < 3 and gone(starts(log))
+    assert time.monotonic() - began < Limits().timeout_s and gone(starts(log))
     assert farm.wait(trial("well", 9)).rule == "not screened"
 
 
@@ -188,8 +200,8 @@ def test_an_interrupted_parent_leaves_nobody(log, tmp_path):
         time.sleep(0.02)
     began = time.monotonic()
     parent.send_signal(signal.SIGINT)
-    _, error = parent.communicate(timeout=20)
-    assert "KeyboardInterrupt" in error and time.monotonic() - began < 4
+    _, error = parent.communicate(timeout=120)
+    assert "KeyboardInterrupt" in error and time.monotonic() - began < Limits().timeout_s
     assert gone(starts(log))
 
 

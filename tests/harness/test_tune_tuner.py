@@ -309,19 +309,20 @@ print(len(tuned.courses), sum(c.evaluations for c in tuned.courses), tuned.resum
 """
 
 
+@pytest.mark.timeout(600)
 def test_a_real_kill_on_this_cpu_loses_at_most_what_was_under_way(tmp_path):
     here = Path(__file__).parent
     script = KILLED.format(paths=[str(here), str(here.parent / "kernels")], folder=str(tmp_path))
     env = {**os.environ, "KLAB_LOCK_DIR": str(tmp_path)}
     command = [sys.executable, "-c", script.replace(repr(str(tmp_path)), f"t.Path({str(tmp_path)!r})")]
     process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE)
-    give_up = time.monotonic() + 60.0
+    give_up = time.monotonic() + 240.0
     while sum(map(len, lines(tmp_path).values())) < 5 and time.monotonic() < give_up and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
     before = lines(tmp_path)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     courses, evaluations, resumed, share = done.stdout.split()
     assert (int(courses), int(evaluations)) == (2, 12) and int(resumed) >= 3
