@@ -114,17 +114,35 @@ def _stabilities(rows: Iterable[Result]) -> list[Stability]:
     found = []
     for by_run in by_problem.values():
         contests = {run: made for run, group in sorted(by_run.items()) if len(made := {_name(c): c for c in candidates(group)}) > 1}
-        common = frozenset.intersection(*(frozenset(made) for made in contests.values())) if len(contests) > 1 else frozenset()
-        if len(common) < 2:
-            continue
+        runs, common = _shared({run: frozenset(made) for run, made in contests.items()})
         ties, winners = {}, {}
-        for run, made in contests.items():
-            field = [made[name] for name in sorted(common)]
+        for run in runs:
+            field = [contests[run][name] for name in sorted(common)]
             first = best(field, LATENCY)
             ties[run], winners[run] = frozenset(map(_name, tie_set(field, first, LATENCY))), _name(first)
+        if not ties:
+            continue
         label = next(row.problem_label for group in by_run.values() for row in group)
         found.append(Stability(label, len(common), ties, winners))
     return sorted(found, key=lambda one: (one.stable, one.same_winner, one.problem))
+
+
+def _shared(measured: Mapping[str, frozenset[str]]) -> tuple[list[str], frozenset[str]]:
+    """The most runs, and of so many those, that have two candidates and more in common, and these candidates; nothing where none have.
+
+    Not of all runs at once: one that measured a single new kernel would leave nothing in common.
+    """
+    where: dict[str, frozenset[str]] = {
+        name: frozenset(run for run in measured if name in measured[run]) for name in set().union(*measured.values())
+    }
+    sets = set(where.values())
+    found = [
+        (len(runs), len(common), sorted(runs), common)
+        for runs in sorted({a & b for a in sets for b in sets}, key=sorted)
+        if len(runs) > 1 and len(common := frozenset(name for name, there in where.items() if there >= runs)) > 1
+    ]
+    _, _, runs, common = max(found, key=lambda one: one[:3], default=(0, 0, [], frozenset()))
+    return runs, common
 
 
 def _name(candidate: Candidate) -> str:

@@ -164,7 +164,10 @@ def _judge(goal: Goal, problems: Iterable[Sequence[Result]], copy: Bandwidth | N
             if one is not None:
                 shown.append(one)
     if not shown:
-        return Verdict(goal, "not measured", reason="no problem of this kind has both a kernel of klab's own and what it is held against")
+        what = (
+            "the engine's configuration and another" if goal.against == "engine" else "a kernel of klab's own and what it is held against"
+        )
+        return Verdict(goal, "not measured", reason=f"no problem of this kind has both {what}")
     mean, low, high = (math.exp(sum(math.log(getattr(s, name)) for s in shown) / len(shown)) for name in ("figure", "low", "high"))
     verdict = "met" if low >= goal.least else "missed" if high < goal.least else "cannot tell"
     return Verdict(goal, verdict, mean, low, high, tuple(sorted(shown, key=lambda s: s.figure)))
@@ -184,6 +187,8 @@ def _shown(goal: Goal, rows: Sequence[Result], copy: Bandwidth | None, engine: C
         return Shown(row.problem_label, row.kernel, "copy", *shares)
     if goal.against == "engine":
         baseline = _fastest([c for c in ours if engine(c.row)])
+        if all(engine(c.row) for c in ours):  # nothing else was tried
+            return None
     else:
         named = [c for c in found if c.row.library and (goal.against == "library" or c.row.kernel.startswith(goal.against))]
         baseline = _fastest(named)

@@ -58,7 +58,7 @@ def command(app: typer.Typer) -> None:
                 interrupted = True
             finally:
                 job.journal.close()
-                packed = pack(out_dir)
+                packed = pack(out_dir, lambda line: talk.print(line, style="yellow", markup=False, soft_wrap=True))
         outside = sum(absent.outside for absent in catalogue.unavailable)
         for absent in catalogue.unavailable:
             if not absent.outside:

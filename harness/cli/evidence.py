@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +49,7 @@ def command(app: typer.Typer) -> None:
         from klab.harness.cli._progress import Bars
         from klab.harness.cli._setup import deadline_of
         from klab.kernels.discover import discover
-        from klab.kernels.errors import UsageError
+        from klab.kernels.errors import CannotMeasure, UsageError
 
         catalogue = discover(kernels or [])
         if finish:
@@ -58,16 +63,19 @@ def command(app: typer.Typer) -> None:
             if as_json:
                 emit({"type": "finished", "files": [str(path) for path in made.files], "lines": list(made.lines)})
             return
-        from klab.harness.tune.campaign import pack
-        from klab.harness.tune.evidence import Evidence, tuner_folder
+        from klab.harness.tune.evidence import Evidence
+        from klab.harness.tune.evidence_folder import alone, pack_all, pack_s
 
         seconds = _options.seconds(budget)
-        with Bars(as_json=as_json) as bars:
+        found_chip = find_real_chip(chip)
+        ends = deadline_of(seconds, reserve_s=pack_s(out_dir))
+        overdue = _Overdue(ends, deadline_of(seconds))
+        with alone(out_dir), Bars(as_json=as_json) as bars:
             made_of = Evidence(
-                find_real_chip(chip),
+                found_chip,
                 out_dir,
                 catalogue,
-                deadline=deadline_of(seconds, reserve_s=WRAP_UP_S),
+                deadline=ends,
                 models=model or (),
                 parts=part or (),
                 kernel_dirs=kernels or (),
@@ -75,12 +83,15 @@ def command(app: typer.Typer) -> None:
                 sensor_s=sensor_seconds,
             )
             try:
-                for done in made_of.run():
-                    _tell(done, as_json=as_json)
+                with overdue:
+                    for done in made_of.run():
+                        _tell(done, as_json=as_json)
+            except KeyboardInterrupt:
+                if not overdue.came:
+                    raise
+                talk.print("ended in the middle of a part that did not end by itself; its rows are stored", style="yellow")
             finally:
-                packed = pack(out_dir)
-                if tuner_folder(out_dir).is_dir():
-                    pack(tuner_folder(out_dir))
+                packed = pack_all(out_dir, lambda line: talk.print(line, style="yellow", markup=False, soft_wrap=True))
         for line in made_of.job.report.lines():
             talk.print(line, style="yellow", markup=False, soft_wrap=True)
         rows = [
@@ -99,10 +110,46 @@ def command(app: typer.Typer) -> None:
             markup=False,
             soft_wrap=True,
         )
+        parts = made_of.sitting.parts
+        if any(d.failed for d in parts) and not any(d.statuses or d.known for d in parts):
+            raise CannotMeasure("nothing came of this sitting; each part above says why")
 
 
-# Packing the rows of a sitting takes some seconds where there are ten thousand.
-WRAP_UP_S = 8.0
+# A budget that is over when the command has only started: the sitting finds that for itself.
+LEAST_TIMER_S = 2.0
+
+
+class _Overdue:
+    """An interrupt as of Ctrl-C, when half of the time for packing is over and a part has not ended: what runs the command may kill it."""
+
+    def __init__(self, ends: float | None, last: float | None) -> None:
+        self.came = False
+        self._timer: threading.Timer | None = None
+        if ends is not None and last is not None:
+            self._timer = threading.Timer(max(LEAST_TIMER_S, (ends + last) / 2 - time.monotonic()), self._press)
+
+    def _press(self) -> None:
+        self.came = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> _Overdue:
+        if self._timer is not None:
+            # A shell starts what runs in the background with Ctrl-C ignored, and this would be too.
+            if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                signal.signal(signal.SIGINT, self._heard)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if signal.getsignal(signal.SIGINT) == self._heard:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _tell(done: Done, *, as_json: bool) -> None:

@@ -74,6 +74,6 @@ def _titled(subject: Subject, words: str) -> Subject:
     """The subject with these words in its name, wherever the page names it."""
     chip = subject.limits.chip
     if chip is None:
-        return subject
+        return dataclasses.replace(subject, recorded=True)
     named = dataclasses.replace(chip, title=f"{chip.title}, {words}")
-    return dataclasses.replace(subject, limits=dataclasses.replace(subject.limits, chip=named))
+    return dataclasses.replace(subject, recorded=True, limits=dataclasses.replace(subject.limits, chip=named))

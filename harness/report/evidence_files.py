@@ -11,11 +11,11 @@ from klab.harness.catalog.architecture import Model
 from klab.harness.choose.choose import Finals
 from klab.harness.choose.decide import decide, defaults_of
 from klab.harness.choose.engines import DIALECTS
-from klab.harness.choose.engines.advice import gaps, missing, products_of
+from klab.harness.choose.engines.advice import gaps, missing, products_of, to_measure
 from klab.harness.choose.engines.lint import BREAKS, NEVER, Expected, lint
 from klab.harness.choose.engines.names import Dialect
 from klab.harness.choose.engines.shapes import experts_of, shapes_of
-from klab.harness.choose.engines.tables import Asked, engine_sources, tables_of
+from klab.harness.choose.engines.tables import Asked, EngineTable, engine_sources, tables_of, with_defaults
 from klab.harness.choose.engines.writing import targets, write
 from klab.harness.choose.profile import Profile, profile_path, read_profile, write_text
 from klab.harness.plan import plan, scenario_for
@@ -111,8 +111,9 @@ def _tables(
 ) -> tuple[list[Path], list[str]]:
     asked = Asked(sources=engine_sources(catalogue.kernels.values()), defaults=defaults_of(catalogue, chip))
     found = tables_of(rows, dialect, chip, list(shapes_of(model)), products_of(model, chip, None), asked)
-    whole = [one for one in found.tables if not one.far]
-    lines = [f"{dialect.title}: {gaps(one, dialect, model, chip)}" for one in found.tables if one.far]
+    filled = [with_defaults(one, dialect, chip) for one in found.tables]
+    whole = [one for one in filled if not one.far]
+    lines = [f"{dialect.title}: {gaps(one, dialect, model, chip)}" for one in filled if one.far]
     if not whole:
         return [], lines or [f"{dialect.title}: no table: {missing(found, dialect, model, chip, catalogue.kernels.values())}"]
     try:
@@ -122,8 +123,23 @@ def _tables(
         return [], [*lines, f"{dialect.title}: {error}"]
     return [one.path for one in planned], [
         *lines,
-        *(f"{dialect.title}: {one.path.name}, {len(one.table.entries)} entries" for one in planned),
+        *(f"{dialect.title}: {one.path.name}, {_covers(one.table, model, chip)}" for one in planned),
     ]
+
+
+def _covers(table: EngineTable, model: Model, chip: Chip) -> str:
+    """What of it was measured, and what is the engine's own."""
+    text = f"measured at {_tokens(entry.tokens for entry in table.entries)} tokens"
+    searched = [entry.tokens for entry in table.entries if entry.untuned and dict(entry.untuned.config) != dict(entry.choice.config)]
+    text += f", of which {_tokens(searched)} differ from the engine's own configuration" if searched else ""
+    if not table.filled:
+        return text
+    rest = f"{_tokens(table.filled)} tokens, far from all of these, have what the engine runs without a table"
+    return f"{text}; {rest}. {to_measure(model, chip, table)}"
+
+
+def _tokens(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
 
 
 def spaces(recordings: Iterable[Recordings], folder: Path) -> tuple[list[Path], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +14,21 @@ from klab.harness.choose.profile import write_text
 from klab.harness.measure.calibration import read_calibrations
 from klab.harness.measure.correction import corrected
 from klab.harness.report.evidence_coverage import NEVER, coverage
+from klab.harness.report.evidence_energy import joules
+from klab.harness.report.evidence_failures import failures
 from klab.harness.report.evidence_files import packs, served, sizes, spaces, tables
+from klab.harness.report.evidence_gaps import again as repeated_gaps
 from klab.harness.report.evidence_gaps import gaps
 from klab.harness.report.evidence_readme import About, readme
-from klab.harness.report.evidence_search import ToBest, finals, searches, time_to_best
-from klab.harness.report.evidence_sittings import seats
+from klab.harness.report.evidence_search import ToBest, finals, rests_on, searches, time_to_best
+from klab.harness.report.evidence_sittings import seats, sound
 from klab.harness.report.limits import limits_of
 from klab.harness.report.write import write_report
 from klab.harness.store.paths import checkout
 from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result
 from klab.harness.tune.campaign import COMPACT_FILE
+from klab.harness.tune.device_tests_kept import KeptTests
 from klab.harness.tune.evidence import read_sittings, tuner_folder
 from klab.harness.tune.evidence_problems import MODELS, SpaceOf
 from klab.harness.tune.evidence_problems import spaces as spaces_of
@@ -58,15 +63,19 @@ def finish(folder: Path, chip: Chip, catalogue: Catalogue, models: Sequence[str]
         there = f"it has rows of {others}, which --chip names" if others else "klab evidence without --finish records some"
         raise CannotMeasure(f"{folder} has no row of {chip.name}; {there}")
     troubles: list[str] = []
-    rows, corrections = corrected(raw, read_calibrations([folder], troubles))
+    calibrations = read_calibrations([folder], troubles)
+    rows, corrections = corrected(raw, calibrations)
+    here = [one for _, one in sorted(calibrations.items()) if one.chip == chip.name]
     asked = [served(text, chip) for text in tuple(models) or MODELS[chip.kind]]
     profiles, pack_files, pack_lines = packs(asked, rows, chip, catalogue, finals(folder), folder)
     engine_files, engine_lines = tables(asked, rows, chip, catalogue, folder)
-    recorded, found = _searched(raw, chip, catalogue, folder)
+    recorded, found = _searched(raw, rows, chip, catalogue, folder)
     space_files, space_lines = spaces(recorded, folder)
-    sittings = read_sittings(folder)
-    again = repeats(raw)
-    covered = coverage(sittings, raw, found, again, [problem.key for one in asked for problem in one.plan.problems()])
+    sittings = sound(read_sittings(folder))
+    again, limits = repeats(raw), limits_of(chip.name, raw[-1].device)
+    wanted = [problem.key for one in asked for problem in one.plan.problems()]
+    tests = KeptTests(folder, list(catalogue.kernels.values())).tested()
+    covered = coverage(sittings, raw, found, again, wanted, {one.device_uuid for one in here}, tests)
     made = [*pack_files, *engine_files, *space_files]
     lines = [*pack_lines, *engine_lines, *space_lines]
     about = About(
@@ -74,10 +83,15 @@ def finish(folder: Path, chip: Chip, catalogue: Catalogue, models: Sequence[str]
         chip.title,
         _named(folder, folder.parent),
         len(raw),
-        [*report.lines(), *troubles, *corrections],
+        [_without(line, folder) for line in (*report.lines(), *troubles, *corrections)],
         seats(sittings, raw),
         covered,
-        gaps(rows, limits_of(chip.name, raw[-1].device)),
+        gaps(rows, limits),
+        repeated_gaps(raw, limits),
+        joules(raw),
+        failures(raw),
+        tests.failed,
+        here,
         profiles,
         judge(rows, chip.name, engine_default=engine_default(catalogue)),
         again,
@@ -95,11 +109,17 @@ def finish(folder: Path, chip: Chip, catalogue: Catalogue, models: Sequence[str]
     return Finished((*made, folder / README, page), tuple(lines))
 
 
-def _searched(rows: Sequence[Result], chip: Chip, catalogue: Catalogue, folder: Path) -> tuple[list[Recordings], list[ToBest]]:
-    """The rows of the problems whose space is recorded, and what the tuner took on them. A problem without a row is in the second alone."""
+def _searched(
+    rows: Sequence[Result], fair: Sequence[Result], chip: Chip, catalogue: Catalogue, folder: Path
+) -> tuple[list[Recordings], list[ToBest]]:
+    """The rows of the problems whose space is recorded, as measured, and what the tuner took on them, by the rows that are corrected for
+    their devices (`fair`): a space may be recorded on several. A problem without a row is in the second alone.
+    """
     by_problem: dict[str, list[Result]] = defaultdict(list)
-    for row in rows:
-        by_problem[row.problem_key].append(row)
+    comparable: dict[str, list[Result]] = defaultdict(list)
+    for groups, some in ((by_problem, rows), (comparable, fair)):
+        for row in some:
+            groups[row.problem_key].append(row)
     beside = tuner_folder(folder)
     tuner_rows: dict[str, list[Result]] = defaultdict(list)
     for row in iter_results([beside], ReadReport()) if beside.is_dir() else ():
@@ -113,16 +133,17 @@ def _searched(rows: Sequence[Result], chip: Chip, catalogue: Catalogue, folder: 
         if not group:
             found.append(ToBest(problem.label(), 0, None, notes=("nothing was recorded of it",)))
             continue
+        done = [s for s in here if s.journal.header.get("problem") == problem.key]
         recording = Recordings(problem.key, problem.label(), problem.operator, tuple(group))
-        recorded.append(recording)
+        recorded.append(rests_on(recording, done)[0])
         own = {kernel.id: kernel for kernel in catalogue.kernels.values() if _tried(one, kernel.name, kernel.library)}
         found.append(
             time_to_best(
-                recording,
+                dataclasses.replace(recording, rows=tuple(comparable[problem.key])),
                 problem,
                 chip,
                 own,
-                [s for s in here if s.journal.header.get("problem") == problem.key],
+                done,
                 [s for s in there if s.journal.header.get("problem") == problem.key],
                 tuner_rows[problem.key],
             )
@@ -132,6 +153,13 @@ def _searched(rows: Sequence[Result], chip: Chip, catalogue: Catalogue, folder: 
 
 def _tried(one: SpaceOf, name: str, library: bool) -> bool:
     return not library and (not one.kernels or name in one.kernels)
+
+
+def _without(line: str, folder: Path) -> str:
+    """A line of what was met on reading, without where on this machine the folder lies: the same rows give the same file."""
+    for name in (str(folder.resolve()), str(folder)):
+        line = line.replace(f"{name}/", "")
+    return line
 
 
 def _named(path: Path, folder: Path) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from klab.harness.choose.candidates import Candidate, candidates, why_not
@@ -97,6 +98,44 @@ def standings(found: Iterable[Gap]) -> list[Standing]:
         mean = _mean([one.over for one in group if one.over is not None])
         made.append(Standing(operator, len(group), said[WINS], said[LOSES], said[TIES], mean))
     return made
+
+
+@dataclass(frozen=True)
+class Again:
+    """A problem that was compared in several runs. ratios: by run, library over own, with its interval."""
+
+    problem: str
+    ratios: Mapping[str, Ratio]
+
+    @property
+    def spread(self) -> float:
+        """(largest - smallest) / median of the ratios."""
+        values = [one.ratio for one in self.ratios.values()]
+        return (max(values) - min(values)) / statistics.median(values)
+
+    @property
+    def contradicts(self) -> bool:
+        """True when one run says faster and another slower."""
+        return any(one.low > 1.0 for one in self.ratios.values()) and any(one.high < 1.0 for one in self.ratios.values())
+
+    @property
+    def apart(self) -> bool:
+        """True when the intervals of two runs have nothing in common: they do not hold what differs between runs."""
+        return max(one.low for one in self.ratios.values()) > min(one.high for one in self.ratios.values())
+
+
+def again(rows: Iterable[Result], limits: Limits) -> list[Again]:
+    """The problems whose own kernels were held against a library in two runs and more, each run by its own rows, the widest first."""
+    by_run: dict[str, list[Result]] = defaultdict(list)
+    for row in rows:
+        by_run[row.run_id].append(row)
+    found: dict[str, dict[str, Ratio]] = defaultdict(dict)
+    for run, group in sorted(by_run.items()):
+        for one in gaps(group, limits):
+            if one.over is not None:
+                found[one.problem][run] = one.over
+    made = (Again(problem, ratios) for problem, ratios in found.items() if len(ratios) > 1)
+    return sorted(made, key=lambda one: (-one.spread, one.problem))
 
 
 def _mean(ratios: Sequence[Ratio]) -> tuple[float, float, float]:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from klab.harness.choose.evidence_repeats import Repeated, Repeats
+from klab.harness.choose.evidence_repeats import Repeats
 from klab.harness.choose.goals import Verdict
 from klab.harness.choose.profile import Profile
+from klab.harness.measure.calibration import Calibration
 from klab.harness.report.evidence_coverage import Covered
-from klab.harness.report.evidence_gaps import LOSES, WINS, Gap, standings
-from klab.harness.report.evidence_search import REPLAYS, WITHIN, Pace, ToBest
+from klab.harness.report.evidence_energy import Joules
+from klab.harness.report.evidence_failures import Failures
+from klab.harness.report.evidence_gaps import LOSES, WINS, Again, Gap, standings
+from klab.harness.report.evidence_markdown import count, plain, ratio, table
+from klab.harness.report.evidence_readme_device import calibration_text, energy_text, failures_text
+from klab.harness.report.evidence_readme_search import repeat_text, search_text
+from klab.harness.report.evidence_search import ToBest
 from klab.harness.report.evidence_sittings import Seat
-from klab.harness.report.units import interval, number, percent, plain_ratio, speed_up, sum_time, time
+from klab.harness.report.units import interval, number, percent, speed_up, sum_time, time
 from klab.harness.store.result import Result
-from klab.harness.tune.evidence import SITTINGS_WANTED
+from klab.harness.tune.device_tests_kept import Failed
 from klab.harness.tune.objective import latency
 
 LISTED, WON = 10, 5
@@ -37,6 +42,11 @@ class About:
     seats: Sequence[Seat]
     covered: Sequence[Covered]
     gaps: Sequence[Gap]
+    again: Sequence[Again]
+    energy: Sequence[Joules]
+    failures: Failures
+    failed_tests: Sequence[Failed]
+    calibrations: Sequence[Calibration]
     packs: Mapping[str, Profile]
     goals: Sequence[Verdict]
     repeats: Repeats
@@ -50,15 +60,19 @@ def readme(about: About) -> str:
     """Markdown."""
     parts = [
         f"# Recorded evidence: {about.title}",
-        f"Written by `klab evidence --finish` from {_count(about.rows, 'row')}. Times and joules were measured on this chip unless "
-        "they are called modelled (rooflines, from the specification's peaks) or replayed. Intervals are 95%.",
+        f"Written by `klab evidence --finish` from {count(about.rows, 'row')}. Times and joules were measured on this chip unless "
+        "they are called modelled (rooflines, from the specification's peaks) or replayed. Intervals are 95%, from the rounds of one "
+        "sitting; how far sittings differ is told under Repeatability.",
         _made(about),
         _covers(about),
+        calibration_text(about.calibrations),
         _findings(about),
         _models(about),
         _goals(about.goals),
-        _search(about.searches),
-        _repeat(about.repeats),
+        energy_text(about.energy),
+        search_text(about.searches),
+        repeat_text(about.repeats, about.again),
+        failures_text(about.failures, about.failed_tests),
         _files(about),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -81,12 +95,12 @@ def _made(about: About) -> str:
     ]
     columns = ("date", "run", "device", "driver and versions", "SM clocks", "commit", "budget", "parts", "rows")
     again = f"`klab evidence --chip {about.chip} --out {about.where} --budget 9m` goes on where the last sitting ended."
-    return "## How it was made\n\n" + _table(columns, cells) + f"\n\n{again}" + "".join(f"\n\n{line}" for line in about.reading)
+    return "## How it was made\n\n" + table(columns, cells) + f"\n\n{again}" + "".join(f"\n\n{plain(line)}" for line in about.reading)
 
 
 def _covers(about: About) -> str:
     cells = [(one.part, one.state, f"{one.seconds:.0f}", one.holds, one.missing) for one in about.covered]
-    return "## What it covers\n\n" + _table(("part", "state", "seconds", "in the rows", "missing"), cells)
+    return "## What it covers\n\n" + table(("part", "state", "seconds", "in the rows", "missing"), cells)
 
 
 def _findings(about: About) -> str:
@@ -97,15 +111,15 @@ def _findings(about: About) -> str:
     if compared:
         wins, loses, all_of = (sum(getattr(one, name) for one in compared) for name in ("wins", "loses", "compared"))
         text.append(
-            f"On {_count(all_of, 'problem')} klab's fastest own kernel was measured beside a library: it is faster on {wins}, slower on "
+            f"On {count(all_of, 'problem')} klab's fastest own kernel was measured beside a library: it is faster on {wins}, slower on "
             f"{loses}, and on {all_of - wins - loses} the two cannot be told apart."
         )
         shares = _shares(about.gaps)
         cells = [
-            (one.operator, one.compared, one.wins, one.loses, one.ties, _ratio(*one.mean), shares.get(one.operator, "")) for one in compared
+            (one.operator, one.compared, one.wins, one.loses, one.ties, ratio(*one.mean), shares.get(one.operator, "")) for one in compared
         ]
         columns = ("operator", "problems", "own faster", "own slower", "tied", "library over own, geometric mean", "of the roofline")
-        text.append(_table(columns, cells))
+        text.append(table(columns, cells))
         text.append(
             f"The last column is the median share (least to most) of the roofline that the fastest kernel reaches, over the operator's "
             f"problems whose roofline time (modelled) is {number(LONG_US)} µs or more."
@@ -113,6 +127,7 @@ def _findings(about: About) -> str:
     else:
         text.append("No problem has both a kernel of klab's own and a library with a valid time.")
     text += _sides(about.gaps)
+    text += _beyond(about.gaps)
     text += _far(about.gaps)
     return "\n\n".join(text)
 
@@ -121,20 +136,33 @@ def _sides(gaps: Sequence[Gap]) -> list[str]:
     """The largest losses and wins against libraries."""
     columns = ("problem", "klab's own", "its time", "library", "its time", "library over own")
     text = []
-    for verdict, count, heading, sign in (
+    for verdict, most, heading, sign in (
         (LOSES, LISTED, "The largest gaps to a library", 1.0),
         (WINS, WON, "The largest leads over a library", -1.0),
     ):
         found = sorted((g for g in gaps if g.verdict == verdict and g.over), key=lambda g: sign * (g.over.ratio if g.over else 0.0))
         cells = [
-            (g.problem, _kernel(g.own), _timed(g.own), _kernel(g.library), _timed(g.library), _ratio(g.over.ratio, g.over.low, g.over.high))
-            for g in found[:count]
+            (g.problem, _kernel(g.own), _timed(g.own), _kernel(g.library), _timed(g.library), ratio(g.over.ratio, g.over.low, g.over.high))
+            for g in found[:most]
             if g.over
         ]
         if cells:
             more = f" ({len(cells)} of {len(found)})" if len(found) > len(cells) else ""
-            text += [f"### {heading}{more}", _table(columns, cells)]
+            text += [f"### {heading}{more}", table(columns, cells)]
     return text
+
+
+def _beyond(gaps: Sequence[Gap]) -> list[str]:
+    """What cannot be, and asks for an explanation."""
+    found = [one for one in gaps if one.share is not None and one.share[1] > 1.0]
+    if not found:
+        return []
+    shown = "; ".join(f"{plain(one.problem)} {percent(one.share[0])}" for one in found[:LISTED] if one.share)
+    more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
+    return [
+        f"On {count(len(found), 'problem')} the fastest kernel takes less than its roofline: a part of the bytes never left the caches, or "
+        f"the specification's peak is not this device's. {shown}{more}"
+    ]
 
 
 def _far(gaps: Sequence[Gap]) -> list[str]:
@@ -145,9 +173,9 @@ def _far(gaps: Sequence[Gap]) -> list[str]:
         (g.problem, _kernel(g.fastest), _timed(g.fastest), time(us), f"{percent(share[0])} ({percent(share[1])} to {percent(share[2])})")
         for g, share, us in sorted(known, key=lambda one: one[1][0])[:LISTED]
     ]
-    heading = f"### Farthest from the roofline (fastest kernels, {len(cells)} of {_count(len(known), 'problem')})"
+    heading = f"### Farthest from the roofline (fastest kernels, {len(cells)} of {count(len(known), 'problem')})"
     rule = f"Only problems whose roofline time (modelled) is {number(LONG_US)} µs or more."
-    return [heading, rule, _table(("problem", "fastest", "measured", "roofline", "share"), cells)]
+    return [heading, rule, table(("problem", "fastest", "measured", "roofline", "share"), cells)]
 
 
 def _shares(gaps: Iterable[Gap]) -> dict[str, str]:
@@ -177,7 +205,7 @@ def _models(about: About) -> str:
         return ""
     note = "Sums of medians over the launches of a step; work that klab has no kernels for is not in them."
     columns = ("pack", "step", "chosen kernels", "best libraries", "library over chosen")
-    return "## What the packs come to\n\n" + note + "\n\n" + _table(columns, cells)
+    return "## What the packs come to\n\n" + note + "\n\n" + table(columns, cells)
 
 
 def _goals(goals: Sequence[Verdict]) -> str:
@@ -191,84 +219,14 @@ def _goals(goals: Sequence[Verdict]) -> str:
         )
         for one in goals
     ]
-    return "## Goals\n\n" + _table(("goal", "at least", "figure", "problems", "verdict"), cells)
-
-
-def _search(found: Sequence[ToBest]) -> str:
-    """Time to best."""
-    if not found:
-        return ""
-    said = (
-        "`device` rows were measured: the tuner's default strategy, from nothing, beside every candidate. Seconds are those in which the "
-        "device was held for candidates, without defaults and libraries, which every search measures first. Regret is the time of what "
-        "the search chose over the best recorded, both from the exhaustive rows. `replayed` rows are simulated on the recorded space: the "
-        f"same strategy and as many evaluations, medians of {REPLAYS} seeds (regret: least to most), at the record's seconds of "
-        "compiling and benchmarking."
-    )
-    cells = []
-    for one in found:
-        space = f"{one.recorded:,}" + (f" of {one.space:,}" if one.space is not None else "")
-        best = f"{time(one.best_us)} ({one.best.partition(' ')[0]})" if one.best_us else "none"
-        every = "not run" if one.exhaustive_s is None else f"{one.exhaustive_s:.0f} s"
-        for label, pace in (("device", one.tuner), ("replayed", one.replayed)):
-            cells.append((one.problem, space, best, every, label, *_pace(pace)))
-    columns = ("problem", "candidates", "best recorded", "exhaustive", "tuner", "evaluations", "seconds", "final", "regret",
-               *(f"until within {limit - 1:.0%}" for limit in WITHIN))  # fmt: skip
-    notes = [f"- {one.problem}: {note}" for one in found for note in one.notes]
-    return "\n\n".join(["## Time to best", said, _table(columns, cells), *(["\n".join(notes)] if notes else [])])
-
-
-def _pace(pace: Pace | None) -> tuple[str, ...]:
-    if pace is None:
-        return ("not run", *[""] * (3 + len(WITHIN)))
-    regret = "not known" if pace.regret is None else _ratio(pace.regret.ratio, pace.regret.low, pace.regret.high)
-    final = "" if pace.final_s is None else f"{pace.final_s:.1f} s"
-    reached = (f"{pace.within[limit]:.1f} s" if math.isfinite(pace.within[limit]) else "never" for limit in WITHIN)
-    return (f"{pace.evaluations:.0f}", f"{pace.seconds:.1f}", final, regret, *reached)
-
-
-def _repeat(found: Repeats) -> str:
-    text = ["## Repeatability"]
-    runs = f"{_count(len(found.runs), 'sitting')} with times, on {_count(len(found.devices), 'device')}"
-    few = f": only {len(found.runs)} sittings, {SITTINGS_WANTED} wanted" if len(found.runs) < SITTINGS_WANTED else ""
-    text.append(f"{runs}{few}. A spread is (largest - smallest) / median of the sittings' medians of one trial.")
-    for name, repeated in (("time", found.times), ("energy", found.energies)):
-        if not repeated:
-            text.append(f"No trial has its {name} from two sittings and more.")
-            continue
-        text.append(_spread_words(name, repeated))
-    if found.times:
-        cells = [
-            (one.problem, one.kernel, len(one.values), percent(one.spread), "" if one.on_one_device is None else percent(one.on_one_device))
-            for one in found.times[:LISTED]
-        ]
-        text += ["The widest:", _table(("problem", "kernel", "medians", "spread", "on one device"), cells)]
-    if found.problems:
-        stable, same = sum(one.stable for one in found.problems), sum(one.same_winner for one in found.problems)
-        text.append(
-            f"Winners: on {stable} of {_count(len(found.problems), 'problem')} the sittings' tie sets (what cannot be told from the best) "
-            f"have a candidate in common; on {same} the same one was fastest each time."
-        )
-        if moved := [one.problem for one in found.problems if not one.stable]:
-            text.append("Not stable: " + "; ".join(_plain(label) for label in moved[:LISTED]))
-    return "\n\n".join(text)
-
-
-def _spread_words(name: str, repeated: Sequence[Repeated]) -> str:
-    spreads = [one.spread for one in repeated]
-    within = [one.on_one_device for one in repeated if one.on_one_device is not None]
-    alone = f"; on one device {percent(statistics.median(within))}, {percent(max(within))}" if within else "; no device ran one twice"
-    return (
-        f"{name.capitalize()} of {_count(len(spreads), 'trial')}: spread {percent(statistics.median(spreads))} in the median, "
-        f"{percent(max(spreads))} at most{alone}."
-    )
+    return "## Goals\n\n" + table(("goal", "at least", "figure", "problems", "verdict"), cells)
 
 
 def _files(about: About) -> str:
     compact = about.bytes.get("results.jsonl.gz")
     size = f" ({compact / max(about.rows, 1):,.0f} bytes a row)" if compact else ""
     listing = "\n".join(f"- `{name}`" for name in about.files)
-    notes = "\n".join(f"- {_plain(line)}" for line in about.lines)
+    notes = "\n".join(f"- {plain(line)}" for line in about.lines)
     commands = f"""```
 klab results --results {about.where}
 klab goals --chip {about.chip} --results {about.where} --details
@@ -286,21 +244,6 @@ python -c 'from klab.harness.store import load; print(load("{about.where}").grou
     return "\n\n".join(part for part in text if part)
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_plain(str(cell)) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text that stays in its cell and is no markup."""
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _ratio(value: float, low: float, high: float) -> str:
-    return f"{plain_ratio(value)} ({plain_ratio(low)} to {plain_ratio(high)})"
-
-
 def _kernel(row: Result | None) -> str:
     return row.kernel.partition("/")[2] if row else ""
 
@@ -308,7 +251,3 @@ def _kernel(row: Result | None) -> str:
 def _timed(row: Result | None) -> str:
     found = latency(row) if row else None
     return f"{time(found.median)} ({interval(found.low, found.high)})" if found else ""
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

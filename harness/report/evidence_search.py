@@ -9,10 +9,13 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from klab.harness.choose.candidates import Candidate, candidates, why_not
 from klab.harness.choose.compare import Ratio, best, ratio
+from klab.harness.report.evidence_space import held_out, recorded_rows
 from klab.harness.report.figures.search_journals import Recorded, read
+from klab.harness.store.query import age
 from klab.harness.store.result import Result
 from klab.harness.tune.course import FOLDER, SUFFIX
 from klab.harness.tune.ending import SUFFIX as FINAL
@@ -39,7 +42,8 @@ REPLAYED_EVALUATIONS = 100
 class Pace:
     """One search. seconds: of the device, for what the search evaluated; defaults and libraries, measured before every search, and the
     final (final_s, None where there was none) are apart. within: the seconds until its choice was, and stayed, within a factor of the
-    best that was recorded; infinite where it never was. regret: what it ended with over that best.
+    best that was recorded; infinite where it never was. regret: what it ended with over that best; held_out: the same without the luck
+    of the best (`evidence_space.held_out`), None where that cannot be told.
     """
 
     evaluations: float
@@ -48,6 +52,7 @@ class Pace:
     within: Mapping[float, float]
     final_s: float | None = None
     choice: str = ""
+    held_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,16 @@ class Found:
         """Seconds of the device."""
         return math.fsum(e.spent_s for e in self.journal.evaluations)
 
+    @property
+    def distinct(self) -> int:
+        """Candidates with an outcome."""
+        return len({e.candidate for e in self.journal.evaluations})
+
+    @property
+    def epoch(self) -> str:
+        """Of driver and toolchain."""
+        return str(self.journal.header.get("epoch", ""))
+
 
 def searches(folder: Path) -> Iterator[Found]:
     """The searches of a folder, by name of file; files that are none are passed over."""
@@ -110,20 +125,27 @@ def time_to_best(
     tuner_rows: Sequence[Result],
 ) -> ToBest:
     """recording: all rows of the problem, of which those of klab's own kernels are the space. tuner_rows: those of the tuner's searches."""
-    own = dataclasses.replace(recording, rows=tuple(row for row in recording.rows if not row.library))
-    every = _largest(one for one in exhaustive if one.journal.header.get("strategy") == EXHAUSTIVE)
+    space, every, told = rests_on(recording, exhaustive)
+    own = dataclasses.replace(space, rows=tuple(row for row in space.rows if not row.library))
     try:
         recorded = export(own)
     except KlabError as error:
-        return ToBest(recording.label, 0, _candidates(every), notes=(str(error),))
-    reached = len({e.candidate for e in every.journal.evaluations}) if every else len(recorded.space)
+        return ToBest(recording.label, 0, _candidates(every), notes=(*told, str(error)))
+    reached = every.distinct if every else len(recorded.space)
     made = ToBest(recording.label, reached, _candidates(every), exhaustive_s=every.spent_s if every else None)
     field = {_point(c.kernel, c.config): c for c in candidates(_shown(own.rows, recorded))}
     if not field or not math.isfinite(recorded.optimum_us):
-        return dataclasses.replace(made, notes=("no candidate of it has a valid time",))
+        return dataclasses.replace(made, notes=(*told, "no candidate of it has a valid time"))
     first = best(list(field.values()), LATENCY)
-    search = _largest(one for one in tuned if one.journal.header.get("strategy") != EXHAUSTIVE)
+    epoch = every.epoch if every else ""
+    search = max(
+        (one for one in tuned if one.journal.header.get("strategy") != EXHAUSTIVE),
+        key=lambda one: (one.epoch == epoch, len(one.journal.evaluations), one.epoch),
+        default=None,
+    )
     pace, notes = _pace(search, recorded, field, first, tuner_rows) if search else (None, ())
+    if search and search.epoch != epoch:
+        notes = (*notes, "the tuner searched it under another driver or toolchain than the recorded space is of")
     evaluations = int(pace.evaluations) if pace else min(REPLAYED_EVALUATIONS, len(recorded.space))
     return dataclasses.replace(
         made,
@@ -131,8 +153,23 @@ def time_to_best(
         best_us=first.row.median_us,
         tuner=pace,
         replayed=_replayed(recorded, problem, chip, kernels, max(evaluations, 1)),
-        notes=notes,
+        notes=(*told, *notes),
     )
+
+
+def rests_on(recording: Recordings, exhaustive: Iterable[Found]) -> tuple[Recordings, Found | None, tuple[str, ...]]:
+    """The rows of a problem that its recorded space rests on, the search which tried every candidate (or most), and what is to be said."""
+    newest: dict[str, tuple[Any, ...]] = {}
+    for row in recording.rows:
+        newest[row.epoch] = max(newest.get(row.epoch, ()), age(row))
+
+    def worth(one: Found) -> tuple[Any, ...]:
+        complete = one.distinct >= (_candidates(one) or math.inf)
+        return complete, 0 if complete else one.distinct, newest.get(one.epoch, ()), one.epoch
+
+    every = max((one for one in exhaustive if one.journal.header.get("strategy") == EXHAUSTIVE), key=worth, default=None)
+    rows, notes = recorded_rows(recording.rows, every.epoch if every else "")
+    return dataclasses.replace(recording, rows=tuple(rows)), every, notes
 
 
 def _candidates(found: Found | None) -> int | None:
@@ -140,16 +177,14 @@ def _candidates(found: Found | None) -> int | None:
     return count if isinstance(count, int) else None
 
 
-def _largest(found: Iterable[Found]) -> Found | None:
-    return max(found, key=lambda one: (len(one.journal.evaluations), str(one.journal.header.get("epoch", ""))), default=None)
-
-
 def _final(path: Path) -> Mapping[str, Json]:
+    """{} for what is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["ending"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["ending"]
+        took = found.get("took_s")
+        return found | {"config": dict(found.get("config") or {}), "took_s": None if took is None else float(took)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _point(kernel: str, config: str) -> str:
@@ -180,10 +215,11 @@ def _pace(
         notes = (*notes, f"its choice, {chosen}, has no valid time among the recorded candidates, so its regret is not known")
     if chosen == _point(first.kernel, first.config):
         judged = Ratio(1.0, 1.0, 1.0, "itself")
+    fair = held_out(field.values(), field[chosen]) if chosen in field else None
     run = Run(0, steps, len({e.candidate for e in search.journal.evaluations}), search.spent_s, ())
     took = final.get("took_s")
     within = {limit: run.seconds_within(limit * recorded.optimum_us) for limit in WITHIN}
-    return Pace(run.evaluations, run.seconds, judged, within, float(took) if took is not None else None, chosen), notes
+    return Pace(run.evaluations, run.seconds, judged, within, float(took) if took is not None else None, chosen, fair), notes
 
 
 def _by_value(rows: Iterable[Result]) -> dict[tuple[int, str], str]:

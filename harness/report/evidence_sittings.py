@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,29 @@ class Seat:
     def seconds(self) -> float:
         """Of its parts."""
         return sum(seconds for _, seconds in self.parts)
+
+
+def sound(sittings: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The sittings with those of their parts that can be read: the file is text, which somebody may have edited."""
+    return [
+        {**one, "budget_s": _number(one.get("budget_s")), "parts": [part for part in _list(one.get("parts")) if _is_part(part)]}
+        for one in sittings
+    ]
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, Mapping) or not isinstance(part.get("statuses", {}), Mapping) or not isinstance(part.get("notes", []), list):
+        return False
+    numbers = (*(part.get(name) or 0 for name in ("seconds", "left", "known")), *part.get("statuses", {}).values())
+    return all(_number(number) is not None for number in numbers)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def seats(sittings: Iterable[Mapping[str, Any]], rows: Iterable[Result]) -> list[Seat]:

@@ -24,7 +24,8 @@ class Subject:
     """One chip on the page. `rows` stand (see `latest`) and are of the profile's device, or of none (they never reached one).
 
     `reference`: what was published of the chip; it never competes with `rows`. `light`: further standing rows of a large store, too far
-    behind to be chosen, without their samples and traces. `left_out`: how many more of a large store's rows stand, by status.
+    behind to be chosen, without their samples and traces. `left_out`: how many more of a large store's rows stand, by status. `recorded`:
+    they ship with klab and are no measurements of this machine (see evidence_beside.py).
     """
 
     chip: str
@@ -34,6 +35,7 @@ class Subject:
     reference: tuple[Result, ...] = ()
     light: tuple[Result, ...] = ()
     left_out: Mapping[str, int] = field(default_factory=dict)
+    recorded: bool = False
 
     @property
     def title(self) -> str:

@@ -20,7 +20,7 @@ SPARE_S = 3.0
 class Allowance:
     """None is no limit. `deadline` is a second of time.monotonic() for everything, `began` when the run began.
 
-    final_s_most: what one final is reserved at most.
+    final_s_most: what one final is reserved at most. final_s_limit: what one takes at most, however much is left.
     evaluations: distinct candidates that searches may have an outcome for, those of an interrupted run included. device_s: seconds of the
     device, likewise. UsageError for one that is too small for anything.
     """
@@ -30,6 +30,7 @@ class Allowance:
     deadline: float | None = None
     began: float = field(default_factory=time.monotonic)
     final_s_most: float = FINAL_S
+    final_s_limit: float = math.inf
 
     def __post_init__(self) -> None:
         Budget(self.evaluations, self.device_s)
@@ -63,8 +64,8 @@ class Allowance:
         return None if self.evaluations is None else max(self.evaluations - evaluations, 0)
 
     def final_s(self, share: float, spent_s: float = 0.0) -> float:
-        """Seconds of a final that has this share of what is left when so many of the device were spent; infinite without such a limit."""
+        """Seconds of a final that has this share of what is left when so many of the device were spent; infinite without any limit."""
         left = max(self.left_s(), 0.0)
         if self.device_s is not None:
             left = min(left, max(self.device_s - spent_s, 0.0))
-        return share * left if math.isfinite(left) else math.inf
+        return min(share * left if math.isfinite(left) else math.inf, self.final_s_limit)

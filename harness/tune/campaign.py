@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,10 +179,11 @@ def correctness_trials(kernels: Iterable[Kernel], chip: Chip) -> list[Trial]:
     return [trial for _, trial in sorted(chosen, key=lambda item: (item[0], item[1].problem.operator, item[1].problem.key))]
 
 
-def pack(folder: Path) -> Path | None:
+def pack(folder: Path, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """Gather every row under `folder` into one compressed file that can be committed, and remove the part files it replaces.
 
-    None when there are no rows. The file appears whole or not at all; a row that could not be read stays where it was.
+    None when there are no rows. The file appears whole or not at all; a row that could not be read stays where it was: a compressed file
+    that has such is kept beside the new one, under another name, and `say` hears of it.
     """
     report = ReadReport()
     rows = sorted(iter_results(folder, report), key=lambda row: (age(row), row.key))
@@ -194,11 +197,24 @@ def pack(folder: Path) -> Path | None:
             file.write(json.dumps(row.to_json(), separators=(",", ":")).encode() + b"\n")
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
+    if not report.clean(target):
+        _keep_aside(target, say)
     temporary.replace(target)
     for part in folder.glob("*.jsonl"):
         if report.clean(part):
             part.unlink()
     return target
+
+
+def _keep_aside(damaged: Path, say: Callable[[str], None]) -> None:
+    """A copy, so that at no moment the rows that can be read are in no file. Its name is none that rows are read from."""
+    aside = next(path for n in itertools.count(1) if not (path := damaged.with_name(f"{damaged.name}.damaged-{n}")).exists())
+    try:
+        shutil.copyfile(damaged, aside)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    say(f"{damaged} could not be read whole: it is kept as {aside.name}, and what was readable is packed anew")
 
 
 def winners(results: Iterable[Result], wanted: Sequence[Share]) -> list[dict[str, object]]:

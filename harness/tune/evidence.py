@@ -13,27 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from klab.harness.fleet.calibrating import calibrate_devices
+from klab.harness.measure import environment
 from klab.harness.measure.calibrate import PARTS as FIGURES
 from klab.harness.measure.calibrate import SENSOR_S
-from klab.harness.measure.calibration import read_calibrations
+from klab.harness.measure.calibration import Calibration, Figure, device_id, read_calibrations
 from klab.harness.plan.trial import Trial
 from klab.harness.plan.trials import default_policy, trials
-from klab.harness.store.result import Status
-from klab.harness.tune.allowance import Allowance
+from klab.harness.store.query import age
+from klab.harness.store.read import iter_results
+from klab.harness.store.result import Result, Status
+from klab.harness.tune.allowance import FINAL_S, Allowance
 from klab.harness.tune.campaign import Share, bound_us, correctness_trials, shares
-from klab.harness.tune.device_tests import DeviceTests, run_device_tests
+from klab.harness.tune.device_tests import DeviceTests, free_device, run_device_tests
+from klab.harness.tune.device_tests_kept import KeptTests, write_json
+from klab.harness.tune.evidence_folder import tuner_folder as tuner_folder  # readers take it from here
 from klab.harness.tune.evidence_problems import MODELS, SpaceOf, spaces
 from klab.harness.tune.evidence_spaces import STRATEGY, is_recorded
-from klab.harness.tune.job import Job, Listener
+from klab.harness.tune.job import Job, Listener, Outcome
 from klab.harness.tune.pick import energy_trials
 from klab.harness.tune.tuner import Options, Target, Tuner
-from klab.kernels.contract import Chip, Json, Kernel, Problem, digest
+from klab.kernels.contract import Chip, Json, Kernel, Problem
 from klab.kernels.discover import Catalogue, operators
-from klab.kernels.errors import CannotMeasure, KlabError, UsageError
+from klab.kernels.errors import KlabError, UsageError
 
 SITTINGS_FILE = "sittings.json"
-# Device tests that passed with the kernels' code as it was: a later sitting with the same code runs the others.
-TESTED_FILE = "device_tests.json"
 # Of the time that is left, a part takes at most so much where others follow that are worth as much.
 SHARES = {"tests": 0.2, "correctness": 0.3, "comparison": 0.7, "energy": 0.4, "spaces": 0.65, "tuner": 0.5}
 # Problems whose energy comes before the spaces: three kernels each, 6 s and more a kernel. The others come last.
@@ -44,13 +47,21 @@ REPEATED, SITTINGS_WANTED = 30, 3
 REPEATED_ENERGY = 3
 # Seconds of the device that the tuner gets for each problem, its final included.
 TUNER_S = {"cuda": 45.0, "cpu": 6.0}
+# A calibration knows no time limit, so it is begun only where it fits; besides these, a GPU's power sensor is watched.
+CALIBRATION_S = {"cuda": 30.0, "cpu": 60.0}
+CUT_OFF = "cut off"
+# A share that would leave less to what follows leaves nothing: of scraps, most goes into starting workers.
+SCRAPS_S = {"cuda": 90.0, "cpu": 15.0}
 # Below this nothing that follows can begin: a GPU's worker needs a dozen seconds until its first trial.
 LEAST_S = {"cuda": 20.0, "cpu": 5.0}
 
 
 @dataclass(frozen=True)
 class Done:
-    """What a part of a sitting came to. `left`: trials or problems that were not reached; with 0, and no note, the part is complete."""
+    """What a part of a sitting came to. `left`: trials or problems that were not reached; with 0, and no note, the part is complete.
+
+    failed: it ended with an error, which is the last note.
+    """
 
     part: str
     seconds: float = 0.0
@@ -58,6 +69,7 @@ class Done:
     known: int = 0
     left: int = 0
     notes: tuple[str, ...] = ()
+    failed: bool = False
 
 
 @dataclass
@@ -87,7 +99,7 @@ class Evidence:
         kernel_dirs: Sequence[Path] = (),
         listener: Listener | None = None,
         sensor_s: float = SENSOR_S,
-        tests: Callable[[float | None, Sequence[str]], DeviceTests] = run_device_tests,
+        tests: Callable[..., DeviceTests] = run_device_tests,
     ) -> None:
         """deadline: a second of time.monotonic(). parts: only these, in the order of PARTS. UsageError for an unknown part or model."""
         if unknown := sorted(set(parts) - set(PARTS)):
@@ -115,8 +127,10 @@ class Evidence:
             for part in self.parts:
                 if self.left_s() < self.least_s:
                     return
-                done = self._timed(part)
-                self.sitting.parts.append(done)
+                # Whoever kills the sitting leaves this: it was begun.
+                self.sitting.parts.append(Done(part, left=1, notes=(CUT_OFF,)))
+                self._note()
+                done = self.sitting.parts[-1] = self._timed(part)
                 self._note()
                 yield done
         finally:
@@ -154,35 +168,31 @@ class Evidence:
         """A part within its share of the time. What cannot be done here is a note, and the others go on."""
         whole, began = self.deadline, time.monotonic()
         if whole is not None and part in SHARES and part != self.parts[-1]:
-            self.deadline = min(whole, began + max(self.least_s, SHARES[part] * (whole - began)))
+            share = began + max(self.least_s, SHARES[part] * (whole - began))
+            self.deadline = share if whole - share >= SCRAPS_S[self.chip.kind] else whole
         self.job.deadline = self.deadline
+        before = self.job.outcome
         try:
             done = PARTS[part](self)
         except KlabError as error:
-            done = Done(part, notes=(str(error),))
+            done = Done(part, statuses=self._new(before), left=1, notes=(str(error),), failed=True)
+        except KeyboardInterrupt:
+            seconds = round(time.monotonic() - began, 2)
+            self.sitting.parts[-1] = dataclasses.replace(self.sitting.parts[-1], seconds=seconds, statuses=self._new(before))
+            raise
         finally:
             self.deadline = self.job.deadline = whole
         here = (row.environment for row in reversed(self.job.outcome.results) if row.kind == "measured" and row.environment)
         self.sitting.environment = next(here, self.sitting.environment)
         return dataclasses.replace(done, part=part, seconds=round(time.monotonic() - began, 2))
 
+    def _new(self, before: Outcome) -> dict[str, int]:
+        """What a part stored before it failed."""
+        return dict(self.job.outcome.by_status) if self.job.outcome is not before else {}
+
     def _note(self) -> None:
         earlier = [one for one in read_sittings(self.folder) if one.get("run_id") != self.sitting.run_id]
-        _write(self.folder / SITTINGS_FILE, [*earlier, dataclasses.asdict(self.sitting)])
-
-
-def _write(path: Path, value: Json) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise CannotMeasure(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def tuner_folder(folder: Path) -> Path:
-    """Beside the evidence: the tuner's searches begin as if nothing were known, so their rows and journals are apart."""
-    return folder.with_name(f"{folder.name}-tuner")
+        write_json(self.folder / SITTINGS_FILE, [*earlier, dataclasses.asdict(self.sitting)])
 
 
 def read_sittings(folder: Path) -> list[dict[str, Any]]:
@@ -201,23 +211,16 @@ def read_sittings(folder: Path) -> list[dict[str, Any]]:
 
 def _tests(evidence: Evidence) -> Done:
     """Those that have not passed yet with this code."""
-    left, path = evidence.left_s(), evidence.folder / TESTED_FILE
-    code = digest({kernel.id: kernel.source_digest for kernel in evidence.kernels()})
-    passed = _passed(path, code)
-    found = evidence.tests(None if left == float("inf") else left, passed)
-    if found.passed:
-        _write(path, {"code": code, "passed": sorted({*passed, *found.passed})})
-    notes = (*([found.stopped] if found.stopped else []), *(f"failed: {name}" for name in found.failed))
-    return Done("", statuses=found.counts, known=len(passed), left=1 if found.stopped else 0, notes=notes)
-
-
-def _passed(path: Path, code: str) -> list[str]:
-    """A file that is damaged, or of other code, costs the tests once more."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [str(name) for name in found["passed"]] if found["code"] == code else []
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    kept = KeptTests(evidence.folder, evidence.kernels())
+    known = kept.done
+    if kept.complete:
+        return Done("", known=len(known), notes=tuple(kept.failures()))
+    left = evidence.left_s()
+    limit = None if left == float("inf") else left
+    with free_device(evidence.chip) as device:
+        found = evidence.tests(limit, known, kept.again, save=kept.save, visible=device.cuda_visible)
+    notes = (*([found.stopped] if found.stopped else []), *kept.failures())
+    return Done("", statuses=found.counts, known=len(known), left=found.left, notes=notes)
 
 
 def _correctness(evidence: Evidence) -> Done:
@@ -228,13 +231,34 @@ def _calibration(evidence: Evidence) -> Done:
     """Each sitting may be on another machine of the chip: a device that has its figures is left alone."""
     from klab.harness.fleet.devices import devices
 
-    here = {device.id for device in devices(evidence.chip)}
-    known = {uuid for uuid, one in read_calibrations([evidence.folder]).items() if one.chip == evidence.chip.name}
-    todo = sorted(here - known)
-    made = []
-    if todo:
-        made = list(calibrate_devices(evidence.chip, evidence.folder, only_devices=todo, parts=FIGURES, sensor_s=evidence.sensor_s))
-    return Done("", statuses={"calibrated": len(made)}, known=len(here & known), notes=tuple(n for one, _ in made for n in one.notes))
+    chip = evidence.chip
+    known = {uuid for uuid, one in read_calibrations([evidence.folder]).items() if one.chip == chip.name}
+    # A CPU is known by its machine.
+    here = {device.id: device.id if chip.kind == "cuda" else device_id(environment.host()) for device in devices(chip)}
+    todo = sorted(place for place, name in here.items() if name not in known)
+    needed_s = CALIBRATION_S[chip.kind] + (evidence.sensor_s if chip.kind == "cuda" else 0.0)
+    made, notes, left = 0, list[str](), 0
+    for place in todo:
+        if evidence.left_s() < needed_s:
+            left += 1
+            continue
+        for one, _ in calibrate_devices(chip, evidence.folder, only_devices=[place], parts=FIGURES, sensor_s=evidence.sensor_s):
+            made += 1
+            notes += [*one.notes, *_absent(one)]
+    if left:
+        notes.append(f"a device takes about {needed_s:.0f} s, which are not left")
+    return Done("", statuses={"calibrated": made} if made else {}, known=len(here) - len(todo), left=left, notes=tuple(notes))
+
+
+def _absent(one: Calibration) -> list[str]:
+    """Figures that were looked for in vain, by why."""
+    figures = {f.name: found for f in dataclasses.fields(one) if isinstance(found := getattr(one, f.name), Figure)}
+    figures |= {f"matmul {dtype}": figure for dtype, figure in one.matmul_tflops.items()}
+    by_why: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        if figure.value is None:
+            by_why.setdefault(figure.reason, []).append(name)
+    return [f"{', '.join(names)}: {why}" for why, names in by_why.items()]
 
 
 def _comparison(evidence: Evidence) -> Done:
@@ -243,7 +267,7 @@ def _comparison(evidence: Evidence) -> Done:
 
 def _energy(evidence: Evidence, problems: slice = slice(0, ENERGY_FIRST)) -> Done:
     if evidence.chip.kind == "cpu":
-        raise CannotMeasure("klab reads no power sensor of a CPU")
+        return Done("", notes=("klab reads no power sensor of a CPU",))
     keys = {problem.key for problem in evidence.heaviest()[problems]}
     wanted = [trial for trial in evidence.compared() if trial.problem.key in keys]
     return evidence.measured(energy_trials(wanted, evidence.job.stored()))
@@ -263,7 +287,9 @@ def _spaces(evidence: Evidence) -> Done:
             elif is_recorded(evidence.job, one.problem, evidence.competing(one)):
                 known += 1
             else:
-                done = _tried(evidence, one, STRATEGY, evidence.job, Allowance(deadline=evidence.deadline, final_s_most=0.0))
+                # Nothing is reserved for its final, and what it has left at its end is the next one's.
+                allowance = Allowance(deadline=evidence.deadline, final_s_most=0.0, final_s_limit=FINAL_S)
+                done = _tried(evidence, one, STRATEGY, evidence.job, allowance)
                 left += done.left
                 counts.update(done.statuses)
                 notes += done.notes
@@ -296,7 +322,7 @@ def _tried(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance:
     try:
         return _searched(evidence, one, strategy, job, allowance)
     except KlabError as error:
-        return Done("", left=1, notes=(f"{one.problem.label()}: {error}",))
+        return Done("", left=1, notes=(f"failed: {one.problem.label()}: {error}",))
 
 
 def _searched(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowance: Allowance) -> Done:
@@ -314,9 +340,16 @@ def _searched(evidence: Evidence, one: SpaceOf, strategy: str, job: Job, allowan
 
 
 def _repeat(evidence: Evidence) -> Done:
-    """The winner, its runner-up and the best library of the heaviest problems once more, in this sitting's own run; then some joules."""
+    """Winner, runner-up and best library of the heaviest problems, until SITTINGS_WANTED sittings have them; then some joules."""
     keys = [problem.key for problem in evidence.heaviest()[:REPEATED]]
-    fine = {row.key: row for row in evidence.job.stored() if row.status is Status.OK and row.median_us is not None}
+    # By the first time of each, so that every sitting repeats the same ones, also where they are as fast as one another.
+    fine: dict[str, Result] = {}
+    runs: dict[str, set[str]] = {}
+    for row in sorted(iter_results(evidence.job.sources()), key=age):
+        if row.status is Status.OK and row.median_us is not None:
+            fine.setdefault(row.key, row)
+            if row.energy_j is not None or not row.policy.get("energy"):
+                runs.setdefault(row.key, set()).add(row.run_id)
     by_problem: dict[str, list[Trial]] = {key: [] for key in keys}
     for trial in evidence.compared():
         if trial.problem.key in by_problem and trial.key in fine:
@@ -326,14 +359,17 @@ def _repeat(evidence: Evidence) -> Done:
         ranked = sorted(group, key=lambda t: fine[t.key].median_us or 0.0)
         chosen += list(dict.fromkeys([*ranked[:2], *[t for t in ranked if fine[t.key].library][:1]]))
         # One that was metered before: only that makes a spread.
-        known = [one for t in ranked if (row := fine.get((one := t.with_policy(energy=True)).key)) and row.energy_j is not None]
-        metered += known[:1]
-    mine = {row.key for row in fine.values() if row.run_id == evidence.job.run_id}
+        metered += [one for trial in ranked if (one := trial.with_policy(energy=True)).key in runs][:1]
+    wanted = [*chosen, *metered[:REPEATED_ENERGY]]
+    todo = [trial for trial in wanted if len(found := runs.get(trial.key, set())) < SITTINGS_WANTED and evidence.job.run_id not in found]
     before, evidence.job.again = evidence.job.again, True
     try:
-        return evidence.measured([trial for trial in [*chosen, *metered[:REPEATED_ENERGY]] if trial.key not in mine])
+        # Whatever has the fewest first: a sitting that is too short for all must not repeat the same ones each time.
+        done = evidence.measured(sorted(todo, key=lambda trial: len(runs.get(trial.key, ()))))
     finally:
         evidence.job.again = before
+    enough = sum(len(runs.get(trial.key, ())) >= SITTINGS_WANTED for trial in wanted)
+    return dataclasses.replace(done, known=enough)
 
 
 PARTS: dict[str, Callable[[Evidence], Done]] = {

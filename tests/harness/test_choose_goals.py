@@ -56,6 +56,12 @@ def test_memory_bound_kernels_are_held_to_the_measured_copy():
     assert without.verdict == "not measured" and "copy" in without.reason
 
 
+def test_the_engines_own_configuration_alone_shows_nothing():
+    rows = [made(FusedMoe(64, 2048, 768, 128, 8), "triton_engine", config={"BLOCK_SIZE_M": 16}, level_us=100.0, noise=0.002)]
+    found = verdict(rows, "fused experts", engine_default=lambda row: True)
+    assert found.verdict == "not measured" and "configuration and another" in found.reason
+
+
 def test_experts_are_held_to_the_engines_own_configuration():
     problem = FusedMoe(64, 2048, 768, 128, 8)
     rows = [made(problem, "triton_engine", config={"BLOCK_SIZE_M": m}, level_us=us, noise=0.002) for m, us in ((16, 100.0), (32, 70.0))]

@@ -3,197 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 import re
 import statistics
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from made_evidence import CHIP, SPACE, part, projections, space_rows, stored, three_runs, timed
 from made_results import contest, made
 
 from klab.harness.catalog import find_chip
-from klab.harness.choose.engines.names import USUAL_TOKENS
-from klab.harness.choose.evidence_repeats import repeats
+from klab.harness.choose.engines.names import FIELDS, USUAL_TOKENS, far_off
 from klab.harness.choose.profile import Profile
 from klab.harness.report import evidence_beside, evidence_finish
-from klab.harness.report.evidence_coverage import BEGUN, COMPLETE, IMPOSSIBLE, NEVER, coverage
 from klab.harness.report.evidence_files import pack_path, packs, served, tables
 from klab.harness.report.evidence_finish import finish
-from klab.harness.report.evidence_gaps import LOSES, TIES, WINS, gaps, standings
-from klab.harness.report.evidence_search import WITHIN, Found, ToBest, finals, time_to_best
-from klab.harness.report.evidence_sittings import seats
-from klab.harness.report.figures.search_journals import Recorded
+from klab.harness.report.evidence_gaps import gaps
+from klab.harness.report.evidence_search import finals
 from klab.harness.report.limits import limits_of
+from klab.harness.report.sections.sentences import sentences
 from klab.harness.store.result import Result
-from klab.harness.tune.evidence import PARTS
-from klab.harness.tune.replay.export import Recordings
+from klab.harness.tune.device_tests import DeviceTests, Ended
+from klab.harness.tune.device_tests_kept import KeptTests
 from klab.harness.tune.replay.files import read_space
-from klab.harness.tune.strategy import Evaluation
-from klab.kernels.contract import Problem
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure, UsageError
-from klab.kernels.fused_moe._engine_config import vllm_default
+from klab.kernels.fused_moe._engine_config import sglang_default, vllm_default
 from klab.kernels.fused_moe.problem import FusedMoe
-from klab.kernels.matmul.problem import Matmul
 
-CHIP = find_chip("h200")
 CATALOGUE = discover()
 MODELS = ["llama-3.1-8b", "llama-3.1-70b@4", "qwen3-30b-a3b"]
-SPACE = Matmul(16, 14336, 4096)
-TILES = [{"tile": n} for n in range(8)]
-# The level of each tile; the best is the sixth.
-LEVELS = [100.0, 95.0, 90.0, 99.0, 80.0, 60.0, 61.0, 75.0]
-
-
-def timed(kernel: str, us: float, problem: Any = SPACE, **changes: Any) -> Result:
-    """Twenty rounds within 0.2% of `us`, so that its median is `us`."""
-    samples = [us * (1 + 0.0001 * (n % 11 - 5)) for n in range(22)]
-    return made(problem, kernel, samples=samples, **changes)
-
-
-def stored(folder: Path, rows: Iterable[Result]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row.to_json()) + "\n" for row in rows)
-    (folder / "results.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
-
-
-def three_runs() -> list[Result]:
-    """A kernel and a library in three runs on two devices: the kernel's medians lie 6% apart, 2% on one device."""
-    rows = []
-    for run, device, slow, joules in (("run-1", "GPU-a", 1.0, 0.05), ("run-2", "GPU-a", 1.02, 0.051), ("run-3", "GPU-b", 1.06, 0.052)):
-        where = {"run_id": run, "device_uuid": device, "recorded_at": f"2026-11-2{run[-1]}T10:00:00Z"}
-        rows.append(timed("triton_tiled", 60.0 * slow, config={"tile": 5}, energy_j=joules, **where))
-        rows.append(timed("torch", 90.0, **where))
-    return rows
-
-
-def journal(order: Iterable[tuple[int, float]], strategy: str, final: Mapping[str, Any] | None = None, candidates: int = 8) -> Found:
-    found = tuple(Evaluation(c, LEVELS[c], spent_s=spent) for c, spent in order)
-    header = {"strategy": strategy, "candidates": candidates, "problem": SPACE.key, "seed": 0}
-    return Found(Recorded(header, found), final or {})
-
-
-def space_rows() -> list[Result]:
-    return [timed("triton_tiled", us, config=tile) for tile, us in zip(TILES, LEVELS, strict=True)]
-
-
-def projections() -> list[Problem]:
-    """Two problems of llama-3.1-8b."""
-    return [problem for problem in served("llama-3.1-8b", CHIP).plan.problems() if problem.operator == "matmul"][:2]
-
-
-def to_best(tuned: list[Found], exhaustive: Found | None = None) -> Any:
-    rows = [*space_rows(), timed("torch", 40.0)]
-    every = exhaustive or journal([(n, 0.5) for n in range(8)], "exhaustive")
-    return time_to_best(Recordings(SPACE.key, SPACE.label(), "matmul", tuple(rows)), SPACE, CHIP, {}, [every], tuned, space_rows())
-
-
-def test_the_tuners_seconds_and_its_regret() -> None:
-    found = to_best([journal([(0, 0.0), (2, 1.0), (6, 2.0), (7, 4.0)], "gaussian")])
-    assert found.recorded == found.space == 8 and found.complete and found.exhaustive_s == 4.0
-    assert found.best_us == pytest.approx(60.0) and "40" not in found.best, "a library is no candidate of the search"
-    pace = found.tuner
-    assert pace.evaluations == 4 and pace.seconds == 7.0
-    assert pace.regret.ratio == pytest.approx(61 / 60, rel=1e-6) and pace.regret.low <= pace.regret.ratio <= pace.regret.high
-    assert pace.within == {1.05: 3.0, 1.01: float("inf")}
-    assert found.replayed.evaluations <= 4 and found.replayed.regret.ratio >= 1.0
-
-
-def test_a_final_decides_what_the_tuner_chose() -> None:
-    final = {"kernel": "matmul/triton_tiled", "config": {"tile": 5}, "took_s": 9.0}
-    pace = to_best([journal([(6, 2.0), (5, 1.0)], "gaussian", final)]).tuner
-    assert pace.regret.ratio == 1.0 and pace.final_s == 9.0 and pace.within == {1.05: 2.0, 1.01: 3.0}
-
-
-def test_a_space_that_is_not_complete_and_a_search_that_is_not_there() -> None:
-    found = to_best([], journal([(0, 1.0)], "exhaustive"))
-    assert not found.complete and (found.recorded, found.space) == (1, 8) and found.tuner is None and found.replayed is not None
-    foreign = dataclasses.replace(journal([], "gaussian"), journal=Recorded({"strategy": "gaussian"}, (Evaluation(0, 5.0, spent_s=1.0),)))
-    noted = to_best([foreign])
-    assert noted.tuner.regret is None and noted.tuner.within == dict.fromkeys(WITHIN, float("inf")) and "left out" in noted.notes[0]
-
-
-def test_repeatability_over_three_runs() -> None:
-    found = repeats(three_runs())
-    assert found.runs == ("run-1", "run-2", "run-3") and found.devices == ("GPU-a", "GPU-b")
-    kernel, library = found.times
-    assert kernel.kernel == "matmul/triton_tiled" and kernel.spread == pytest.approx(0.06 / 1.02, rel=1e-4)
-    assert kernel.on_one_device == pytest.approx(0.02 / 1.01, rel=1e-4) and library.spread == pytest.approx(0.0, abs=1e-9)
-    (energy,) = found.energies
-    assert energy.spread == pytest.approx(0.002 / 0.051)
-    (problem,) = found.problems
-    assert problem.stable and problem.same_winner and problem.candidates == 2
-
-
-def test_winners_that_change_are_told() -> None:
-    rows = [timed(k, us, run_id=run) for run, a, b in (("r1", 50.0, 60.0), ("r2", 60.0, 50.0)) for k, us in (("torch", a), ("cuda_x", b))]
-    (problem,) = repeats(rows).problems
-    assert not problem.stable and not problem.same_winner
-    assert repeats(rows[:2]).problems == () and repeats([]).times == ()
-    half = [*rows[:2], rows[2]]
-    assert repeats(half).problems == (), "one candidate alone shows no winner"
-
-
-def test_gaps_by_verdict() -> None:
-    other, third = Matmul(512, 2048, 1024), Matmul(64, 2048, 1024)
-    rows = [timed("triton_a", 50.0), timed("torch", 100.0), timed("triton_a", 100.0, other), timed("torch", 50.0, other)]
-    rows += [timed("triton_a", 50.0, third), timed("torch", 50.0, third)]
-    found = {gap.problem: gap for gap in gaps(rows, limits_of("h200", ""))}
-    assert {g.verdict for g in found.values()} == {WINS, LOSES, TIES}
-    one = found[SPACE.label()]
-    assert one.verdict == WINS and one.over is not None and one.over.ratio == pytest.approx(2.0)
-    bound_us = max(SPACE.flops() / 989e12, SPACE.bytes_moved() / 4.8e12) * 1e6
-    assert (
-        one.share is not None and one.share[0] == pytest.approx(bound_us / 50.0, rel=0.01) and one.share[1] <= one.share[0] <= one.share[2]
-    )
-    (standing,) = standings(found.values())
-    assert (standing.compared, standing.wins, standing.loses, standing.ties) == (3, 1, 1, 1)
-    assert standing.mean[0] == pytest.approx(1.0, rel=1e-3)
-    (alone,) = gaps([timed("triton_a", 50.0)], limits_of("h200", ""))
-    assert alone.over is None and alone.verdict == ""
-
-
-def part(name: str, left: int = 0, notes: Iterable[str] = (), **statuses: int) -> dict[str, Any]:
-    return {"part": name, "seconds": 2.0, "statuses": statuses, "known": 0, "left": left, "notes": list(notes)}
-
-
-def test_coverage_by_part() -> None:
-    sittings = [
-        {"parts": [part("tests", passed=5), part("correctness", 9, ok=3), part("energy", notes=["klab reads no power sensor"])]},
-        {"parts": [part("correctness", ok=9), part("spaces", 2), {"part": "of another klab"}, "no part"]},
-        {},
-    ]
-    reached = [to_best([journal([(0, 1.0)], "gaussian")]), to_best([], journal([(0, 1.0)], "exhaustive"))]
-    found = {one.part: one for one in coverage(sittings, three_runs(), reached, repeats(three_runs()), [SPACE.key])}
-    assert list(found) == list(PARTS)
-    assert {name: one.state for name, one in found.items()} == {
-        "tests": COMPLETE, "correctness": COMPLETE, "calibration": NEVER, "comparison": NEVER, "energy": IMPOSSIBLE, "spaces": BEGUN,
-        "tuner": BEGUN, "repeat": NEVER, "energy_rest": NEVER,
-    }  # fmt: skip
-    assert found["correctness"].seconds == 4.0 and found["spaces"].missing == found["tuner"].missing == SPACE.label()
-    assert "1 of the models' 1 problems timed, 1 beside a library" in found["comparison"].holds
-    assert "1 of 2 complete, 9 candidates" in found["spaces"].holds and "1 of 2 problems searched" in found["tuner"].holds
-    none = {one.part: one.state for one in coverage([], [], [ToBest("x", 0, None)], repeats([]), [])}
-    assert set(none.values()) == {NEVER}
-    skipped = coverage([{"parts": [part("tests", skipped=9)]}], [], [], repeats([]), [])[0]
-    assert skipped.state == IMPOSSIBLE and "no GPU" in skipped.missing
-    few = coverage([{"parts": [part("repeat", ok=9)]}], [], [], repeats(three_runs()[:4]), [])
-    assert next(one for one in few if one.part == "repeat").missing == "only 2 sittings with times: 3 wanted"
-
-
-def test_sittings_are_told_from_rows_and_notes() -> None:
-    noted = {"run_id": "run-2", "at": "2026-11-22T09:59:00Z", "budget_s": 540.0, "parts": [part("spaces")]}
-    first, second, third = seats([noted], three_runs())
-    assert [one.run_id for one in (first, second, third)] == ["run-1", "run-2", "run-3"]
-    assert second.budget_s == 540.0 and second.parts == (("spaces", 2.0),) and first.parts == () and first.budget_s is None
-    assert first.clocks_mhz == (1755.0, 1755.0) and first.versions["driver"] == "580.159" and third.uuids == ("GPU-b",)
-    empty = seats([{"run_id": "gone", "environment": {"device": "a made one"}}], [])[0]
-    assert empty.device == "a made one" and empty.rows == 0 and empty.clocks_mhz is None
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +45,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     stored(folder, rows)
     (folder / "sittings.json").write_text(json.dumps([{"run_id": "run-2", "at": "2026-11-22", "budget_s": 540, "parts": [part("spaces")]}]))
     stored(folder.with_name("h200-tuner"), space_rows())
+    wrong = Ended("failed", 1.0, "E   AssertionError: off by 3e-02")
+    KeptTests(folder, list(CATALOGUE.kernels.values())).save(DeviceTests({"t.py::test_a": Ended("passed"), "t.py::test_b": wrong}))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evidence_finish, "write_report", page_of(folder))
         return folder, finish(folder, CHIP, CATALOGUE, MODELS)
@@ -217,6 +60,12 @@ def page_of(folder: Path) -> Any:
         page.write_text("a page")
 
     return write
+
+
+def test_the_readme_tells_the_device_tests_of_the_present_code(finished: tuple[Path, Any]) -> None:
+    text = (finished[0] / "README.md").read_text()
+    assert "| tests | begun | 0 | 1 failed, 1 passed | 1 to be run once more; test_b: failed: AssertionError: off by 3e-02 |" in text
+    assert "| test_b | failed | AssertionError: off by 3e-02 |" in text.partition("## What did not work")[2]
 
 
 def test_everything_is_written_and_nothing_outside(finished: tuple[Path, Any]) -> None:
@@ -246,7 +95,7 @@ def test_the_readme_says_what_the_rows_say(finished: tuple[Path, Any]) -> None:
     assert f"| {SPACE.label()} | matmul/triton_tiled | 3 | {spread * 100:.1f}% |" in text
     assert "4 sittings" not in text and "run-1" in text and "run-3" in text and "540 s" in text
     assert "Winners: on 1 of 1 problem the sittings' tie sets" in text
-    joules = re.search(r"Energy of 1 trial: spread ([\d.]+)% in the median", text)
+    joules = re.search(r"Energy of 1 trial \(1 in 3 sittings or more\): spread ([\d.]+)% in the median", text)
     assert joules is not None and float(joules[1]) == pytest.approx(0.002 / 0.051 * 100, abs=0.05)
     assert ("| not begun | 0 |" in text and "cannot tell" in text.split("## Goals")[1]) or "missed" in text.split("## Goals")[1]
     assert all(
@@ -260,6 +109,22 @@ def test_again_gives_the_same_files(finished: tuple[Path, Any], monkeypatch: pyt
     monkeypatch.setattr(evidence_finish, "write_report", page_of(folder))
     finish(folder, CHIP, CATALOGUE, MODELS)
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_the_same_rows_give_the_same_readme_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_finish, "write_report", lambda *_, **__: None)
+    texts = []
+    for place in (tmp_path / "here" / "h200", tmp_path / "there" / "deeper" / "h200"):
+        stored(place, three_runs())
+        (place / "more.jsonl").write_text('{"a": NaN}\n')
+        (place / "calibration").mkdir()
+        (place / "calibration" / "GPU-x.json").write_text("no calibration")
+        finish(place, CHIP, CATALOGUE, ["llama-3.1-8b"])
+        texts.append((place / "README.md").read_text())
+    assert texts[0] == texts[1] and "more.jsonl: 1 skipped" in texts[0] and "calibration/GPU-x.json: " in texts[0]
+    monkeypatch.chdir(tmp_path / "here")
+    finish(Path("h200"), CHIP, CATALOGUE, ["llama-3.1-8b"])
+    assert (tmp_path / "here" / "h200" / "README.md").read_text() == texts[0]
 
 
 def test_names_with_markup_stay_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +186,8 @@ def test_a_page_shows_recorded_chips_beside_its_own(tmp_path: Path, monkeypatch:
     assert all(row.chip == "h200" and row.device == "NVIDIA H200" for row in by_chip["h200"].rows)
     said = "recorded on NVIDIA H200 on 2026-11-20"
     assert story.notes[0] == f"h200: {said}; it was not measured by this run, which measured cpu"
+    won = sentences(story)[0].lines
+    assert won[0].startswith("On cpu the") and won[1].startswith("On h200 (recorded elsewhere) the"), "its own measurements first"
     assert page.read_text().count(said) >= 2 and said in by_chip["h200"].title and said not in by_chip["cpu"].title
 
 
@@ -337,11 +204,38 @@ def test_engines_tables_are_written_where_no_gap_lies_between_their_entries(tmp_
     written = json.loads((tmp_path / "engines" / "vllm" / "E=128,N=768,device_name=NVIDIA_H200.json").read_text())
     assert [int(key) for key in written if key.isdigit()] == sorted(USUAL_TOKENS)
     assert sum("finds nothing wrong" in line for line in lines) == 2
-    paths, lines = tables(qwen, [engine(64), engine(1024)], CHIP, CATALOGUE, tmp_path / "far")
-    assert paths == [] and all("is not written" in line for line in lines) and not (tmp_path / "far").exists()
     assert tables([served("llama-3.1-8b", CHIP)], [], CHIP, CATALOGUE, tmp_path)[1] == [
         "no engines' tables: none of these models has routed experts"
     ]
+
+
+def test_far_from_what_was_measured_a_table_says_what_the_engine_would_do_without_it(tmp_path: Path) -> None:
+    """An engine takes the nearest entry, however far: with tokens 64 alone it would run a decode's tiles in a prefill of thousands."""
+
+    def engine(tokens: int, warps: int, us: float) -> Result:
+        problem = FusedMoe(tokens, 2048, 768, 128, 8)
+        config = {**vllm_default(problem).to_json_full(), "num_warps": warps}
+        return timed("triton_engine", us, problem, config=config, environment={"triton": "3.6.0"})
+
+    qwen = [served("qwen3-30b-a3b", CHIP)]
+    few = [engine(64, 4, 50.0), engine(64, 8, 40.0)]
+    _, lines = tables(qwen, few, CHIP, CATALOGUE, tmp_path)
+    for engines, default in (("vllm", vllm_default), ("sglang", sglang_default)):
+        (path,) = (p for p in (tmp_path / "engines" / engines).rglob("E=128*.json") if "evidence" not in p.name)
+        written = {int(key): entry for key, entry in json.loads(path.read_text()).items() if key.isdigit()}
+        sidecar = json.loads(path.with_name(path.name.replace(".json", ".evidence.json")).read_text())
+        assert far_off(tuple(written)) == {} and written[64]["num_warps"] == 8, engines
+        assert list(sidecar["entries"]) == ["64"] and sorted(map(int, sidecar["engine_default"])) == sorted(set(written) - {64})
+        for tokens in set(written) - {64}:
+            whole = default(FusedMoe(tokens, 2048, 768, 128, 8)).to_json_full()
+            assert written[tokens] == {name: whole[name] for name in FIELDS}, tokens
+        assert list(written) == sorted(written) and set(written) >= {1, 1024, 4096}
+    assert sum(".json, measured at 64 tokens" in line and "have what the engine runs without a table" in line for line in lines) == 2
+    assert sum("finds nothing wrong" in line for line in lines) == 2
+    more = [*few, engine(1024, 8, 90.0)]
+    assert len(tables(qwen, more, CHIP, CATALOGUE, tmp_path)[0]) == 2, "what was the engine's own may become measured"
+    paths, lines = tables(qwen, few, CHIP, CATALOGUE, tmp_path)
+    assert paths == [] and sum("has entries that the new one lacks (1024 tokens)" in line for line in lines) == 2, "and not the reverse"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import itertools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +13,13 @@ from contest import CPU
 from fake_fleet import EPOCH_FACTS, FakeFleet
 
 from klab.harness.fleet import local
+from klab.harness.measure.lock import exclusive
 from klab.harness.store.read import iter_results
 from klab.harness.store.result import Status
-from klab.harness.tune import device_tests, evidence
+from klab.harness.tune import evidence
 from klab.harness.tune import job as jobs
-from klab.harness.tune.device_tests import NAMED, DeviceTests, outcome, run_device_tests
+from klab.harness.tune.allowance import FINAL_S, Allowance
+from klab.harness.tune.device_tests import DeviceTests, Ended
 from klab.harness.tune.evidence import PARTS, SHARES, Done, Evidence, read_sittings, tuner_folder
 from klab.harness.tune.evidence_problems import SpaceOf, spaces
 from klab.kernels.discover import discover
@@ -45,8 +46,9 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeFleet:
     return made
 
 
-def no_tests(limit_s: float | None, passed: Any) -> DeviceTests:
-    return DeviceTests({"passed": 2}, passed=("tests/a.py::x", "tests/a.py::y"))
+def no_tests(limit_s: float | None, done: Any, last: Any, *, save: Any, visible: str) -> DeviceTests:
+    save(found := DeviceTests({"tests/a.py::x": Ended("passed"), "tests/a.py::y": Ended("passed")}))
+    return found
 
 
 def sitting(folder: Path, *parts: str, seconds: float | None = None, tests: Any = no_tests) -> Evidence:
@@ -71,6 +73,20 @@ def test_parts_come_in_their_order_each_within_its_share(tmp_path: Path, monkeyp
     given.clear()
     alone = sitting(tmp_path, "tests", seconds=1000.0)
     assert [one.part for one in alone.run()] == ["tests"] and given["tests"] > 990, "the last that was asked for has all"
+
+
+def test_a_share_that_leaves_scraps_takes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fleet: FakeFleet) -> None:
+    given: list[float] = []
+
+    def part(made_of: Evidence) -> Done:
+        given.append(made_of.left_s())
+        return Done("")
+
+    monkeypatch.setitem(PARTS, "comparison", part)
+    list(sitting(tmp_path, "comparison", "energy_rest", seconds=45.0).run())
+    list(sitting(tmp_path, "comparison", "energy_rest", seconds=60.0).run())
+    assert 32.0 < given[0] <= 45.0, "13.5 s for all others are scraps"
+    assert given[1] <= 42.0
 
 
 def test_no_share_starves_what_follows() -> None:
@@ -139,32 +155,93 @@ def test_repeats_are_of_this_sitting_and_once(tmp_path: Path, fleet: FakeFleet, 
         assert min(row.median_us for row in group if row.median_us) == fastest and any(row.library for row in group) and len(group) <= 3
 
 
+def test_repeats_end_with_enough_sittings_and_begin_with_the_rarest(
+    tmp_path: Path, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_of = itertools.count()  # runs in one second are ordered by their names
+    monkeypatch.setattr(jobs, "new_run_id", lambda: f"run-{next(count_of)}")
+    list(sitting(tmp_path, "comparison").run())
+    # What is repeated looks slower than what is not.
+    monkeypatch.setattr(fleet, "outcome", lambda trial: 10.0 * time_of(trial))
+    (whole,) = sitting(tmp_path, "repeat").run()
+    count = whole.statuses["ok"]
+    before = [trial.key for trial in fleet.asked[-1]]
+    # A third that ends after its first trial, and a fourth that goes on with the others.
+    asked = len(fleet.asked)
+    third = sitting(tmp_path, "repeat")
+    monkeypatch.setattr(third, "measured", lambda trials: Evidence.measured(third, trials[:1]))
+    list(third.run())
+    assert len(fleet.asked) == asked + 1 and fleet.asked[-1][0].key in before
+    (fourth,) = sitting(tmp_path, "repeat").run()
+    assert fourth.statuses["ok"] == count - 1 and fourth.known == 1
+    assert {trial.key for run in fleet.asked[-2:] for trial in run} == set(before), "others are faster by the newest times"
+    (fifth,) = sitting(tmp_path, "repeat").run()
+    assert not fifth.statuses and fifth.known == count and fifth.left == 0, "three sittings have all of them"
+
+
 def test_a_space_whose_candidates_all_fail_leaves_the_others(tmp_path: Path, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Matmul(2, 64, 64, "float32")
     monkeypatch.setattr(evidence, "spaces", lambda chip: [SpaceOf(other), SpaceOf(SMALL)])
     fleet.outcome = lambda trial: Status.CRASHED if trial.problem == other else time_of(trial)
     (done,) = sitting(tmp_path, "spaces").run()
-    assert done.left == 1 and "every candidate failed" in done.notes[0] and "best" in done.notes[1]
+    assert done.left == 1 and done.notes[0].startswith("failed: ") and "every candidate failed" in done.notes[0] and "best" in done.notes[1]
 
 
-def test_device_tests_that_passed_are_not_run_again(tmp_path: Path, fleet: FakeFleet) -> None:
+def test_device_tests_that_ended_are_not_run_again(tmp_path: Path, fleet: FakeFleet) -> None:
     asked: list[Any] = []
 
-    def tests(limit_s: float | None, passed: Any) -> DeviceTests:
-        asked.append((limit_s, list(passed)))
-        return DeviceTests({"passed": 1, "failed": 1}, ("t[<x>]",), "stopped after 9 s", (f"tests/a.py::{len(asked)}",))
+    def tests(limit_s: float | None, done: Any, last: Any, *, save: Any, visible: str) -> DeviceTests:
+        asked.append((limit_s, list(done), list(last)))
+        found = DeviceTests(
+            {f"tests/a.py::{len(asked)}": Ended("passed"), "tests/a.py::t": Ended("failed", 1.0, "E   AssertionError: off")},
+            3 - len(asked),
+            "stopped" if len(asked) < 3 else "",
+        )
+        save(found)
+        return found
 
     (first,) = sitting(tmp_path, "tests", tests=tests).run()
-    assert first.left == 1 and first.notes == ("stopped after 9 s", "failed: t[<x>]")
+    assert first.left == 2 and first.notes == ("stopped", "failed: t: failed: AssertionError: off")
+    assert first.statuses == {"failed": 1, "passed": 1}
     (second,) = sitting(tmp_path, "tests", tests=tests, seconds=50.0).run()
-    assert second.known == 1 and asked[0] == (None, []) and asked[1][1] == ["tests/a.py::1"] and asked[1][0] <= 50.0
-    kept = tmp_path / "device_tests.json"
-    assert json.loads(kept.read_text())["passed"] == ["tests/a.py::1", "tests/a.py::2"]
-    kept.write_text(kept.read_text().replace('"code": "', '"code": "other'))
-    list(sitting(tmp_path, "tests", tests=tests).run())
-    kept.write_text("{torn")
-    list(sitting(tmp_path, "tests", tests=tests).run())
-    assert asked[2][1] == asked[3][1] == [], "other code, and a damaged file"
+    assert asked[0] == (None, [], []) and asked[1][1:] == (["tests/a.py::1"], ["tests/a.py::t"]) and asked[1][0] <= 50.0
+    (third,) = sitting(tmp_path, "tests", tests=tests).run()
+    assert second.left == 1 and third.left == 0 and len(asked) == 3
+    (fourth,) = sitting(tmp_path, "tests", tests=tests).run()
+    assert len(asked) == 3 and fourth.known == 4 and fourth.notes == first.notes[1:], "nothing is run, and the failure is still told"
+
+
+def test_device_tests_have_the_device_for_themselves(tmp_path: Path, fleet: FakeFleet) -> None:
+    """Another klab would disturb them, and be disturbed."""
+    seen: list[str] = []
+
+    def tests(limit_s: float | None, done: Any, last: Any, *, save: Any, visible: str) -> DeviceTests:
+        with pytest.raises(CannotMeasure, match="cpu is being measured by"), exclusive("cpu"):
+            pass
+        seen.append(visible)
+        return no_tests(limit_s, done, last, save=save, visible=visible)
+
+    with exclusive("cpu"):
+        (locked,) = sitting(tmp_path, "tests", tests=tests).run()
+    assert locked.failed and locked.left == 1 and "cpu is being measured by" in locked.notes[0] and not seen
+    (done,) = sitting(tmp_path, "tests", tests=tests).run()
+    assert not done.failed and done.left == 0 and seen == [""]
+    with exclusive("cpu"):
+        assert next(sitting(tmp_path, "tests", tests=tests).run()).known == 2, "with nothing to run, nobody waits for the device"
+
+
+def test_the_final_of_a_recorded_space_takes_no_more_than_a_final_does(
+    tmp_path: Path, fleet: FakeFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the share of the spaces has much more left, or no end."""
+    fleet.outcome = lambda trial: 1000.0 - time_of(trial)  # another than the default is the best, which makes a final
+    limits: list[float] = []
+    live = Allowance.final_s
+    monkeypatch.setattr(Allowance, "final_s", lambda self, *given: limits.append(live(self, *given)) or limits[-1])
+    for seconds in (None, 4000.0):
+        (done,) = sitting(tmp_path / str(seconds), "spaces", seconds=seconds).run()
+        assert done.left == 0
+    assert limits == [FINAL_S, FINAL_S]
 
 
 @pytest.mark.parametrize("text", ["{", '"x"', "[1]", "{}"])
@@ -180,51 +257,6 @@ def test_unknown_parts_and_models(tmp_path: Path, fleet: FakeFleet) -> None:
         sitting(tmp_path, "tests", "flops")
     with pytest.raises(UsageError, match="no-such-model"):
         Evidence(CPU, tmp_path, CATALOGUE, models=("no-such-model",))
-
-
-def test_outcome_of_one_process_and_of_many() -> None:
-    text = """
-tests/kernels/test_on_device.py::test_x[matmul/a b-16] PASSED            [ 10%]
-[gw1] [ 20%] FAILED tests/kernels/test_on_device.py::test_x[cuda-1]
-[gw0] [ 30%] PASSED tests/kernels/test_on_device.py::test_y
-[gw0] SKIPPED tests/kernels/test_on_device.py::test_z
-tests/kernels/test_on_device.py::test_w ERROR
-FAILED tests/kernels/test_on_device.py::test_x[cuda-1] - AssertionError
-3 failed, 2 passed in 3 s
-"""
-    found = outcome(text, "stopped")
-    assert found.counts == {"error": 1, "failed": 1, "passed": 2, "skipped": 1} and found.stopped == "stopped"
-    assert found.failed == ("test_x[cuda-1]", "test_w")
-    assert found.passed == ("tests/kernels/test_on_device.py::test_x[matmul/a b-16]", "tests/kernels/test_on_device.py::test_y")
-    many = outcome("\n".join(f"tests/a.py::t{n} FAILED" for n in range(NAMED + 5)))
-    assert len(many.failed) == NAMED and many.counts == {"failed": NAMED + 5} and outcome("") == DeviceTests()
-
-
-def test_a_run_of_made_device_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "tests" / "kernels"
-    folder.mkdir(parents=True)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: a device\n")
-    (folder / "test_it.py").write_text(
-        "import pytest, time\n@pytest.mark.gpu\n@pytest.mark.parametrize('n', ['a b', 'c'])\ndef test_x(n):\n    assert n != 'c'\n"
-        "def test_other():\n    assert False\n"
-    )
-    monkeypatch.setattr(device_tests, "checkout", lambda: tmp_path)
-    monkeypatch.setattr(device_tests.os, "sched_getaffinity", lambda pid: {0, 1})  # one process
-    found = run_device_tests(60.0)
-    assert found.counts == {"failed": 1, "passed": 1} and found.failed == ("test_x[c]",) and not found.stopped
-    rest = run_device_tests(60.0, found.passed)
-    assert rest.counts == {"failed": 1} and rest.passed == ()
-
-
-def test_device_tests_that_are_not_here_or_cannot_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_tests, "checkout", lambda: None)
-    with pytest.raises(CannotMeasure, match="not of an installed klab"):
-        run_device_tests(1.0)
-    (tmp_path / "tests").mkdir()
-    monkeypatch.setattr(device_tests, "checkout", lambda: tmp_path)
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(CannotMeasure, match="the tests did not run: exit code 1"):
-        run_device_tests(10.0)
 
 
 def test_the_spaces_of_both_kinds_of_chip_have_candidates() -> None:

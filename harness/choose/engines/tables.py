@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from klab.harness.choose.candidates import Candidate
 from klab.harness.choose.choose import choose, place
@@ -56,7 +56,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class EngineTable:
-    """A table before it is written. `problem` is its experts (or product) without the number of tokens; `skipped`: tokens -> why not."""
+    """A table before it is written. `problem` is its experts (or product) without the number of tokens; `skipped`: tokens -> why not.
+    `filled`: tokens -> what the engine runs there without a table, for numbers that are far from every measured one.
+    """
 
     name: TableName
     triton: str
@@ -64,11 +66,12 @@ class EngineTable:
     entries: tuple[Entry, ...]
     skipped: Mapping[int, str] = field(hash=False)
     notes: tuple[str, ...] = ()
+    filled: Mapping[int, Mapping[str, Json]] = field(default_factory=dict, hash=False)
 
     @property
     def far(self) -> dict[int, int]:
         """Usual numbers of tokens -> the far entry that the engine would take for them."""
-        return far_off(tuple(entry.tokens for entry in self.entries))
+        return far_off(tuple(sorted([*self.filled, *(entry.tokens for entry in self.entries)])))
 
     @property
     def speed_up(self) -> tuple[float, float, float] | None:
@@ -84,7 +87,8 @@ class EngineTable:
     def text(self, dialect: Dialect) -> str:
         """The file, as the engine's own tuner writes it."""
         version = {"triton_version": self.triton} if self.name.kind in dialect.version_key and self.triton else {}
-        return json.dumps(version | {str(entry.tokens): dict(entry.config) for entry in self.entries}, indent=4) + "\n"
+        configs = {**self.filled, **{entry.tokens: entry.config for entry in self.entries}}
+        return json.dumps(version | {str(tokens): dict(configs[tokens]) for tokens in sorted(configs)}, indent=4) + "\n"
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,21 @@ def tables_of(results: Iterable[Result], dialect: Dialect, chip: Chip, shapes: S
             table = first
         made[name] = table
     return Tables(tuple(made[name] for name in sorted(made)), tuple(missing), (*notes, *profile.notes), profile.device)
+
+
+def with_defaults(table: EngineTable, dialect: Dialect, chip: Chip) -> EngineTable:
+    """The table with what the engine runs without one at the usual numbers of tokens that are far from every measured one: an engine that
+    has a table takes its nearest entry, however far. Tables of dense products, whose engines' defaults klab does not know, stay.
+    """
+    if table.name.kind != MOE:
+        return table
+    filled = {}
+    for tokens in table.far:
+        default = UNTUNED[dialect.engine](FusedMoe.from_json({**table.problem, "tokens": tokens})).to_json_full()
+        config = {name: default[name] for name in _fields(dialect, table.name.kind)}
+        if not any(severe for severe, _ in entry_troubles(tokens, config, table.name, dialect, chip)):
+            filled[tokens] = config
+    return replace(table, filled=filled)
 
 
 def engine_kernels(kernels: Iterable[Kernel]) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from klab.harness.choose.engines.lint import BREAKS, NEVER, lint
 from klab.harness.choose.engines.names import Dialect, read_name
 from klab.harness.choose.engines.reading import read_table, sidecar_of
-from klab.harness.choose.engines.sidecar import checked, sidecar_text
+from klab.harness.choose.engines.sidecar import checked, read_sidecar, sidecar_text
 from klab.harness.choose.engines.tables import EngineTable
 from klab.harness.choose.profile import write_text
 from klab.kernels.contract import Json
@@ -76,6 +76,7 @@ def evidence(table: EngineTable, dialect: Dialect) -> dict[str, Json]:
         },
         "not_measured": {str(tokens): why for tokens, why in table.skipped.items()},
         "far": {str(tokens): key for tokens, key in table.far.items()},
+        "engine_default": {str(tokens): dict(config) for tokens, config in table.filled.items()},
         "notes": list(table.notes),
     }
 
@@ -89,5 +90,7 @@ def _lost(one: Written) -> str:
     """What writing this file would lose."""
     if (why := foreign(one.path)) or not one.path.exists():
         return why
-    gone = sorted(set(read_table(one.path).tokens) - {entry.tokens for entry in one.table.entries})
+    filled = set((read_sidecar(one.path) or {}).get("engine_default") or {})
+    measured = {tokens for tokens in read_table(one.path).tokens if str(tokens) not in filled}
+    gone = sorted(measured - {entry.tokens for entry in one.table.entries})
     return f"has entries that the new one lacks ({', '.join(map(str, gone))} tokens)" if gone else ""

@@ -32,7 +32,7 @@ class Sentence:
 
 def sentences(story: Story) -> tuple[Sentence, Sentence, Sentence]:
     """What won and by how much; what it means; what changed and what to do next. Pure: from the story alone."""
-    chips = sorted(story.subjects, key=lambda subject: (-len(subject.profile.choices), subject.chip))
+    chips = sorted(story.subjects, key=lambda subject: (subject.recorded, -len(subject.profile.choices), subject.chip))
     more = (f"{len(chips) - MOST_CHIPS} more chips are in the tables below.",) if len(chips) > MOST_CHIPS else ()
     first: tuple[str, ...] = ("Nothing yet: there are no results.",)
     second: tuple[str, ...] = ("Nothing can be said without results.",)
@@ -50,9 +50,13 @@ NO_PLAN = "What a step of a model takes needs its plan: `klab report --model NAM
 FIRST_RUN = "Next: `klab run --model qwen3-0.6b --chip auto` makes first results."
 
 
+def _chip(subject: Subject) -> str:
+    return name(subject.chip) + (" (recorded elsewhere)" if subject.recorded else "")
+
+
 def won(subject: Subject) -> str:
     """By how much the choices of a chip beat the best library."""
-    chip, profile = name(subject.chip), subject.profile
+    chip, profile = _chip(subject), subject.profile
     if not profile.choices:
         return f"On {chip} {_nothing(subject)}"
     gain, count = gain_of(subject), len(profile.choices)
@@ -95,7 +99,7 @@ def _nothing(subject: Subject) -> str:
 
 def meaning(story: Story, subject: Subject) -> str:
     """What the choices mean for the model's steps, or how near they are to the chip's limits."""
-    chip, steps = name(subject.chip), subject.profile.steps
+    chip, steps = _chip(subject), subject.profile.steps
     if not subject.profile.choices:
         return f"For {chip} nothing can be said without a valid time."
     if not steps:
@@ -114,7 +118,7 @@ def _shown(steps: tuple[StepTime, ...]) -> list[StepTime]:
 
 def _step(story: Story, subject: Subject, step: StepTime) -> str:
     model = f" of {name(story.model)}" if story.model else ""
-    which = f"a {step.phase} step{model} at batch {step.batch} on {name(subject.chip)}"
+    which = f"a {step.phase} step{model} at batch {step.batch} on {_chip(subject)}"
     taken = step_time(subject, step)
     if taken is None:
         return f"What {which} takes is not known: none of its {plural(step.open, 'problem')} has a choice."
@@ -131,7 +135,7 @@ def _step(story: Story, subject: Subject, step: StepTime) -> str:
 
 
 def _limits(subject: Subject, step: StepTime | None) -> str:
-    chip = name(subject.chip)
+    chip = _chip(subject)
     found = headroom_of(subject, step)
     if found is None:
         reason = subject.limits.reason or "the chip's limits are not known"
@@ -154,7 +158,7 @@ def _limits(subject: Subject, step: StepTime | None) -> str:
 
 def change(story: Story, subject: Subject) -> str:
     """What the newest night or run changed, or how sure the choices are; then the first thing to do."""
-    chip = name(subject.chip)
+    chip = _chip(subject)
     nights, changed = story.nights.get(subject.chip, ()), news(story, subject)
     parts = []
     if nights:
@@ -167,7 +171,7 @@ def change(story: Story, subject: Subject) -> str:
 
 
 def _sure(subject: Subject) -> str:
-    chip, choices = name(subject.chip), subject.profile.choices
+    chip, choices = _chip(subject), subject.profile.choices
     if not choices:
         return f"On {chip} there is nothing to compare with yet."
     rivalled = [choice for choice in choices if choice.evidence.runner_up is not None]
