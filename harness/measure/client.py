@@ -25,6 +25,7 @@ KEEP = {"PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TMPDIR", "XDG
 KEEP_PREFIXES = ("LC_", "CUDA_", "TRITON_", "CUPY_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "PYTHON", "KLAB_")
 START_LIMIT_S = 180.0
 TAIL_BYTES = 16_384
+DRAIN_S = 2.0
 _TELLING = re.compile(r"error|abort|assert|fatal|terminate|killed|cannot|failed", re.IGNORECASE)
 
 
@@ -56,6 +57,7 @@ class WorkerClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers = bytearray()
         self._tail = bytearray()
+        self._drain: threading.Thread | None = None
         self._next_id = 0
         self._aborted = False
 
@@ -86,7 +88,8 @@ class WorkerClient:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=variables, start_new_session=True)
         self._answers.clear()
         self._tail.clear()
-        threading.Thread(target=_drain, args=(self._process, self._tail), daemon=True).start()
+        self._drain = threading.Thread(target=_drain, args=(self._process, self._tail), daemon=True)
+        self._drain.start()
         try:
             hello = self.ask("hello", limit_s=limit_s, chip=self.chip_fields(), kernel_dirs=self.kernel_dirs)
         except WorkerDied as error:
@@ -167,7 +170,9 @@ class WorkerClient:
         else:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
             how = f"killed by {name}" + (" (out of host memory?)" if -code == signal.SIGKILL else "")
-        time.sleep(0.02)  # the drain may be a moment behind
+        # The drain ends with the pipe, which a process that the worker left behind may keep open.
+        if self._drain is not None:
+            self._drain.join(DRAIN_S)
         lines = [line.strip() for line in self._tail.decode(errors="replace").splitlines() if line.strip()]
         # faulthandler's list of frames and of extension modules says nothing of the cause.
         said = [line for line in lines if _TELLING.search(line) and not line.startswith(("File ", "Extension modules"))]
