@@ -32,7 +32,7 @@ class Repeated:
     @property
     def spread(self) -> float:
         """(largest - smallest) / median, over all runs and devices."""
-        return _spread(list(self.values.values()))
+        return relative_range(list(self.values.values()))
 
     @property
     def on_one_device(self) -> float | None:
@@ -40,7 +40,7 @@ class Repeated:
         by_device: dict[str, list[float]] = defaultdict(list)
         for (_, device), value in self.values.items():
             by_device[device].append(value)
-        return max((_spread(values) for values in by_device.values() if len(values) > 1), default=None)
+        return max((relative_range(values) for values in by_device.values() if len(values) > 1), default=None)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def repeats(rows: Iterable[Result]) -> Repeats:
     )
 
 
-def _spread(values: Sequence[float]) -> float:
+def relative_range(values: Sequence[float]) -> float:
+    """(largest - smallest) / median."""
     return (max(values) - min(values)) / statistics.median(values)
 
 

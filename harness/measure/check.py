@@ -82,10 +82,10 @@ def compare(problem: Problem, outputs: Tensors, reference: Tensors) -> Check:
         difference = got - want
         deviation = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
         # A norm is finite only if every element is, which saves counting them where all is well.
-        bad = 0 if math.isfinite(deviation) else int((~got.isfinite() & want.isfinite()).sum())
-        if bad:
-            told = f"{bad} of {got.numel()} elements of {name} are not finite (unwritten or overflowed)"
-            return Check(float("inf"), limit, told + _place(~got.isfinite() & want.isfinite(), got, want))
+        bad = None if math.isfinite(deviation) else ~got.isfinite() & want.isfinite()
+        if bad is not None and bool(bad.any()):
+            told = f"{int(bad.sum())} of {got.numel()} elements of {name} are not finite (unwritten or overflowed)"
+            return Check(float("inf"), limit, told + _place(bad, got, want))
         norm = float(torch.linalg.vector_norm(want, dtype=torch.float64))
         error = deviation / norm if norm else deviation
         if error / limit >= worst / tolerance:  # the output that is nearest to its own limit stands for the launch
@@ -148,6 +148,8 @@ def _place(wrong: torch.Tensor | None, got: torch.Tensor, want: torch.Tensor) ->
     """Where an output is wrong: the box that holds all such elements, and the worst of them. Often the only trace of a defect that shows on
     another machine: one tile, the last rows, every second column.
     """
+    import torch
+
     if wrong is None or not wrong.ndim:
         return ""
     box, every = [], range(wrong.ndim)
@@ -156,10 +158,7 @@ def _place(wrong: torch.Tensor | None, got: torch.Tensor, want: torch.Tensor) ->
         here = (wrong.any(dim=others) if others else wrong).nonzero().flatten()
         box.append(f"{int(here[0])}:{int(here[-1]) + 1}")
     off = (got - want).abs().nan_to_num(nan=float("inf")).masked_fill(~wrong, -1.0)
-    worst, at = int(off.argmax()), list[int]()
-    for size in reversed(wrong.shape):
-        at.insert(0, worst % size)
-        worst //= size
+    at = [int(index) for index in torch.unravel_index(off.argmax(), off.shape)]
     told = f"{int(wrong.sum())} in [{', '.join(box)}] of {list(wrong.shape)}"
     return f"; {told}, the worst at {at}: {got[tuple(at)]:.4g}, not {want[tuple(at)]:.4g}"
 

@@ -29,7 +29,8 @@ from klab.harness.store.read import ReadReport, iter_results
 from klab.harness.store.result import Result
 from klab.harness.tune.campaign import COMPACT_FILE
 from klab.harness.tune.device_tests_kept import KeptTests
-from klab.harness.tune.evidence import read_sittings, tuner_folder
+from klab.harness.tune.evidence import read_sittings
+from klab.harness.tune.evidence_folder import tuner_folder
 from klab.harness.tune.evidence_problems import MODELS, SpaceOf
 from klab.harness.tune.evidence_problems import spaces as spaces_of
 from klab.harness.tune.replay.export import Recordings

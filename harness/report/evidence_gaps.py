@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from klab.harness.choose.candidates import Candidate, candidates, why_not
 from klab.harness.choose.compare import Ratio, best, ratio
+from klab.harness.choose.evidence_repeats import relative_range
 from klab.harness.report.limits import Limits, bound
 from klab.harness.store.result import Result
 from klab.harness.tune.objective import LATENCY, latency
@@ -110,8 +110,7 @@ class Again:
     @property
     def spread(self) -> float:
         """(largest - smallest) / median of the ratios."""
-        values = [one.ratio for one in self.ratios.values()]
-        return (max(values) - min(values)) / statistics.median(values)
+        return relative_range([one.ratio for one in self.ratios.values()])
 
     @property
     def contradicts(self) -> bool:

@@ -33,6 +33,8 @@ TEST_S = 330.0
 POLL_S, SAVE_S = 0.05, 5.0
 # To write down where a process was, to kill it, and to read what was noted.
 STACK_S, ENDING_S = 1.0, 3.0
+# How a test ends that shows a defect.
+FAILED = ("failed", "error", "crashed", "hung")
 # Processes that end before their first test, one after the other: a further one would do no better.
 FRUITLESS = 2
 
@@ -48,7 +50,7 @@ class Ended:
     @property
     def failed(self) -> bool:
         """True where there is a defect."""
-        return self.outcome in ("failed", "error", "crashed", "hung")
+        return self.outcome in FAILED
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from klab.harness.measure import check
 from klab.harness.store.paths import checkout
-from klab.harness.tune.device_tests import DeviceTests
+from klab.harness.tune.device_tests import FAILED, DeviceTests
 from klab.kernels.contract import Kernel, digest
 from klab.kernels.errors import CannotMeasure
 
@@ -132,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _failed(one: Mapping[str, Any]) -> bool:
-    return one["outcome"] in ("failed", "error", "crashed", "hung")
+    return one["outcome"] in FAILED
 
 
 def _words(one: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from klab.harness.tune.allowance import FINAL_S, Allowance
 from klab.harness.tune.campaign import Share, bound_us, correctness_trials, shares
 from klab.harness.tune.device_tests import DeviceTests, free_device, run_device_tests
 from klab.harness.tune.device_tests_kept import KeptTests, write_json
-from klab.harness.tune.evidence_folder import tuner_folder as tuner_folder  # readers take it from here
+from klab.harness.tune.evidence_folder import tuner_folder
 from klab.harness.tune.evidence_problems import MODELS, SpaceOf, spaces
 from klab.harness.tune.evidence_spaces import STRATEGY, is_recorded
 from klab.harness.tune.job import Job, Listener, Outcome

@@ -20,7 +20,8 @@ from klab.harness.tune import evidence
 from klab.harness.tune import job as jobs
 from klab.harness.tune.allowance import FINAL_S, Allowance
 from klab.harness.tune.device_tests import DeviceTests, Ended
-from klab.harness.tune.evidence import PARTS, SHARES, Done, Evidence, read_sittings, tuner_folder
+from klab.harness.tune.evidence import PARTS, SHARES, Done, Evidence, read_sittings
+from klab.harness.tune.evidence_folder import tuner_folder
 from klab.harness.tune.evidence_problems import SpaceOf, spaces
 from klab.kernels.discover import discover
 from klab.kernels.errors import CannotMeasure, UsageError
